@@ -1,0 +1,1 @@
+"""One small file per method, readable as its paper's method section."""

@@ -1,0 +1,96 @@
+"""DoTA (arXiv 2412.20891): the matrix product operator of the pretrained weight, fine-tuned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tensorpeft.modes import bond_dimensions, factor_modes
+from tensorpeft.networks.mpo import MpoUpdate, decompose, random_cores
+from tensorpeft.plugin.config import TensorConfig
+from tensorpeft.plugin.patterns import value_for
+from tensorpeft.plugin.registration import register
+from tensorpeft.sites import Site
+
+
+@register("dota")
+@dataclass
+class DotaConfig(TensorConfig):
+    """`W = W0 + MPO(T) − MPO(T_start)`: the cores T are trained, T_start is the MPO of W0 cut to the bond r.
+
+    The paper trains `W_res + MPO(T)` with `W_res = W0 − MPO(T_start)`, which is the same; we leave W0 as it is.
+    It has no alpha and no dropout. With the paper's five cores and r = 16 the adapter of a 4096 x 4096 weight has
+    37,376 parameters; LoRA of rank 16 has 131,072.
+
+    Args:
+        r: largest bond dimension, the rank of the network.
+        num_cores: number of cores, at least 2.
+        modes: {size: [mode, …]} for sizes to be factored otherwise than `modes.factor_modes` does; one mode per core.
+        init_weights: True: T starts at the MPO of the pretrained weight. "random": at Gaussian cores with a last core of
+            zero, the paper's ablation. False: at Gaussian cores and nothing subtracted, which is *not* the identity.
+        rank_pattern: {name or regular expression: r} for layers with a bond of their own.
+
+    Raises:
+        ValueError: a bond below 1, fewer than 2 cores, an unknown start, modes that do not multiply to their size or are
+            not one per core.
+
+    Source: DoTA, section 3.2; defaults of its section 4; the scale of the random cores is ours (`networks.mpo`).
+
+    >>> DotaConfig(r=16, target_modules=["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]).num_cores
+    5
+    """
+
+    r: int = field(default=16, metadata={"help": "Largest bond dimension."})
+    num_cores: int = field(default=5, metadata={"help": "Number of cores of the matrix product operator."})
+    modes: dict[int, list[int]] | None = field(default=None, metadata={"help": "{size: modes} that override ours."})
+    init_weights: bool | Literal["random"] = field(default=True, metadata={"help": "Where the cores start."})
+    rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "{name or pattern: r}."})
+
+    def __post_init__(self) -> None:
+        """Check all that can be known without a model."""
+        super().__post_init__()
+        for name, r in {"r": self.r, **{f"rank_pattern[{key!r}]": r for key, r in self.rank_pattern.items()}}.items():
+            if not isinstance(r, int) or r < 1:
+                raise ValueError(f"{name}={r!r}: expected a bond dimension of at least 1, such as 16.")
+        if not isinstance(self.num_cores, int) or self.num_cores < 2:
+            raise ValueError(f"num_cores={self.num_cores!r}: expected at least 2 cores, such as the paper's 5.")
+        if self.init_weights not in (True, False, "random"):
+            raise ValueError(f'init_weights={self.init_weights!r}: expected True, "random" or False.')
+        if self.modes is not None:
+            self.modes = {int(size): list(modes) for size, modes in self.modes.items()}  # JSON has no integer keys
+        for size, modes in (self.modes or {}).items():
+            if prod(modes) != size or len(modes) != self.num_cores:
+                raise ValueError(
+                    f"modes[{size}]={modes}: expected {self.num_cores} modes, one per core, with the product {size}; got "
+                    f"{len(modes)} with the product {prod(modes)}."
+                )
+
+    def build(self, sites: Sequence[Site], read_weight: Callable[[Site], Tensor]) -> Mapping[str, MpoUpdate]:
+        """An MPO per site. Reads one weight at a time."""
+        return {site.name: self._build_one(site, read_weight(site)) for site in sites}
+
+    def _build_one(self, site: Site, weight: Tensor) -> MpoUpdate:
+        out_modes, in_modes = self._modes(site.out), self._modes(site.in_)
+        r = value_for(site.name, self.rank_pattern, self.r)
+        if weight.is_meta:
+            bonds = bond_dimensions(out_modes, in_modes, r)
+            shapes = zip(bonds[:-1], out_modes, in_modes, bonds[1:])
+            cores = [torch.empty(shape, device="meta") for shape in shapes]
+        elif self.init_weights is True:
+            try:
+                cores = decompose(weight, out_modes, in_modes, r)
+            except ValueError as error:
+                raise ValueError(f"{site.name}: {error}") from error
+        else:
+            cores = random_cores(out_modes, in_modes, r, weight.device)
+        if self.init_weights == "random":
+            cores[-1].zero_()
+        return MpoUpdate(cores, start=cores if self.init_weights is True else None)
+
+    def _modes(self, size: int) -> tuple[int, ...]:
+        return tuple((self.modes or {}).get(size) or factor_modes(size, self.num_cores))

@@ -1,0 +1,117 @@
+"""Integers only: a size and its modes, the bonds between cores, the number of parameters. No torch here."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from functools import lru_cache
+from math import isqrt, prod
+
+# DoTA's table 2 (five cores). Sizes that are not in it are factored by `factor_modes`.
+_MODES_OF_THE_PAPER: dict[int, tuple[int, ...]] = {
+    768: (4, 4, 4, 4, 3),
+    1024: (4, 4, 4, 4, 4),
+    2304: (4, 4, 8, 6, 3),
+    3072: (4, 4, 8, 6, 4),
+    4096: (4, 4, 8, 8, 4),
+    11008: (4, 4, 43, 4, 4),
+    14336: (4, 8, 8, 8, 7),
+    50400: (5, 10, 14, 12, 6),
+}
+
+
+def factor_modes(size: int, num_modes: int) -> tuple[int, ...]:
+    """Modes of one side of a weight: `num_modes` factors of `size`, their product.
+
+    The paper's table is used where it has the size (five modes). Any other size is split as evenly as its
+    divisors allow (the sum of the modes is the least possible), the largest mode in the middle. A prime can
+    not be split: it is one mode, the others are 1, and a `UserWarning` says so.
+
+    Args:
+        size: rows or columns of the weight, at least 1.
+        num_modes: how many modes, the number of cores; at least 1.
+
+    Raises:
+        ValueError: `size` or `num_modes` is below 1.
+
+    Source: DoTA (arXiv 2412.20891), table 2; the rule for other sizes is ours.
+
+    >>> factor_modes(4096, 5)
+    (4, 4, 8, 8, 4)
+    >>> factor_modes(384, 5)
+    (3, 4, 4, 4, 2)
+    """
+    if size < 1:
+        raise ValueError(f"cannot factor the size {size} into modes: expected a size of at least 1.")
+    if num_modes < 1:
+        raise ValueError(f"cannot factor {size} into {num_modes} modes: expected at least 1 mode.")
+    if num_modes == 5 and size in _MODES_OF_THE_PAPER:
+        return _MODES_OF_THE_PAPER[size]
+    if num_modes > 1 and _is_prime(size):
+        warnings.warn(
+            f"the size {size} is prime: it stays one mode, the other {num_modes - 1} are 1, so that one core holds "
+            f"the whole side. Exclude the layer (exclude_modules) or pass modes={{{size}: (...)}} if that is not meant.",
+            UserWarning,
+            stacklevel=2,
+        )
+    ascending = _most_even_factors(size, num_modes, 1)
+    assert ascending is not None  # `size` itself beside ones is always a solution
+    return _largest_in_the_middle(ascending)
+
+
+def bond_dimensions(out_modes: Sequence[int], in_modes: Sequence[int], max_bond: int) -> tuple[int, ...]:
+    """The N + 1 bond dimensions of an MPO, first and last 1: the exact ones, none above `max_bond`.
+
+    `b_k = min(prod_{m<=k} i_m j_m, prod_{m>k} i_m j_m, max_bond)` for modes i of the output, j of the input.
+
+    Raises:
+        ValueError: the two sides have different numbers of modes, or `max_bond` is below 1.
+
+    >>> bond_dimensions((4, 4, 8, 8, 4), (4, 4, 8, 8, 4), 16)
+    (1, 16, 16, 16, 16, 1)
+    """
+    if len(out_modes) != len(in_modes):
+        raise ValueError(
+            f"got {len(out_modes)} output modes {tuple(out_modes)} and {len(in_modes)} input modes {tuple(in_modes)}: "
+            "each core takes one of each, so their numbers must be equal."
+        )
+    if max_bond < 1:
+        raise ValueError(f"got a largest bond dimension of {max_bond}, expected at least 1.")
+    pairs = [i * j for i, j in zip(out_modes, in_modes)]
+    return tuple(min(prod(pairs[:k]), prod(pairs[k:]), max_bond) for k in range(len(pairs))) + (1,)
+
+
+def count_parameters(out_modes: Sequence[int], in_modes: Sequence[int], max_bond: int) -> int:
+    """The number of elements of an MPO's cores: the sum of `b_{k-1} i_k j_k b_k`.
+
+    >>> count_parameters((4, 4, 8, 8, 4), (4, 4, 8, 8, 4), 16)
+    37376
+    """
+    bonds = bond_dimensions(out_modes, in_modes, max_bond)
+    return sum(bonds[k] * i * j * bonds[k + 1] for k, (i, j) in enumerate(zip(out_modes, in_modes)))
+
+
+def _is_prime(number: int) -> bool:
+    return number > 1 and all(number % divisor for divisor in range(2, isqrt(number) + 1))
+
+
+@lru_cache(maxsize=None)
+def _most_even_factors(size: int, num_modes: int, smallest: int) -> tuple[int, ...] | None:
+    """The ascending factors of `size`, none below `smallest`, with the least sum; None if there are none."""
+    if num_modes == 1:
+        return (size,) if size >= smallest else None
+    best: tuple[int, ...] | None = None
+    factor = smallest
+    while factor**num_modes <= size:
+        if size % factor == 0:
+            rest = _most_even_factors(size // factor, num_modes - 1, factor)
+            if rest is not None and (best is None or factor + sum(rest) < sum(best)):
+                best = (factor, *rest)
+        factor += 1
+    return best
+
+
+def _largest_in_the_middle(ascending: Sequence[int]) -> tuple[int, ...]:
+    """Alternate the modes, largest first, to the middle's two sides: (1, 2, 3, 4, 5) -> (2, 4, 5, 3, 1)."""
+    descending = sorted(ascending, reverse=True)
+    return tuple(descending[1::2][::-1] + descending[0::2])

@@ -1,0 +1,235 @@
+"""The matrix product operator: decompose a weight into cores, contract them, and the update made of them.
+
+Core k has shape (b_{k-1}, i_k, j_k, b_k), b_0 = b_N = 1, and
+`MPO(T)[(i_1..i_N), (j_1..j_N)] = T1[:, i_1, j_1, :] · T2[:, i_2, j_2, :] · … · TN[:, i_N, j_N, :]`,
+the multi-indices row-major (first mode slowest). Source: DoTA (arXiv 2412.20891), section 3.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from tensorpeft.modes import bond_dimensions
+from tensorpeft.networks.effective import Cut, fold
+from tensorpeft.networks.update import AbstractFusedUpdate
+
+
+class MpoUpdate(AbstractFusedUpdate):
+    """`ΔW = MPO(cores) − MPO(start)`: zero, exactly, while the cores are their start.
+
+    Args:
+        cores: the trained cores, each (bond_left, out_mode, in_mode, bond_right); kept in float32 or float64.
+        start: frozen cores of the same shapes, saved beside the trained ones; None: nothing is subtracted.
+
+    Source: DoTA, section 3.2; the paper subtracts MPO(start) from the base weight, we leave that untouched.
+    """
+
+    def __init__(self, cores: Sequence[Tensor], start: Sequence[Tensor] | None = None):
+        super().__init__()
+        self.num_cores = len(cores)
+        self.has_start = start is not None
+        for k, core in enumerate(cores, 1):
+            # A clone: the start must not follow the trained core.
+            self.register_parameter(f"core_{k}", nn.Parameter(_at_least_float32(core.detach()).clone()))
+        for k, core in enumerate(start or (), 1):
+            self.register_buffer(f"start_{k}", _at_least_float32(core.detach()).clone())
+
+    def cores(self) -> list[Tensor]:
+        """The trained cores, first to last."""
+        return [getattr(self, f"core_{k}") for k in range(1, self.num_cores + 1)]
+
+    def start(self) -> list[Tensor]:
+        """The frozen start cores; empty if nothing is subtracted."""
+        return [getattr(self, f"start_{k}") for k in range(1, self.num_cores + 1)] if self.has_start else []
+
+    def cut(self) -> Cut:
+        """Both networks, cut at the bond that makes the halves smallest."""
+        # Not under autocast: the update is summed in float32 and cast once, after it was added to the weight.
+        with torch.autocast(self.core_1.device.type, enabled=False):
+            left, right = _halves([_at_least_float32(core) for core in self.cores()])
+            if not self.has_start:
+                return Cut(left, right)
+            with torch.no_grad():
+                return Cut(left, right, *_halves([_at_least_float32(core) for core in self.start()]))
+
+    def extra_repr(self) -> str:
+        """Modes and bonds, as in `out 4·4·8·8·4, in 4·4·8·8·4, bonds 1·16·16·16·16·1`."""
+        shapes = [core.shape for core in self.cores()]
+        out, in_ = "·".join(str(s[1]) for s in shapes), "·".join(str(s[2]) for s in shapes)
+        bonds = "·".join(["1", *(str(s[3]) for s in shapes)])
+        return f"out {out}, in {in_}, bonds {bonds}, {'from start' if self.has_start else 'no start'}"
+
+
+@torch.no_grad()
+def decompose(
+    weight: Tensor,  # (out, in), floating point
+    out_modes: Sequence[int],
+    in_modes: Sequence[int],
+    max_bond: int,
+) -> list[Tensor]:  # N cores, each (bond_left, out_mode, in_mode, bond_right)
+    """The cores of `weight` by TT-SVD of its interleaved tensor, in float32 (float64 for a float64 weight).
+
+    Each bond keeps the leading left singular vectors of its unfolding as the core, and the rest goes on, so that all
+    cores but the last are left-orthonormal and the last holds the singular values (the paper does not say where they
+    go). At full bond the contraction is the weight; truncated, it is the orthogonal projection of the weight.
+
+    An unfolding here is narrow (at most max_bond · i_k · j_k rows), so its singular vectors come from the
+    eigenvectors of its small Gram matrix, or after a QR where it is tall: the same subspaces as an SVD.
+
+    Raises:
+        ValueError: the weight is not a finite floating-point matrix on a real device, the modes' products are not its
+            shape, or `max_bond` is below 1.
+
+    Source: DoTA, section 3.1; TT-SVD: Oseledets (2011), algorithm 1.
+
+    >>> weight = torch.randn(12, 8)
+    >>> cores = decompose(weight, (3, 4), (2, 4), max_bond=6)
+    >>> [tuple(core.shape) for core in cores]
+    [(1, 3, 2, 6), (6, 4, 4, 1)]
+    >>> torch.allclose(contract(cores), weight, atol=1e-5)
+    True
+    """
+    bonds = bond_dimensions(out_modes, in_modes, max_bond)
+    _check_weight(weight, out_modes, in_modes)
+    num_cores = len(out_modes)
+    weight = _at_least_float32(weight)
+    pairs = [i * j for i, j in zip(out_modes, in_modes)]
+    # The leading bonds that cut nothing off cost nothing either: their cores are split from the first basis that does.
+    head = next((k for k in range(1, num_cores) if prod(pairs[:k]) > bonds[k]), num_cores)
+    rows = _interleave(weight.reshape(prod(out_modes[:head]), -1, prod(in_modes[:head]), prod(in_modes[head:])))
+    basis, rest = _leading_subspace(rows, bonds[head])
+    cores = _split_exactly(basis, out_modes[:head], in_modes[:head], bonds)
+    for k in range(head, num_cores):
+        left_out, left_in = prod(out_modes[k + 1 :]), prod(in_modes[k + 1 :])
+        rest = rest.view(bonds[k], out_modes[k], left_out, in_modes[k], left_in).transpose(2, 3)
+        rest = rest.reshape(bonds[k] * pairs[k], left_out * left_in)
+        basis, rest = _leading_subspace(rest, bonds[k + 1]) if k + 1 < num_cores else (rest, rest)
+        cores.append(basis.view(bonds[k], out_modes[k], in_modes[k], bonds[k + 1]))
+    return cores
+
+
+def contract(
+    cores: Sequence[Tensor],  # each (bond_left, out_mode, in_mode, bond_right)
+) -> Tensor:  # (out, in)
+    """The matrix of the cores. Differentiable.
+
+    Raises:
+        ValueError: neighbouring bonds differ, or the outer ones are not 1.
+    """
+    outer = [cores[0].shape[0], *(core.shape[3] for core in cores)]
+    if outer[0] != 1 or outer[-1] != 1 or any(core.shape[0] != bond for core, bond in zip(cores, outer)):
+        raise ValueError(
+            f"the cores' shapes {[tuple(core.shape) for core in cores]} do not chain: each must start with the bond "
+            "that the one before ends with, the first and the last bond being 1."
+        )
+    if len(cores) == 1:
+        return cores[0].flatten(0, 1).flatten(1)
+    left, right = _halves(cores)
+    return fold(left, right).reshape(left.shape[0] * right.shape[1], left.shape[1] * right.shape[2])
+
+
+def random_cores(
+    out_modes: Sequence[int],
+    in_modes: Sequence[int],
+    max_bond: int,
+    device: torch.device | str | None = None,
+) -> list[Tensor]:  # N cores, each (bond_left, out_mode, in_mode, bond_right)
+    """Gaussian cores whose contraction has entries of variance 1 / in, as a freshly initialised linear layer.
+
+    Each core's standard deviation is `(bond_left · in_mode)^-½`, so that every product of cores keeps that scale.
+    The paper says "Gaussian" without a scale.
+    """
+    bonds = bond_dimensions(out_modes, in_modes, max_bond)
+    return [
+        torch.randn(bonds[k], i, j, bonds[k + 1], device=device) * (bonds[k] * j) ** -0.5
+        for k, (i, j) in enumerate(zip(out_modes, in_modes))
+    ]
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _check_weight(weight: Tensor, out_modes: Sequence[int], in_modes: Sequence[int]) -> None:
+    if weight.ndim != 2 or not weight.is_floating_point() or weight.is_meta:
+        raise ValueError(
+            f"cannot decompose a tensor of shape {tuple(weight.shape)}, {weight.dtype}, on {weight.device}: expected a "
+            "floating-point matrix (out, in) on a real device."
+        )
+    if (prod(out_modes), prod(in_modes)) != tuple(weight.shape):
+        raise ValueError(
+            f"the modes {tuple(out_modes)} x {tuple(in_modes)} make a ({prod(out_modes)}, {prod(in_modes)}) matrix, "
+            f"but the weight is {tuple(weight.shape)}: the modes of a side must multiply to its size."
+        )
+
+
+def _interleave(grouped: Tensor) -> Tensor:
+    """(out_left, out_right, in_left, in_right) as the unfolding (out_left · in_left, out_right · in_right)."""
+    return grouped.transpose(1, 2).reshape(grouped.shape[0] * grouped.shape[2], -1)
+
+
+def _leading_subspace(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The first `count` left singular vectors (m, count) of an (m, n) matrix, and the matrix in that basis."""
+    num_rows, num_columns = rows.shape
+    if num_rows > num_columns:
+        q, small = torch.linalg.qr(rows)
+        basis = q @ _eigenbasis(small, count)
+    else:
+        basis = _eigenbasis(rows, count)
+    return basis, basis.t() @ rows
+
+
+def _eigenbasis(rows: Tensor, count: int) -> Tensor:
+    """The first `count` left singular vectors of a wide or square (m, n) matrix from its Gram matrix."""
+    gram = rows @ rows.t()
+    if not torch.isfinite(gram).all():
+        raise ValueError(
+            f"cannot decompose the weight: its largest entry is {rows.abs().max().item()}, expected finite numbers "
+            "whose squares float32 can hold. Check the checkpoint."
+        )
+    values, vectors = torch.linalg.eigh(gram)
+    # Squaring hides singular values below √eps of the largest. Where the cut falls among those, look closer.
+    if count < len(values) and gram.dtype == torch.float32 and values[-count] < 1e-5 * values[-1]:
+        exact = rows.double()
+        vectors = torch.linalg.eigh(exact @ exact.t()).eigenvectors.to(rows.dtype)
+    return vectors[:, -count:].flip(1)
+
+
+def _split_exactly(
+    basis: Tensor,  # (out · in of the modes, bond), rows in the order (all outputs, all inputs)
+    out_modes: Sequence[int],
+    in_modes: Sequence[int],
+    bonds: Sequence[int],
+) -> list[Tensor]:
+    """The cores of an orthonormal basis over several modes; nothing is cut off, all come out left-orthonormal."""
+    cores = []
+    rest = basis.view(1, prod(out_modes), prod(in_modes), -1)
+    for k in range(len(out_modes) - 1):
+        left_out, left_in = prod(out_modes[k + 1 :]), prod(in_modes[k + 1 :])
+        rest = rest.reshape(bonds[k], out_modes[k], left_out, in_modes[k], left_in, -1).transpose(2, 3)
+        vectors, rest = _leading_subspace(rest.reshape(bonds[k] * out_modes[k] * in_modes[k], -1), bonds[k + 1])
+        cores.append(vectors.view(bonds[k], out_modes[k], in_modes[k], bonds[k + 1]))
+        rest = rest.view(bonds[k + 1], left_out, left_in, -1)
+    cores.append(rest.reshape(bonds[len(out_modes) - 1], out_modes[-1], in_modes[-1], -1))
+    return cores
+
+
+def _halves(cores: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The cores contracted to the left (out, in, bond) and the right (bond, out, in) of the cheapest bond."""
+    shapes = [core.shape for core in cores]
+    sizes = [
+        prod(s[1] * s[2] for s in shapes[:k]) * shapes[k][0] + prod(s[1] * s[2] for s in shapes[k:]) * shapes[k][0]
+        for k in range(1, len(cores))
+    ]
+    position = 1 + sizes.index(min(sizes))
+    left = cores[0].squeeze(0)
+    for core in cores[1:position]:
+        left = torch.einsum("abr,rijs->aibjs", left, core).flatten(2, 3).flatten(0, 1)
+    right = cores[-1].squeeze(-1)
+    for core in reversed(cores[position:-1]):
+        right = torch.einsum("rijs,sab->riajb", core, right).flatten(3, 4).flatten(1, 2)
+    return left, right

@@ -1,0 +1,47 @@
+"""The whole contract of an update at one weight: what it adds to the layer's output, and the matrix it is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+from tensorpeft.networks.effective import Cut, effective_linear, fold
+
+
+class AbstractWeightUpdate(nn.Module, ABC):
+    """ΔW of one weight (out, in), added to a frozen W0: `y = x W0ᵀ + update(x)`.
+
+    Parameters are trained; buffers are saved beside them and frozen. Both are registered under plain names
+    (`core_1`, not `cores.0`): PEFT takes the adapter's name out of a checkpoint key one level above the tensor.
+    """
+
+    @abstractmethod
+    def forward(
+        self,
+        x: Tensor,  # (*batch, in)
+    ) -> Tensor:  # (*batch, out)
+        """`x ΔWᵀ`, in the dtype of x."""
+
+    @abstractmethod
+    def cut(self) -> Cut:
+        """ΔW as two halves joined by one bond, in float32 or float64; differentiable in the parameters.
+
+        A matrix product A B of rank r is the cut with left (out, 1, r) and right (r, 1, in).
+        """
+
+    def weight(self) -> Tensor:  # (out, in)
+        """ΔW: the matrix that `forward` multiplies by, by the plain formula. Differentiable."""
+        cut = self.cut()
+        update = fold(cut.left, cut.right)
+        if cut.start_left is not None and cut.start_right is not None:
+            update = update - fold(cut.start_left, cut.start_right)
+        return update.reshape(cut.shape)
+
+
+class AbstractFusedUpdate(AbstractWeightUpdate):
+    """An update of high rank: a layer adds it to the base weight and multiplies once (`networks.effective`)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x ΔWᵀ` through the fused map, for a base whose weight cannot be added to."""
+        return effective_linear(x, None, None, [self.cut()])

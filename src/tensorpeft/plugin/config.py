@@ -1,0 +1,99 @@
+"""The configuration that every method's own is built on: which weights, and `build`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from peft import PeftConfig
+from peft.utils import PeftType
+from torch import Tensor
+
+from tensorpeft.networks.update import AbstractWeightUpdate
+from tensorpeft.plugin.checkpoint import add_loading_hint, check_file
+from tensorpeft.sites import Site
+
+
+@dataclass
+class TensorConfig(PeftConfig, ABC):
+    """The fields that all methods share, with PEFT's names and meanings.
+
+    Args:
+        target_modules: names (endings) of the linear layers to adapt, a regular expression for their full names, or
+            "all-linear" (all but the output head). None: the layers of PEFT's LoRA mapping for the architecture.
+        exclude_modules: names (endings), or a regular expression, of layers to leave out.
+        modules_to_save: names of further modules to train in full and save, such as a new classification head.
+        layers_to_transform: index or indices of the layers to adapt, for `target_modules` given as a list.
+        layers_pattern: name of the list of layers that the indices count in, if it is not found by itself.
+
+    Raises:
+        ValueError: `layers_to_transform` beside a regular expression, or `layers_pattern` alone.
+    """
+
+    target_modules: list[str] | str | None = field(default=None, metadata={"help": "Which linear layers to adapt."})
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Which layers to leave out."})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules to train in full and save."})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Indices of layers to adapt."})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
+
+    # Set by `plugin.registration.register`.
+    registered_type: ClassVar[PeftType]
+
+    def __post_init__(self) -> None:
+        """Check what PEFT would silently ignore."""
+        super().__post_init__()
+        self.peft_type = self.registered_type
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+            raise ValueError(
+                f"layers_to_transform={self.layers_to_transform} works with a list of target_modules, but "
+                f"target_modules={self.target_modules!r} is a regular expression: put the layers into it, or pass a list."
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(
+                f"layers_pattern={self.layers_pattern!r} says where to count, but layers_to_transform, which layers, "
+                "is missing: pass both or neither."
+            )
+
+    @abstractmethod
+    def build(
+        self,
+        sites: Sequence[Site],
+        read_weight: Callable[[Site], Tensor],
+    ) -> Mapping[str, AbstractWeightUpdate]:
+        """An update for every site, by the site's name.
+
+        Args:
+            sites: all weights that this adapter adapts.
+            read_weight: a site -> its pretrained weight (out, in), dequantised if need be. On the meta device where
+                there is none to read, or where a checkpoint's tensors will replace whatever is built: allocate only.
+
+        Raises:
+            ValueError: a site that the method cannot serve; nothing has been changed by then.
+        """
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> PeftConfig:
+        """As PEFT's; a damaged or pickled weights file beside the configuration is refused here, before any model is touched.
+
+        Raises:
+            ValueError: see `plugin.checkpoint.check_file`.
+        """
+        check_file(Path(pretrained_model_name_or_path) / (subfolder or ""))
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if isinstance(config, TensorConfig):
+            config.is_from_checkpoint = True  # type: ignore[attr-defined]  # not a field: not saved
+        return config
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As PEFT's, and tells the model card's readers to `import tensorpeft`."""
+        super().save_pretrained(save_directory, **kwargs)
+        add_loading_hint(Path(save_directory))

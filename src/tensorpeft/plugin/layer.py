@@ -1,0 +1,208 @@
+"""The one layer: a frozen linear layer and the updates of its adapters. It knows no method."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.quantization_utils import QuantizationBackend, quantization_extra_repr
+from torch import Tensor, nn
+
+from tensorpeft.networks.effective import effective_linear, effective_weight
+from tensorpeft.networks.update import AbstractFusedUpdate, AbstractWeightUpdate
+from tensorpeft.plugin.base_weight import addable_weight, oriented, restore_row_order, version_of
+
+
+class TensorLayer(nn.Module, BaseTunerLayer):
+    """`y = base(x) + Σ update(x)` over the active adapters.
+
+    Each method has a subclass made by `plugin.registration`, whose `adapter_layer_names` holds the one attribute that
+    PEFT's checkpoint keys name (`dota_update`): a `ModuleDict` from adapter to update.
+
+    The base weight is changed by merging only, and `unmerge` puts the very tensor back. A merged or cached weight is
+    `networks.effective.effective_weight`, so that merged and unmerged inference multiply by the same numbers.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        shape: tuple[int, int],  # (out, in)
+        quantization_backend: QuantizationBackend | None = None,
+    ):
+        super().__init__()
+        self.base_layer = base_layer
+        self.out_features, self.in_features = shape
+        self.quantization_backend = quantization_backend
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._active_adapter: str | list[str] = []
+        self._unmerged_weight: Tensor | None = None  # the base's own tensor while adapters are merged
+        self._cached: tuple[object, Tensor] | None = None  # what it was made of, and the effective weight
+        setattr(self, self.adapter_layer_names[0], nn.ModuleDict())
+
+    @property
+    def updates(self) -> nn.ModuleDict:
+        """The updates of this layer by adapter name."""
+        return getattr(self, self.adapter_layer_names[0])
+
+    def update_layer(self, adapter_name: str, update: AbstractWeightUpdate, inference_mode: bool = False) -> None:
+        """Add (or replace) an adapter's update."""
+        self.updates[adapter_name] = update
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        """(*batch, in) -> (*batch, out). `adapter_names`: one per row of the batch, "__base__" for none."""
+        if adapter_names is not None:
+            return self._mixed_forward(x, adapter_names, *args, **kwargs)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        updates = [] if self.disable_adapters or self.merged else self._named(self.active_adapters)
+        fused = [update for update in updates if isinstance(update, AbstractFusedUpdate)]
+        weight = addable_weight(self.base_layer) if fused else None
+        if weight is None:
+            result, added = self.base_layer(x, *args, **kwargs), updates
+        else:
+            result = self._fused_forward(x, weight, fused)
+            added = [update for update in updates if not isinstance(update, AbstractFusedUpdate)]
+        if added and self.quantization_backend is not None:
+            result = self.quantization_backend.maybe_clone_base_result(result)
+        for update in added:
+            result = result + update(x).to(result.dtype)
+        return result
+
+    def _fused_forward(self, x: Tensor, weight: Tensor, updates: Sequence[AbstractFusedUpdate]) -> Tensor:
+        bias: Tensor | None = self.base_layer.bias  # type: ignore[assignment]
+        trains = torch.is_grad_enabled() and (weight.requires_grad or any(map(_is_trained, updates)))
+        if self.training or trains or torch.compiler.is_compiling():
+            return effective_linear(x, weight, bias, [update.cut() for update in updates])
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        return F.linear(x, self._cached_weight(weight, updates, dtype), bias)
+
+    def _cached_weight(self, weight: Tensor, updates: Sequence[AbstractFusedUpdate], dtype: torch.dtype) -> Tensor:
+        """The effective weight of these updates, made anew when any tensor it is made of has changed."""
+        tensors = (weight, *(t for update in updates for t in (*update.parameters(), *update.buffers())))
+        version = version_of(tensors)
+        key = None if version is None else (*version, dtype)
+        if key is None or self._cached is None or self._cached[0] != key:
+            self._cached = None  # free the old one first
+            effective = effective_weight(weight, [update.cut() for update in updates], dtype)
+            if key is None:
+                return effective
+            self._cached = (key, effective)
+        return self._cached[1]
+
+    def train(self, mode: bool = True) -> TensorLayer:
+        """As torch's; the cached weight goes, so that training and a new evaluation start from what is there."""
+        self._cached = None
+        return super().train(mode)
+
+    def _mixed_forward(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        """Each row with its own adapter. Written for inference: the rows of an adapter share one product."""
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                f"Length of `adapter_names` should be the same as the number of inputs, but got {len(adapter_names)} "
+                f"and {len(x)} respectively."
+            )
+        if self.merged:
+            raise ValueError(
+                f"Cannot pass `adapter_names` when there are merged adapters ({self.merged_adapters}), please call "
+                "`unmerge_adapter` first."
+            )
+        result = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters:
+            return result
+        result = result.clone()
+        for name in dict.fromkeys(adapter_names):
+            for update in self._named([name]):
+                rows = torch.tensor([k for k, other in enumerate(adapter_names) if other == name], device=x.device)
+                result.index_add_(0, rows, update(x[rows]).to(result.dtype))
+        return result
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Put the adapters' updates into the base weight.
+
+        Raises:
+            ValueError: with `safe_merge`, the merged weight would not be finite; nothing has been changed.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.updates]
+        if not names:
+            return
+        merged = self.merged_weight(names)
+        if safe_merge:
+            check_finite(merged, names)
+        if self.quantization_backend is None and self._unmerged_weight is None:
+            self._unmerged_weight = self.get_base_layer().weight.data
+        self.set_base_weight(merged)
+        self.merged_adapters.extend(names)
+        self._cached = None
+
+    @torch.no_grad()
+    def merged_weight(self, adapter_names: Sequence[str]) -> Tensor:
+        """The base weight with the given adapters, beside any merged already, as the base layer stores it."""
+        base = self.get_base_layer()
+        restore_row_order(base)
+        weight, names = self.get_base_weight(), list(adapter_names)
+        if self._unmerged_weight is not None:  # one rounding from the pretrained weight, however many merges
+            weight, names = self._unmerged_weight, [*self.merged_adapters, *names]
+        cuts = [update.cut() for update in self._named(names)]
+        return oriented(base, effective_weight(oriented(base, weight), cuts))
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Take all merged adapters out again: bit for bit, but for a quantised base, which is quantised anew."""
+        if not self.merged:
+            return
+        if self._unmerged_weight is not None:
+            self.get_base_layer().weight.data = self._unmerged_weight
+            self._unmerged_weight = None
+        else:
+            restore_row_order(self.get_base_layer())
+            weight = self.get_base_weight()
+            for name in self.merged_adapters:
+                weight = weight - self.get_delta_weight(name).to(weight.dtype)
+            self.set_base_weight(weight)
+        self.merged_adapters.clear()
+        self._cached = None
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """ΔW of an adapter in float32, laid out as the base layer stores its weight."""
+        return oriented(self.get_base_layer(), self.updates[adapter].weight())  # type: ignore[operator]
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """True: W' = W + ΔW. A high-rank ΔW converts with an error, which `peft.convert_to_lora` chooses by its rank."""
+        return True
+
+    def _named(self, adapter_names: Sequence[str]) -> list[AbstractWeightUpdate]:
+        return [self.updates[name] for name in adapter_names if name in self.updates]  # type: ignore[misc]
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """As PEFT's, but the update keeps its float32: small steps would be lost in a half-precision copy."""
+        if adapter_name not in self.updates:
+            return
+        update = self.updates[adapter_name]
+        if device is None:
+            device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        if device is not None and not any(parameter.is_meta for parameter in update.parameters()):
+            update.to(device)
+
+    def extra_repr(self) -> str:
+        """The quantisation backend, if any."""
+        return quantization_extra_repr(self)
+
+
+def check_finite(weight: Tensor, adapter_names: Sequence[str]) -> None:
+    """Raise a `ValueError` that names the adapters if any element of a merged weight is not finite."""
+    if not torch.isfinite(weight).all():
+        raise ValueError(
+            f"NaNs detected in the merged weights. The adapter {', '.join(adapter_names)} seems to be broken: check "
+            "its checkpoint and the loss it was trained to."
+        )
+
+
+def _is_trained(update: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in update.parameters())

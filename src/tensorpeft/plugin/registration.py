@@ -1,0 +1,91 @@
+"""How a method becomes one of PEFT's: a member of its enum, a tuner, a layer. All patches of PEFT stand in this file."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar, Union
+
+import peft.tuners.mixed
+import peft.tuners.mixed.model as mixed_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import PeftType, register_peft_method
+
+from tensorpeft.plugin.config import TensorConfig
+from tensorpeft.plugin.layer import TensorLayer
+from tensorpeft.plugin.tuner import TensorModel, wrap_layer
+
+ConfigClass = TypeVar("ConfigClass", bound=type[TensorConfig])
+
+
+def register(name: str) -> Callable[[ConfigClass], ConfigClass]:
+    """A class decorator that makes a configuration a PEFT method called `name`.
+
+    Its tuner and layer classes are the shared ones under the method's name, with the prefix `name_` that PEFT and
+    transformers derive from it.
+
+    Raises:
+        RuntimeError: PEFT, or another package, has a method of that name already.
+    """
+
+    def decorate(config_cls: ConfigClass) -> ConfigClass:
+        peft_type = _add_peft_type(name.upper())
+        registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type)
+        if registered is not None:
+            raise RuntimeError(
+                f"cannot register the method {name!r}: PEFT knows one of that name ({registered.__module__}."
+                f"{registered.__qualname__}). Uninstall the package that brings it, or use one of the two per process."
+            )
+        config_cls.registered_type = peft_type
+        title = name.capitalize()
+        layer_cls = _subclass(TensorLayer, f"{title}Layer", config_cls, adapter_layer_names=(f"{name}_update",))
+        model_cls = _subclass(TensorModel, f"{title}Model", config_cls, prefix=f"{name}_", tuner_layer_cls=layer_cls)
+        register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls, is_mixed_compatible=True)
+        _admit_to_mixed_models(peft_type, config_cls, layer_cls, f"{name}_")
+        return config_cls
+
+    return decorate
+
+
+def _subclass(base: type, name: str, config_cls: type, **fields: Any) -> type:
+    """A subclass in the method's own module, where pickle (torch.save of a whole model) finds it by name."""
+    module = config_cls.__module__
+    doc = f"{base.__name__} of the method that `{config_cls.__name__}` configures."
+    cls = type(name, (base,), {**fields, "__module__": module, "__doc__": doc})
+    setattr(sys.modules[module], name, cls)
+    return cls
+
+
+def _add_peft_type(name: str) -> PeftType:
+    """PEFT takes only names in its enum, which a plug-in must therefore extend. Works with pickle, deepcopy and json."""
+    if name in PeftType.__members__:
+        return PeftType[name]
+    member = str.__new__(PeftType, name)
+    member._name_ = name
+    member._value_ = name
+    member.__objclass__ = PeftType  # type: ignore[attr-defined]
+    member._sort_order_ = len(PeftType.__members__)  # type: ignore[attr-defined]
+    type.__setattr__(PeftType, name, member)
+    PeftType._member_names_.append(name)
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member
+    assert PeftType(name) is member
+    return member
+
+
+def _admit_to_mixed_models(peft_type: PeftType, config_cls: type, layer_cls: type[TensorLayer], prefix: str) -> None:
+    """PeftMixedModel has fixed lists of what it can hold, and a fixed dispatch. Until it asks PEFT's registry."""
+    types = (*mixed_model.COMPATIBLE_TUNER_TYPES, peft_type)
+    mixed_model.COMPATIBLE_TUNER_TYPES = peft.tuners.mixed.COMPATIBLE_TUNER_TYPES = types
+    mixed_model.Configs = Union[mixed_model.Configs, config_cls]
+    mixed_model.Layers = (*mixed_model.Layers, layer_cls)
+    mixed_model.PREFIXES.append(prefix)
+    create_others = mixed_model.MixedModel._create_and_replace
+
+    def create_and_replace(self: Any, config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        if isinstance(config, config_cls):
+            wrap_layer(self, layer_cls, config, adapter_name, kwargs["current_key"])  # type: ignore[arg-type]
+        else:
+            create_others(self, config, adapter_name, *args, **kwargs)
+
+    mixed_model.MixedModel._create_and_replace = create_and_replace  # type: ignore[method-assign]

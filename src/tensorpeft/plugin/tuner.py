@@ -1,0 +1,200 @@
+"""The one tuner: finds the sites, lets the method build an update for each, and wraps the layers. It knows no method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, _get_submodules
+from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
+from torch import Tensor, nn
+
+from tensorpeft.networks.update import AbstractWeightUpdate
+from tensorpeft.plugin.base_weight import linear_shape, oriented, restore_row_order
+from tensorpeft.plugin.config import TensorConfig
+from tensorpeft.plugin.layer import TensorLayer, check_finite
+from tensorpeft.plugin.loading import check_state_dict
+from tensorpeft.sites import Site
+
+
+class TensorModel(BaseTuner):
+    """A model whose target layers carry updates. Each method has a subclass, made by `plugin.registration`."""
+
+    tuner_layer_cls = TensorLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """As PEFT's. Every update is built before the first layer is wrapped: an error leaves the model as it was."""
+        self._allocates_only = low_cpu_mem_usage
+        self._injected_names = None if state_dict is None else {key.rsplit("." + self.prefix, 1)[0] for key in state_dict}
+        try:
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        finally:
+            self._planned = None
+
+    def _create_and_replace(
+        self,
+        peft_config: TensorConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        wrap_layer(self, type(self).tuner_layer_cls, peft_config, adapter_name, current_key)
+
+    def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+        # Of the whole tuner, before its first layer is loaded: a checkpoint that does not fit changes nothing.
+        self.register_load_state_dict_pre_hook(check_state_dict)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As PEFT's; with `safe_merge` every layer is checked before the first one is changed."""
+        if safe_merge:
+            self._check_merged_weights(adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge and safe_merge:
+            self._check_merged_weights(adapter_names)
+        if not merge:
+            self.unmerge_adapter()  # what is merged would stay in the base weights that are handed back
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)  # type: ignore[return-value]
+
+    def _check_merged_weights(self, adapter_names: list[str] | None) -> None:
+        for module in self.model.modules():
+            if isinstance(module, TensorLayer):
+                names = [name for name in adapter_names or module.active_adapters if name in module.updates]
+                names = [name for name in names if name not in module.merged_adapters]
+                if names:
+                    check_finite(module.merged_weight(names), names)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Hand each layer its rows' adapters while a forward or generate call with `adapter_names` runs."""
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode: call `eval()` first.")
+        unknown = sorted(set(adapter_names) - set(self.peft_config) - {"__base__"})
+        if unknown:
+            raise ValueError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; loaded are "
+                f"{', '.join(sorted(self.peft_config))}, and '__base__' for none."
+            )
+        num_beams = kwargs.get("num_beams") or getattr(kwargs.get("generation_config"), "num_beams", None) or 1
+        repeated = [name for name in adapter_names for _ in range(num_beams)]
+        in_encoder = _encoder_modules(self.model)
+        with ExitStack() as stack:
+            for module in self.modules():
+                if isinstance(module, TensorLayer):
+                    # Beams are rows of a decoder's batch, not of its encoder's.
+                    names = adapter_names if module in in_encoder else repeated
+                    handle = module.register_forward_pre_hook(partial(_pass_names, names), with_kwargs=True)
+                    stack.callback(handle.remove)
+            yield
+
+
+def wrap_layer(
+    tuner: BaseTuner,
+    layer_cls: type[TensorLayer],
+    config: TensorConfig,
+    adapter_name: str,
+    key: str,  # full name of the layer in the model
+) -> None:
+    """Give the layer `key` its update of a new adapter; at the first layer of an adapter, build all of them.
+
+    A function of any tuner: PEFT's MixedModel, which holds adapters of several methods, calls it too.
+
+    Raises:
+        ValueError: a target is not linear, or the method cannot serve it.
+    """
+    if getattr(tuner, "_planned", None) is None or tuner._planned[0] is not config:
+        tuner.__dict__["_planned"] = (config, _build_updates(tuner, config))
+    update = tuner._planned[1][key]
+    parent, target, target_name = _get_submodules(tuner.model, key)
+    if isinstance(target, layer_cls):
+        target.update_layer(adapter_name, update, inference_mode=config.inference_mode)
+        layer = target
+    else:
+        base = _innermost(target)
+        backend = resolve_quantization_backend(base, **get_quantization_kwargs(tuner.model))
+        layer = layer_cls(target, linear_shape(base, key, parent, backend), backend)
+        layer._active_adapter = adapter_name
+        layer.update_layer(adapter_name, update, inference_mode=config.inference_mode)
+        tuner._replace_module(parent, target_name, layer, target)
+    if adapter_name not in tuner.active_adapters:
+        layer.updates[adapter_name].requires_grad_(False)
+
+
+def _build_updates(tuner: BaseTuner, config: TensorConfig) -> Mapping[str, AbstractWeightUpdate]:
+    """The method's updates for all targets of a config. Changes nothing in the model."""
+    quantization = get_quantization_kwargs(tuner.model)
+    bases: dict[str, tuple[nn.Module, Any]] = {}
+    sites = []
+    for name in _target_names(tuner, config):
+        parent, target, _ = _get_submodules(tuner.model, name)
+        base = _innermost(target)
+        backend = resolve_quantization_backend(base, **quantization)
+        out, in_ = linear_shape(base, name, parent, backend)
+        bases[name] = (base, backend)
+        sites.append(Site(name, out, in_))
+    allocates_only = getattr(tuner, "_allocates_only", False)
+
+    def read_weight(site: Site) -> Tensor:
+        base, backend = bases[site.name]
+        if allocates_only:
+            return torch.empty(site.out, site.in_, device="meta")
+        restore_row_order(base)
+        weight = base.weight.data if backend is None else backend.get_base_weight(base)
+        return oriented(base, weight)  # type: ignore[arg-type]
+
+    return config.build(sites, read_weight)
+
+
+def _target_names(tuner: BaseTuner, config: TensorConfig) -> list[str]:
+    """The full names of the layers that PEFT is going to adapt for a config, in the model's order."""
+    injected: set[str] | None = getattr(tuner, "_injected_names", None)
+    is_target: Callable[[str], Any]
+    is_target = partial(tuner._check_target_module_exists, config) if injected is None else injected.__contains__
+    names: list[str] = []
+    wrapped: tuple[str, ...] = ()
+    for name, module in tuner.model.named_modules():
+        if name and not name.startswith(wrapped) and is_target(name):
+            names.append(name)
+        if isinstance(module, BaseTunerLayer):
+            wrapped += (f"{name}.",)  # what lies in there belongs to an earlier adapter
+    return names
+
+
+def _innermost(target: nn.Module) -> nn.Module:
+    return target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+
+
+def _encoder_modules(model: nn.Module) -> set[nn.Module]:
+    """All modules of an encoder-decoder's encoder; empty for other models (their `get_encoder` returns themselves)."""
+    encoder = model.get_encoder() if hasattr(model, "get_encoder") else None  # type: ignore[operator]
+    return set() if encoder is None or encoder is model else set(encoder.modules())
+
+
+def _pass_names(adapter_names: list[str], module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    return args, {**kwargs, "adapter_names": adapter_names}

@@ -1,0 +1,70 @@
+"""The methods that ``tensorpeft demo`` compares. To compare another one, add it to ``METHODS``."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from peft import LoraConfig, PeftConfig
+
+from tensorpeft import DotaConfig
+
+# BERT's query, key, value and both MLP weights. A list of suffixes cannot say it: "output.dense" is also the end of
+# the attention's output projection, "attention.output.dense".
+TARGETS = r".*\.layer\.\d+\.(attention\.self\.(query|key|value)|intermediate\.dense|output\.dense)"
+REFERENCE = "lora"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to fine-tune.
+
+    Args:
+        key: how ``--methods`` calls it.
+        name: how tables and plots call it.
+        make_config: a new PEFT configuration, or None to train every weight of the model.
+        rates: the learning rates to choose from, ascending. Every method gets the same number.
+    """
+
+    key: str
+    name: str
+    make_config: Callable[[], PeftConfig | None]
+    rates: tuple[float, ...]
+
+
+METHODS = (
+    Method("full", "full fine-tuning", lambda: None, (1e-4, 3e-4, 1e-3)),
+    Method(
+        REFERENCE,
+        "LoRA r=8",
+        lambda: LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS, task_type="SEQ_CLS"),
+        (1e-3, 3e-3, 1e-2),
+    ),
+    Method(
+        "dota",
+        "DoTA r=16",
+        lambda: DotaConfig(r=16, target_modules=TARGETS, task_type="SEQ_CLS"),
+        (1e-3, 3e-3, 1e-2),
+    ),
+    Method(
+        "dota-random",
+        "DoTA-random r=16",
+        lambda: DotaConfig(r=16, init_weights="random", target_modules=TARGETS, task_type="SEQ_CLS"),
+        (1e-3, 3e-3, 1e-2),
+    ),
+)
+
+
+def choose_methods(
+    keys: str | None,  # such as "lora,dota"; None: all
+) -> tuple[Method, ...]:
+    """The methods with these keys, in the order of ``METHODS``.
+
+    Raises:
+        ValueError: a key is unknown.
+    """
+    if keys is None:
+        return METHODS
+    wanted = {key.strip() for key in keys.split(",")}
+    known = [method.key for method in METHODS]
+    if unknown := sorted(wanted - set(known)):
+        raise ValueError(f"--methods {keys}: no method {unknown[0]!r}. Choose from {', '.join(known)}.")
+    return tuple(method for method in METHODS if method.key in wanted)
