@@ -78,8 +78,3 @@ def version_of(tensors: tuple[Tensor | None, ...]) -> tuple[object, ...] | None:
         None if tensor is None else (tensor.data_ptr(), tensor._version, tensor.dtype, tensor.device)
         for tensor in tensors
     )
-
-
-def is_allocated(weight: Tensor) -> bool:
-    """Whether a weight holds numbers, not only a shape."""
-    return weight.device != torch.device("meta")

@@ -110,8 +110,8 @@ class TensorLayer(nn.Module, BaseTunerLayer):
             )
         if self.merged:
             raise ValueError(
-                f"Cannot pass `adapter_names` when there are merged adapters ({self.merged_adapters}), please call "
-                "`unmerge_adapter` first."
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first. "
+                f"Merged are: {', '.join(self.merged_adapters)}."
             )
         result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
@@ -181,7 +181,7 @@ class TensorLayer(nn.Module, BaseTunerLayer):
         return [self.updates[name] for name in adapter_names if name in self.updates]  # type: ignore[misc]
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """As PEFT's, but the update keeps its float32: small steps would be lost in a half-precision copy."""
+        """As PEFT's, but the update keeps its dtype: small steps would be lost in a half-precision copy."""
         if adapter_name not in self.updates:
             return
         update = self.updates[adapter_name]

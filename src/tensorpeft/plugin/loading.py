@@ -9,47 +9,61 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from tensorpeft.plugin.base_weight import is_allocated, oriented, restore_row_order
 from tensorpeft.plugin.layer import TensorLayer
 
 
-def check_state_dict(tuner: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
+def check_state_dict(tuner: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
     """A tuner's `load_state_dict` pre-hook.
 
+    A checkpoint without an update's buffers is one that subtracts nothing (DoTA's `init_weights=False`): they are zero.
+
     Raises:
-        ValueError: a tensor has another shape than the adapter it is loaded into, or an update's tensors are there only
-            in part. An adapter that was made for this checkpoint (`PeftModel.from_pretrained`,
-            `load_adapter`) is taken out of the model again.
+        ValueError: a tensor has another shape than the adapter it is loaded into, an update's tensors are there only in
+            part, or there are more than the update has. An adapter that was made for this checkpoint
+            (`PeftModel.from_pretrained`, `load_adapter`) is taken out of the model again.
     """
     for name, layer in tuner.named_modules():
         if not isinstance(layer, TensorLayer):
             continue
-        attribute = layer.adapter_layer_names[0]
+        stem = f"{prefix}{name}.{layer.adapter_layer_names[0]}."
         for adapter_name, update in layer.updates.items():
-            stem = f"{prefix}{name}.{attribute}.{adapter_name}."
-            expected = update.state_dict()
-            found = {key: state_dict[stem + key] for key in expected if stem + key in state_dict}
-            problem = _misfit(expected, found)
+            problem = _misfit(update, _part(state_dict, f"{stem}{adapter_name}."), _part(state_dict, stem))
             if problem:
                 _remove(tuner, adapter_name)
                 raise ValueError(f"{name.removeprefix('model.')}: {problem}")
+            for key, buffer in update.named_buffers():
+                if f"{stem}{adapter_name}.{next(iter(dict(update.named_parameters())))}" in state_dict:
+                    state_dict.setdefault(f"{stem}{adapter_name}.{key}", torch.zeros_like(buffer))
 
 
-def _misfit(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str | None:
-    """What is wrong with one update's part of a checkpoint; None if nothing is, or if it has none."""
-    if not found:
-        return None
-    missing = sorted(set(expected) - set(found))
-    if missing:
+def _part(state_dict: Mapping[str, Tensor], stem: str) -> dict[str, Tensor]:
+    return {key.removeprefix(stem): tensor for key, tensor in state_dict.items() if key.startswith(stem)}
+
+
+def _misfit(update: nn.Module, found: Mapping[str, Tensor], unmapped: Mapping[str, Tensor]) -> str | None:
+    """What is wrong with one update's part of a checkpoint; None if nothing is, or if it has none.
+
+    `found` has the tensors that PEFT mapped to this update. PEFT leaves the key of a tensor that the update does not
+    have as it stands in the file, without an adapter's name: those are the ones in `unmapped` that have no dot.
+    """
+    parameters, buffers = dict(update.named_parameters()), dict(update.named_buffers())
+    more = sorted(key for key in unmapped if "." not in key)
+    if more and found:
         return (
-            f"the checkpoint has {sorted(found)} but not {missing} for this layer: it is incomplete, or was made with "
-            "another configuration. Save the adapter again."
+            f"the checkpoint has {more}, which this adapter does not: it was made with another configuration "
+            "(init_weights, num_cores). Load it with the adapter_config.json it was saved with."
         )
+    missing = sorted(set(parameters) - set(found))
+    if not set(buffers).isdisjoint(found):
+        missing += sorted(set(buffers) - set(found))
+    if missing and found:
+        return f"the checkpoint has {sorted(found)} but not {missing} for this layer: it is incomplete. Save it again."
     for key, tensor in found.items():
-        if tensor.shape != expected[key].shape:
+        expected = parameters.get(key, buffers.get(key))
+        if expected is not None and tensor.shape != expected.shape:
             return (
-                f"{key} is {tuple(tensor.shape)} in the checkpoint, expected {tuple(expected[key].shape)} for this model "
-                "and configuration. Load it on the model it was trained on (base_model_name_or_path in "
+                f"{key} is {tuple(tensor.shape)} in the checkpoint, expected {tuple(expected.shape)} for this model and "
+                "configuration. Load it on the model it was trained on (base_model_name_or_path in "
                 "adapter_config.json), with the r, num_cores and modes it was trained with."
             )
     return None

@@ -59,6 +59,17 @@ class TensorModel(BaseTuner):
         # Of the whole tuner, before its first layer is loaded: a checkpoint that does not fit changes nothing.
         self.register_load_state_dict_pre_hook(check_state_dict)
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Updates are float32. `autocast_adapter_dtype=False` asks for the base model's dtype instead."""
+        if autocast_adapter_dtype:
+            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+            return
+        for module in self.model.modules():
+            if isinstance(module, TensorLayer) and adapter_name in module.updates:
+                _, dtype = module._get_base_layer_device_and_dtype(module.get_base_layer())
+                if dtype is not None and dtype.is_floating_point:
+                    module.updates[adapter_name].to(dtype)
+
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """As PEFT's; with `safe_merge` every layer is checked before the first one is changed."""
         if safe_merge:

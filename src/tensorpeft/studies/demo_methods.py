@@ -22,12 +22,14 @@ class Method:
         name: how tables and plots call it.
         make_config: a new PEFT configuration, or None to train every weight of the model.
         rates: the learning rates to choose from, ascending. Every method gets the same number.
+        note: what a reader of its row must know.
     """
 
     key: str
     name: str
     make_config: Callable[[], PeftConfig | None]
     rates: tuple[float, ...]
+    note: str = ""
 
 
 METHODS = (
@@ -43,6 +45,7 @@ METHODS = (
         "DoTA r=16",
         lambda: DotaConfig(r=16, target_modules=TARGETS, task_type="SEQ_CLS"),
         (1e-3, 3e-3, 1e-2),
+        note="its saved file holds the cores' start beside the trained cores.",
     ),
     Method(
         "dota-random",

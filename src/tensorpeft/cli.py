@@ -1,0 +1,79 @@
+"""The command ``tensorpeft``: parses, calls the studies, prints. User errors are one line on stderr and exit code 2."""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code of the command: 0, or 2 after a user error."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments, shlex.join(["tensorpeft", *argv]))
+    except (ValueError, FileNotFoundError) as error:
+        return _fail(str(error))
+    except ModuleNotFoundError as error:
+        return _fail(f'{error}. The demo needs more libraries than the package. Run: pip install "tensorpeft[demo]"')
+    except ImportError as error:
+        return _fail(str(error))
+    return 0
+
+
+def _fail(message: str) -> int:
+    print("tensorpeft:", " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tensorpeft", description="Fine-tune Hugging Face models with tensor-network adapters."
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    demo = commands.add_parser(
+        "demo",
+        help="compare full fine-tuning, LoRA and DoTA on a small task, on this machine",
+        description="Fine-tune MiniLM-L6 with several methods; print a table, write a report, a plot and raw results.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    demo.add_argument(
+        "--task",
+        choices=("docstrings", "cola"),
+        default="docstrings",
+        help="docstrings of Python's standard library by area, or GLUE's CoLA (needs --data)",
+    )
+    demo.add_argument("--data", type=Path, metavar="DIR", help="folder of CoLA's train.tsv and dev.tsv")
+    demo.add_argument("--methods", metavar="A,B", help="full, lora, dota, dota-random; all if not given")
+    demo.add_argument(
+        "--quick", action="store_true", help="far fewer steps, rows and seeds: shows that it runs, no more"
+    )
+    demo.add_argument("--seeds", type=int, metavar="N", help="final runs per method; the plan's if not given")
+    demo.add_argument("--steps", type=int, metavar="N", help="training steps of a run; the plan's if not given")
+    demo.add_argument("--output", type=Path, default=Path("runs/demo"), metavar="DIR", help="where the report goes")
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _demo(arguments: argparse.Namespace, command: str) -> None:
+    # Imported here: these take seconds and optional libraries, and --help needs neither.
+    from tensorpeft.studies.demo import make_plan, run_demo
+    from tensorpeft.studies.demo_methods import choose_methods
+
+    plan = make_plan(arguments.quick, arguments.steps, arguments.seeds)
+    methods = choose_methods(arguments.methods)
+    run_demo(_load_task(arguments.task, arguments.data), plan, methods, arguments.output, command)
+
+
+def _load_task(name: str, data: Path | None):  # -> ClassificationTask
+    from tensorpeft.tasks.cola import load_cola
+    from tensorpeft.tasks.docstrings import load_docstrings
+
+    if name == "docstrings":
+        if data is not None:
+            raise ValueError(f"--data {data}: the docstrings task reads this Python's own library. Leave --data out.")
+        return load_docstrings()
+    if data is None:
+        raise ValueError("--task cola: the data is not in the package. Pass its folder as --data DIR.")
+    return load_cola(data)
