@@ -55,10 +55,12 @@ def tt_svd(
     cores, bond = [], 1
     for out_mode, in_mode in zip(out_modes[:-1], in_modes[:-1], strict=True):
         unfolding = rest.reshape(bond * out_mode * in_mode, -1)
-        u, s, _ = np.linalg.svd(unfolding, full_matrices=False)
+        # With A = L Q, the triangular L has the left singular vectors of A, and an SVD of few columns.
+        triangular = np.linalg.qr(unfolding.T, mode="r").T
+        u, s, _ = np.linalg.svd(triangular, full_matrices=False)
         kept = min(max_bond, len(s))
         cores.append(u[:, :kept].reshape(bond, out_mode, in_mode, kept))
-        # Equal to S Vᵀ, but good to the last digits also where the unfolding is very wide and LAPACK's V is not.
+        # Uᵀ A = S Vᵀ, but good to the last digits also where A is very wide and LAPACK's V is not.
         rest, bond = u[:, :kept].T @ unfolding, kept
     cores.append(rest.reshape(bond, out_modes[-1], in_modes[-1], 1))
     return cores

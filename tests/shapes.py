@@ -26,6 +26,7 @@ SHAPES = [
     Shape("prime-257x64", (1, 1, 257, 1, 1), (2, 2, 4, 2, 2), 3),
     Shape("primes-in-one-core-127x131", (1, 1, 127, 1, 1), (1, 1, 131, 1, 1), 16),  # every bond is 1
     Shape("primes-in-two-cores-127x131", (1, 127, 1), (1, 1, 131), 16),
+    Shape("two-cores-64x48", (8, 8), (6, 8), 16),
     Shape("odd-105x45", (3, 5, 7), (5, 3, 3), 5),
     Shape("row-1x12", (1, 1, 1), (2, 3, 2), 1),
     Shape("one-core-6x10", (6,), (10,), 1),  # no bond

@@ -36,22 +36,25 @@ def _parser() -> argparse.ArgumentParser:
         "demo",
         help="compare full fine-tuning, LoRA and DoTA on a small task, on this machine",
         description="Fine-tune MiniLM-L6 with several methods; print a table, write a report, a plot and raw results.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     demo.add_argument(
         "--task",
         choices=("docstrings", "cola"),
         default="docstrings",
-        help="docstrings of Python's standard library by area, or GLUE's CoLA (needs --data)",
+        help="docstrings of Python's standard library by area (default), or GLUE's CoLA (needs --data)",
     )
     demo.add_argument("--data", type=Path, metavar="DIR", help="folder of CoLA's train.tsv and dev.tsv")
-    demo.add_argument("--methods", metavar="A,B", help="full, lora, dota, dota-random; all if not given")
+    demo.add_argument("--methods", metavar="A,B", help="of full, lora, dota, dota-random (default: all)")
+    demo.add_argument("--quick", action="store_true", help="few steps, rows and seeds: shows that it runs, no more")
+    demo.add_argument("--seeds", type=int, metavar="N", help="final runs per method (default: 3; quick: 2)")
+    demo.add_argument("--steps", type=int, metavar="N", help="training steps of a run (default: 60; quick: 10)")
     demo.add_argument(
-        "--quick", action="store_true", help="far fewer steps, rows and seeds: shows that it runs, no more"
+        "--output",
+        type=Path,
+        default=Path("runs/demo"),
+        metavar="DIR",
+        help="where the report goes (default: %(default)s)",
     )
-    demo.add_argument("--seeds", type=int, metavar="N", help="final runs per method; the plan's if not given")
-    demo.add_argument("--steps", type=int, metavar="N", help="training steps of a run; the plan's if not given")
-    demo.add_argument("--output", type=Path, default=Path("runs/demo"), metavar="DIR", help="where the report goes")
     demo.set_defaults(run=_demo)
     return parser
 

@@ -101,7 +101,7 @@ def decompose(
     # The leading bonds that cut nothing off cost nothing either: their cores are split from the first basis that does.
     head = next((k for k in range(1, num_cores) if prod(pairs[:k]) > bonds[k]), num_cores)
     rows = _interleave(weight.reshape(prod(out_modes[:head]), -1, prod(in_modes[:head]), prod(in_modes[head:])))
-    basis, rest = _leading_subspace(rows, bonds[head])
+    basis, rest = _leading_subspace(rows, bonds[head]) if head < num_cores else (rows.clone(), rows)
     cores = _split_exactly(basis, out_modes[:head], in_modes[:head], bonds)
     for k in range(head, num_cores):
         left_out, left_in = prod(out_modes[k + 1 :]), prod(in_modes[k + 1 :])
@@ -191,11 +191,15 @@ def _eigenbasis(rows: Tensor, count: int) -> Tensor:
             f"cannot decompose the weight: its largest entry is {rows.abs().max().item()}, expected finite numbers "
             "whose squares float32 can hold. Check the checkpoint."
         )
-    values, vectors = torch.linalg.eigh(gram)
-    # Squaring hides singular values below √eps of the largest. Where the cut falls among those, look closer.
-    if count < len(values) and gram.dtype == torch.float32 and values[-count] < 1e-5 * values[-1]:
-        exact = rows.double()
-        vectors = torch.linalg.eigh(exact @ exact.t()).eigenvectors.to(rows.dtype)
+    try:
+        values, vectors = torch.linalg.eigh(gram)
+        # Squaring blurs singular values far below the largest: is the cut among those?
+        is_blurred = count < len(values) and gram.dtype == torch.float32 and bool(values[-count] < 1e-3 * values[-1])
+    except torch.linalg.LinAlgError:  # many repeated eigenvalues, such as a constant weight's
+        is_blurred = True
+    if is_blurred:
+        triangle = torch.linalg.qr(rows.double().t(), mode="r").R.t()
+        return torch.linalg.svd(triangle, full_matrices=False).U[:, :count].to(rows.dtype)
     return vectors[:, -count:].flip(1)
 
 
