@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tensorpeft.modes import bond_dimensions
-from tensorpeft.networks.effective import Cut, fold
+from tensorpeft.networks.effective import Cut, Halves, Network, fold
 from tensorpeft.networks.update import AbstractFusedUpdate
 
 
@@ -47,14 +47,8 @@ class MpoUpdate(AbstractFusedUpdate):
         return [getattr(self, f"start_{k}") for k in range(1, self.num_cores + 1)] if self.has_start else []
 
     def cut(self) -> Cut:
-        """Both networks, cut at the bond that makes the halves smallest."""
-        # Not under autocast: the update is summed in float32 and cast once, after it was added to the weight.
-        with torch.autocast(self.core_1.device.type, enabled=False):
-            left, right = _halves([_at_least_float32(core) for core in self.cores()])
-            if not self.has_start:
-                return Cut(left, right)
-            with torch.no_grad():
-                return Cut(left, right, *_halves([_at_least_float32(core) for core in self.start()]))
+        """Both networks, to be cut at the bond that makes the halves smallest."""
+        return Cut(MPO, tuple(self.cores()), tuple(self.start()))
 
     def extra_repr(self) -> str:
         """Modes and bonds, as in `out 4·4·8·8·4, in 4·4·8·8·4, bonds 1·16·16·16·16·1`."""
@@ -128,8 +122,7 @@ def contract(
         )
     if len(cores) == 1:
         return cores[0].flatten(0, 1).flatten(1)
-    left, right = _halves(cores)
-    return fold(left, right).reshape(left.shape[0] * right.shape[1], left.shape[1] * right.shape[2])
+    return fold(_halves(cores))
 
 
 def random_cores(
@@ -222,18 +215,54 @@ def _split_exactly(
     return cores
 
 
-def _halves(cores: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """The cores contracted to the left (out, in, bond) and the right (bond, out, in) of the cheapest bond."""
-    shapes = [core.shape for core in cores]
-    sizes = [
-        prod(s[1] * s[2] for s in shapes[:k]) * shapes[k][0] + prod(s[1] * s[2] for s in shapes[k:]) * shapes[k][0]
-        for k in range(1, len(cores))
-    ]
-    position = 1 + sizes.index(min(sizes))
-    left = cores[0].squeeze(0)
-    for core in cores[1:position]:
-        left = torch.einsum("abr,rijs->aibjs", left, core).flatten(2, 3).flatten(0, 1)
-    right = cores[-1].squeeze(-1)
-    for core in reversed(cores[position:-1]):
-        right = torch.einsum("rijs,sab->riajb", core, right).flatten(3, 4).flatten(1, 2)
-    return left, right
+def _cheapest_bond(cores: Sequence[Tensor]) -> int:
+    """The number of cores on the left of the bond whose two halves have the fewest elements."""
+    pairs = [core.shape[1] * core.shape[2] for core in cores]
+    return min(range(1, len(cores)), key=lambda k: (prod(pairs[:k]) + prod(pairs[k:])) * cores[k].shape[0])
+
+
+def _left_chain(cores: Sequence[Tensor]) -> list[Tensor]:  # each (out, in, bond)
+    """The contractions of the first 1, 2, … cores."""
+    chain = [_at_least_float32(cores[0]).squeeze(0)]
+    for core in cores[1:]:
+        # a b: output and input modes so far; i j: the core's; r s: its bonds
+        product = torch.einsum("abr,rijs->aibjs", chain[-1], _at_least_float32(core))
+        chain.append(product.flatten(2, 3).flatten(0, 1))
+    return chain
+
+
+def _right_chain(cores: Sequence[Tensor]) -> list[Tensor]:  # each (bond, out, in)
+    """The contractions of the last 1, 2, … cores."""
+    chain = [_at_least_float32(cores[-1]).squeeze(-1)]
+    for core in reversed(cores[:-1]):
+        product = torch.einsum("rijs,sab->riajb", _at_least_float32(core), chain[-1])
+        chain.append(product.flatten(3, 4).flatten(1, 2))
+    return chain
+
+
+def _halves(cores: Sequence[Tensor]) -> Halves:
+    position = _cheapest_bond(cores)
+    with torch.autocast(cores[0].device.type, enabled=False):
+        return Halves(_left_chain(cores[:position])[-1], _right_chain(cores[position:])[-1])
+
+
+def _pull_back(cores: Sequence[Tensor], gradient: Halves) -> list[Tensor]:
+    """The gradients of the cores: both chains walked back, from the bond to the ends."""
+    position = _cheapest_bond(cores)
+    left_cores, right_cores = cores[:position], cores[position:]
+    grads = []
+    grad, chain = gradient.left, _left_chain(left_cores[:-1]) if position > 1 else []
+    for core, before in zip(reversed(left_cores[1:]), reversed(chain)):
+        grad = grad.view(before.shape[0], core.shape[1], before.shape[1], core.shape[2], -1)
+        grads.append(torch.einsum("abr,aibjs->rijs", before, grad))
+        grad = torch.einsum("rijs,aibjs->abr", _at_least_float32(core), grad)
+    grads = [grad.unsqueeze(0), *reversed(grads)]
+    grad, chain = gradient.right, _right_chain(right_cores[1:]) if len(right_cores) > 1 else []
+    for core, before in zip(right_cores[:-1], reversed(chain)):
+        grad = grad.view(-1, core.shape[1], before.shape[1], core.shape[2], before.shape[2])
+        grads.append(torch.einsum("riajb,sab->rijs", grad, before))
+        grad = torch.einsum("rijs,riajb->sab", _at_least_float32(core), grad)
+    return [*grads, grad.unsqueeze(-1)]
+
+
+MPO = Network(_halves, _pull_back)

@@ -25,18 +25,16 @@ class AbstractWeightUpdate(nn.Module, ABC):
 
     @abstractmethod
     def cut(self) -> Cut:
-        """ΔW as two halves joined by one bond, in float32 or float64; differentiable in the parameters.
+        """ΔW as a network that can be cut in two.
 
-        A matrix product A B of rank r is the cut with left (out, 1, r) and right (r, 1, in).
+        A matrix product A B of rank r has the halves (out, 1, r) and (r, 1, in).
         """
 
     def weight(self) -> Tensor:  # (out, in)
         """ΔW: the matrix that `forward` multiplies by, by the plain formula. Differentiable."""
-        cut = self.cut()
-        update = fold(cut.left, cut.right)
-        if cut.start_left is not None and cut.start_right is not None:
-            update = update - fold(cut.start_left, cut.start_right)
-        return update.reshape(cut.shape)
+        network, cores, start = self.cut()
+        update = fold(network.halves(cores))
+        return update - fold(network.halves(start)) if start else update
 
 
 class AbstractFusedUpdate(AbstractWeightUpdate):

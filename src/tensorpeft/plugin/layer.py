@@ -150,7 +150,7 @@ class TensorLayer(nn.Module, BaseTunerLayer):
         if self._unmerged_weight is not None:  # one rounding from the pretrained weight, however many merges
             weight, names = self._unmerged_weight, [*self.merged_adapters, *names]
         cuts = [update.cut() for update in self._named(names)]
-        return oriented(base, effective_weight(oriented(base, weight), cuts))
+        return oriented(base, effective_weight(oriented(base, weight), cuts, weight.dtype))
 
     @torch.no_grad()
     def unmerge(self) -> None:
