@@ -218,7 +218,8 @@ def _split_exactly(
 def _cheapest_bond(cores: Sequence[Tensor]) -> int:
     """The number of cores on the left of the bond whose two halves have the fewest elements."""
     pairs = [core.shape[1] * core.shape[2] for core in cores]
-    return min(range(1, len(cores)), key=lambda k: (prod(pairs[:k]) + prod(pairs[k:])) * cores[k].shape[0])
+    sizes = [(prod(pairs[:k]) + prod(pairs[k:])) * cores[k].shape[0] for k in range(1, len(cores))]
+    return 1 + sizes.index(min(sizes))
 
 
 def _left_chain(cores: Sequence[Tensor]) -> list[Tensor]:  # each (out, in, bond)

@@ -1,0 +1,115 @@
+"""Every method once, and the models that its properties are tested on. A new method adds one row to CASES."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import PeftConfig
+from torch import nn
+
+from tensorpeft import DotaConfig
+
+
+@dataclass(frozen=True)
+class Case:
+    """A way to configure a method.
+
+    `starts_at_identity`: a fresh adapter changes nothing, bit for bit.
+    """
+
+    name: str
+    config: type[PeftConfig]
+    arguments: dict[str, Any]
+    starts_at_identity: bool = True
+
+    def make(self, **more: Any) -> PeftConfig:
+        return self.config(**{**self.arguments, **more})
+
+
+CASES = [
+    Case("dota", DotaConfig, {"r": 6, "num_cores": 3}),
+    Case("dota-five-cores", DotaConfig, {"r": 4}),
+    Case("dota-random", DotaConfig, {"r": 6, "num_cores": 3, "init_weights": "random"}),
+    Case("dota-no-start", DotaConfig, {"r": 2, "num_cores": 2, "init_weights": False}, starts_at_identity=False),
+]
+over_cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+over_identity_cases = pytest.mark.parametrize(
+    "case", [case for case in CASES if case.starts_at_identity], ids=lambda case: case.name
+)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A tiny random model, the class it loads with, and the layers to adapt in it."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    targets: list[str]
+    task_type: str
+
+    def fresh(self) -> nn.Module:
+        """The same weights at every call, in evaluation mode."""
+        torch.manual_seed(0)
+        return self.build().eval()
+
+
+def tiny_llama(**more: Any) -> nn.Module:
+    config = {
+        "vocab_size": 96,
+        "hidden_size": 24,
+        "intermediate_size": 44,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        **more,
+    }
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
+
+
+def tiny_gpt2() -> nn.Module:
+    config = transformers.GPT2Config(
+        vocab_size=96, n_embd=24, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
+def tiny_bert() -> nn.Module:
+    config = transformers.BertConfig(
+        vocab_size=96, hidden_size=24, intermediate_size=44, num_hidden_layers=2, num_attention_heads=4, num_labels=3
+    )
+    return transformers.BertForSequenceClassification(config)
+
+
+MODELS = [
+    Model("llama", tiny_llama, ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"], "CAUSAL_LM"),
+    Model("gpt2-conv1d", tiny_gpt2, ["c_attn", "c_fc"], "CAUSAL_LM"),
+    Model("bert", tiny_bert, ["query", "value", "intermediate.dense"], "SEQ_CLS"),
+]
+over_models = pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
+
+
+def tokens(batch: int = 3, length: int = 7, seed: int = 1) -> torch.Tensor:  # (batch, length)
+    """Random token ids that every tiny model knows."""
+    return torch.randint(3, 96, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def logits(model: nn.Module, input_ids: torch.Tensor | None = None, **more: Any) -> torch.Tensor:
+    """The model's output without gradients."""
+    with torch.no_grad():
+        return model(input_ids=tokens() if input_ids is None else input_ids, **more).logits
+
+
+def perturb(model: nn.Module, seed: int = 2, scale: float = 0.3) -> None:
+    """Move every trainable parameter, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+                parameter += scale * noise * (parameter.std() if parameter.numel() > 1 else 1.0).nan_to_num(1.0)
