@@ -106,10 +106,10 @@ def logits(model: nn.Module, input_ids: torch.Tensor | None = None, **more: Any)
 
 
 def perturb(model: nn.Module, seed: int = 2, scale: float = 0.3) -> None:
-    """Move every trainable parameter, as training would."""
+    """Move the trainable parameters of the adapters, as training would."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                noise = torch.randn(parameter.shape, generator=generator).to(parameter)
-                parameter += scale * noise * (parameter.std() if parameter.numel() > 1 else 1.0).nan_to_num(1.0)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "_update." in name:
+                size = max(parameter.square().mean().sqrt().item(), 0.1)
+                parameter += scale * size * torch.randn(parameter.shape, generator=generator).to(parameter)
