@@ -144,13 +144,18 @@ class TensorLayer(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def merged_weight(self, adapter_names: Sequence[str]) -> Tensor:
         """The base weight with the given adapters, beside any merged already, as the base layer stores it."""
+        weight, names = self.read_base_weight(), list(adapter_names)
+        base = self.get_base_layer()
+        if self._unmerged_weight is not None:  # one rounding from the pretrained weight, however many merges
+            weight, names = oriented(base, self._unmerged_weight), [*self.merged_adapters, *names]
+        cuts = [update.cut() for update in self._named(names)]
+        return oriented(base, effective_weight(weight, cuts, weight.dtype))
+
+    def read_base_weight(self) -> Tensor:  # (out, in)
+        """The base weight as it is now, dequantised if need be; a view where it can be."""
         base = self.get_base_layer()
         restore_row_order(base)
-        weight, names = self.get_base_weight(), list(adapter_names)
-        if self._unmerged_weight is not None:  # one rounding from the pretrained weight, however many merges
-            weight, names = self._unmerged_weight, [*self.merged_adapters, *names]
-        cuts = [update.cut() for update in self._named(names)]
-        return oriented(base, effective_weight(oriented(base, weight), cuts, weight.dtype))
+        return oriented(base, self.get_base_weight())
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -161,11 +166,10 @@ class TensorLayer(nn.Module, BaseTunerLayer):
             self.get_base_layer().weight.data = self._unmerged_weight
             self._unmerged_weight = None
         else:
-            restore_row_order(self.get_base_layer())
-            weight = self.get_base_weight()
+            weight = self.read_base_weight()
             for name in self.merged_adapters:
-                weight = weight - self.get_delta_weight(name).to(weight.dtype)
-            self.set_base_weight(weight)
+                weight = weight - self.updates[name].weight().to(weight.dtype)  # type: ignore[operator]
+            self.set_base_weight(oriented(self.get_base_layer(), weight))
         self.merged_adapters.clear()
         self._cached = None
 

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from tensorpeft.networks.effective import fold
+from tensorpeft.networks.update import AbstractWeightUpdate
 from tensorpeft.plugin.layer import TensorLayer
 
+# The 4-bit form of a weight moves the share by less than 0.01, a fully fine-tuned base by a few hundredths.
+_SHARE_TOLERANCE = 0.2
 
-def check_state_dict(tuner: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+
+def check_state_dict(tuner: BaseTuner, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
     """A tuner's `load_state_dict` pre-hook.
 
     A checkpoint without an update's buffers is one that subtracts nothing (DoTA's `init_weights=False`): they are zero.
 
     Raises:
         ValueError: a tensor has another shape than the adapter it is loaded into, an update's tensors are there only in
-            part, or there are more than the update has. An adapter that was made for this checkpoint
+            part, there are more than the update has, or the update was started from another base model (a warning where
+            the base is a plain torch module). An adapter that was made for this checkpoint
             (`PeftModel.from_pretrained`, `load_adapter`) is taken out of the model again.
     """
     for name, layer in tuner.named_modules():
@@ -27,10 +36,15 @@ def check_state_dict(tuner: nn.Module, state_dict: dict[str, Tensor], prefix: st
             continue
         stem = f"{prefix}{name}.{layer.adapter_layer_names[0]}."
         for adapter_name, update in layer.updates.items():
-            problem = _misfit(update, _part(state_dict, f"{stem}{adapter_name}."), _part(state_dict, stem))
-            if problem:
+            found = _part(state_dict, f"{stem}{adapter_name}.")
+            problem = _misfit(update, found, _part(state_dict, stem))
+            foreign = None if problem else _foreign_start(layer, update, found)
+            if foreign and not isinstance(tuner.model, PreTrainedModel):
+                # A plain torch module has no identity that an adapter could belong to; PEFT's users load it on any.
+                warnings.warn(f"{name.removeprefix('model.')}: {foreign}", UserWarning, stacklevel=2)
+            elif problem or foreign:
                 _remove(tuner, adapter_name)
-                raise ValueError(f"{name.removeprefix('model.')}: {problem}")
+                raise ValueError(f"{name.removeprefix('model.')}: {problem or foreign}")
             for key, buffer in update.named_buffers():
                 if f"{stem}{adapter_name}.{next(iter(dict(update.named_parameters())))}" in state_dict:
                     state_dict.setdefault(f"{stem}{adapter_name}.{key}", torch.zeros_like(buffer))
@@ -69,10 +83,33 @@ def _misfit(update: nn.Module, found: Mapping[str, Tensor], unmapped: Mapping[st
     return None
 
 
-def _remove(tuner: nn.Module, adapter_name: str) -> None:
+def _foreign_start(layer: TensorLayer, update: AbstractWeightUpdate, found: Mapping[str, Tensor]) -> str | None:
+    """Whether a checkpoint's start is not the layer's own weight, cut down.
+
+    A start S that was decomposed from W0 is an orthogonal projection of it, so that ⟨W0, S⟩ = ‖S‖²; for an unrelated
+    weight the product is near 0. Another dtype, quantisation or a bit of training of the base hardly move it.
+    """
+    weight = layer.read_base_weight()
+    if weight.is_meta or set(found) != set(update.state_dict()):
+        return None
+    candidate = copy.deepcopy(update)
+    candidate.load_state_dict(dict(found), assign=True)
+    network, _, start = candidate.cut()
+    if not start:
+        return None
+    projection = fold(network.halves(start)).to(weight.device)
+    energy = projection.square().sum()
+    share = (weight.to(projection.dtype) * projection).sum() / energy
+    if energy == 0 or abs(share - 1) < _SHARE_TOLERANCE:
+        return None
+    return (
+        f"this adapter was started from another base model: of its start, {share:.0%} lies in this layer's weight, expected "
+        "100%. Load it on the model it was trained on (base_model_name_or_path in adapter_config.json)."
+    )
+
+
+def _remove(tuner: BaseTuner, adapter_name: str) -> None:
     """Take an adapter that was created for a refused checkpoint out of the model again."""
-    if not isinstance(tuner, BaseTuner):
-        return
     if not getattr(tuner.peft_config[adapter_name], "is_from_checkpoint", False):
         return
     if len(tuner.peft_config) == 1:
