@@ -45,7 +45,9 @@ def imports_of(path: Path) -> set[str]:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_follow_the_arrows(path: Path):
     room = room_of(path)
-    own = {name.removeprefix("tensorpeft").removeprefix(".") for name in imports_of(path) if name.startswith("tensorpeft")}
+    own = {
+        name.removeprefix("tensorpeft").removeprefix(".") for name in imports_of(path) if name.startswith("tensorpeft")
+    }
     for name in own:
         allowed = ARROWS[room] | {room}
         assert any(name == other or (other and name.startswith(f"{other}.")) for other in allowed), (
@@ -67,7 +69,9 @@ def test_shared_code_knows_no_method():
     methods = {path.stem for path in (ROOT / "methods").glob("*.py")} - {"__init__"}
     for path in FILES:
         if room_of(path) in {"plugin", "sites"}:
-            names = {n.id.lower() for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Name)}
+            names = {
+                n.id.lower() for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Name)
+            }
             assert not {name for name in names if any(method in name for method in methods)}, path
 
 

@@ -25,7 +25,9 @@ EXPECTED_FAILURES = {
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not HARNESS.is_dir(), reason=f"PEFT's conformance harness is not at {HARNESS} (TENSORPEFT_DATA)"),
+    pytest.mark.skipif(
+        not HARNESS.is_dir(), reason=f"PEFT's conformance harness is not at {HARNESS} (TENSORPEFT_DATA)"
+    ),
 ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from math import isqrt, prod
 
 # DoTA's table 2 (five cores). Sizes that are not in it are factored by `factor_modes`.
@@ -50,7 +50,7 @@ def factor_modes(size: int, num_modes: int) -> tuple[int, ...]:
     if num_modes > 1 and _is_prime(size):
         warnings.warn(
             f"the size {size} is prime: it stays one mode, the other {num_modes - 1} are 1, so that one core holds "
-            f"the whole side. Exclude the layer (exclude_modules) or pass modes={{{size}: (...)}} if that is not meant.",
+            f"the whole side. Exclude the layer (exclude_modules) or pass modes={{{size}: (...)}} otherwise.",
             UserWarning,
             stacklevel=2,
         )
@@ -78,7 +78,7 @@ def bond_dimensions(out_modes: Sequence[int], in_modes: Sequence[int], max_bond:
     if max_bond < 1:
         raise ValueError(f"got a largest bond dimension of {max_bond}, expected at least 1.")
     pairs = [i * j for i, j in zip(out_modes, in_modes)]
-    return tuple(min(prod(pairs[:k]), prod(pairs[k:]), max_bond) for k in range(len(pairs))) + (1,)
+    return (*(min(prod(pairs[:k]), prod(pairs[k:]), max_bond) for k in range(len(pairs))), 1)
 
 
 def count_parameters(out_modes: Sequence[int], in_modes: Sequence[int], max_bond: int) -> int:
@@ -95,7 +95,7 @@ def _is_prime(number: int) -> bool:
     return number > 1 and all(number % divisor for divisor in range(2, isqrt(number) + 1))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _most_even_factors(size: int, num_modes: int, smallest: int) -> tuple[int, ...] | None:
     """The ascending factors of `size`, none below `smallest`, with the least sum; None if there are none."""
     if num_modes == 1:

@@ -5,15 +5,18 @@ import pickle
 
 import pytest
 import torch
-from cases import CASES, MODELS, Case, Model, logits, over_cases, over_identity_cases, over_models, perturb, tokens
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+
+from cases import CASES, MODELS, Case, Model, logits, over_cases, over_identity_cases, over_models, perturb, tokens
 
 MERGED_TOLERANCE = 2e-6  # absolute, of float32 logits of order one
 
 
 def adapted(model: Model, case: Case, **more) -> PeftModel:
-    return get_peft_model(model.fresh(), case.make(target_modules=model.targets, task_type=model.task_type, **more)).eval()
+    return get_peft_model(
+        model.fresh(), case.make(target_modules=model.targets, task_type=model.task_type, **more)
+    ).eval()
 
 
 @over_models

@@ -69,7 +69,7 @@ def test_reloading_is_exact(bits: int, tmp_path):
 
 
 def test_merging_after_an_evaluation_reads_the_weight_in_its_own_order(bits: int):
-    """bitsandbytes repacks a 4-bit weight at the first forward in evaluation; read as it lies, it is scrambled."""
+    """Bitsandbytes repacks a 4-bit weight at the first forward in evaluation; read as it lies, it is scrambled."""
     model = trained(bits)
     with torch.no_grad():
         before = model(inputs())

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from cases import MODELS, over_cases, over_models
 from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from cases import MODELS, over_cases, over_models
 from tensorpeft import DotaConfig
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
@@ -60,7 +60,9 @@ def test_trainable_parameters_are_the_update_s_only(model, case):
 def test_a_checkpoint_is_its_trained_and_start_cores(tmp_path):
     """On a model large enough for the header not to matter: (trained + start) x 4 bytes + 5 %."""
     torch.manual_seed(0)
-    config = LlamaConfig(hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, vocab_size=64)
+    config = LlamaConfig(
+        hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, vocab_size=64
+    )
     peft_model = get_peft_model(LlamaForCausalLM(config), DotaConfig(r=16, target_modules=TARGETS))
     trained, _ = peft_model.get_nb_trainable_parameters()
     start = sum(buffer.numel() for name, buffer in peft_model.named_buffers() if "start_" in name)

@@ -31,13 +31,13 @@ class DotaConfig(TensorConfig):
         r: largest bond dimension, the rank of the network.
         num_cores: number of cores, at least 2.
         modes: {size: [mode, …]} for sizes to be factored otherwise than `modes.factor_modes` does; one mode per core.
-        init_weights: True: T starts at the MPO of the pretrained weight. "random": at Gaussian cores with a last core of
+        init_weights: True: T starts at the MPO of the pretrained weight. "random": at Gaussian cores, the last one
             zero, the paper's ablation. False: at Gaussian cores and nothing subtracted, which is *not* the identity.
         rank_pattern: {name or regular expression: r} for layers with a bond of their own.
 
     Raises:
-        ValueError: a bond below 1, fewer than 2 cores, an unknown start, modes that do not multiply to their size or are
-            not one per core.
+        ValueError: a bond below 1, fewer than 2 cores, an unknown start, modes that do not multiply to their size or
+            are not one per core.
 
     Source: DoTA, section 3.2; defaults of its section 4; the scale of the random cores is ours (`networks.mpo`).
 
@@ -66,8 +66,8 @@ class DotaConfig(TensorConfig):
         for size, modes in (self.modes or {}).items():
             if prod(modes) != size or len(modes) != self.num_cores:
                 raise ValueError(
-                    f"modes[{size}]={modes}: expected {self.num_cores} modes, one per core, with the product {size}; got "
-                    f"{len(modes)} with the product {prod(modes)}."
+                    f"modes[{size}]={modes}: expected {self.num_cores} modes, one per core, with the product {size}; "
+                    f"got {len(modes)} with the product {prod(modes)}."
                 )
 
     def build(self, sites: Sequence[Site], read_weight: Callable[[Site], Tensor]) -> Mapping[str, MpoUpdate]:

@@ -1,0 +1,1 @@
+"""Tensor networks in plain torch: no PEFT, no configuration, no model."""

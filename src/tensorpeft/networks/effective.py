@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Elements of the weight that are rebuilt at once: 4 MiB of float32 stay in a CPU's cache; a GPU wants few, large blocks.
+# Elements of the weight that are rebuilt at once: on a CPU few enough for its cache, on a GPU enough to fill it.
 _BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**25}
 # float32 bits that a half-precision format drops.
 _DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}
@@ -125,7 +125,7 @@ class _EffectiveLinear(torch.autograd.Function):
     """Saves x, the frozen weight and the cores: tensors that are there anyway."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, layout, *tensors):  # noqa: D102
+    def forward(ctx, x, weight, bias, layout, *tensors):
         ctx.save_for_backward(x, weight, *tensors)
         ctx.layout = layout
         with torch.autocast(x.device.type, enabled=False):
@@ -134,7 +134,7 @@ class _EffectiveLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grad_outputs):  # noqa: D102
+    def backward(ctx, *grad_outputs):
         (grad_output,) = grad_outputs
         x, weight, *tensors = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, _, *needs_tensors = ctx.needs_input_grad

@@ -188,7 +188,7 @@ def _eigenbasis(rows: Tensor, count: int) -> Tensor:
         values, vectors = torch.linalg.eigh(gram)
         # Squaring blurs singular values far below the largest: is the cut among those?
         is_blurred = count < len(values) and gram.dtype == torch.float32 and bool(values[-count] < 1e-3 * values[-1])
-    except torch.linalg.LinAlgError:  # many repeated eigenvalues, such as a constant weight's
+    except RuntimeError:  # torch.linalg.LinAlgError: many repeated eigenvalues, such as a constant weight's
         is_blurred = True
     if is_blurred:
         triangle = torch.linalg.qr(rows.double().t(), mode="r").R.t()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -30,8 +29,8 @@ def linear_shape(
     if isinstance(base, nn.Linear) or (backend is not None and hasattr(base, "in_features")):
         return int(base.out_features), int(base.in_features)  # type: ignore[arg-type]
     raise ValueError(
-        f"{name}: cannot adapt a {type(base).__name__}, expected a linear layer (torch.nn.Linear, transformers' Conv1D, "
-        "or a quantised linear layer that PEFT supports). Narrow target_modules, or name it in exclude_modules."
+        f"{name}: cannot adapt a {type(base).__name__}, expected a linear layer (torch.nn.Linear, transformers' "
+        "Conv1D, or a quantised linear layer that PEFT supports). Narrow target_modules, or name it in exclude_modules."
     )
 
 

@@ -53,7 +53,7 @@ class TensorConfig(PeftConfig, ABC):
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             raise ValueError(
                 f"layers_to_transform={self.layers_to_transform} works with a list of target_modules, but "
-                f"target_modules={self.target_modules!r} is a regular expression: put the layers into it, or pass a list."
+                f"target_modules={self.target_modules!r} is a regular expression: put the layers into it."
             )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(
@@ -82,7 +82,7 @@ class TensorConfig(PeftConfig, ABC):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> PeftConfig:
-        """As PEFT's; a damaged or pickled weights file beside the configuration is refused here, before any model is touched.
+        """As PEFT's; a damaged or pickled weights file beside the configuration is refused before a model is touched.
 
         Raises:
             ValueError: see `plugin.checkpoint.check_file`.

@@ -136,7 +136,7 @@ class TensorLayer(nn.Module, BaseTunerLayer):
         if safe_merge:
             check_finite(merged, names)
         if self.quantization_backend is None and self._unmerged_weight is None:
-            self._unmerged_weight = self.get_base_layer().weight.data
+            self._unmerged_weight = self.get_base_layer().weight.data  # type: ignore[assignment]
         self.set_base_weight(merged)
         self.merged_adapters.extend(names)
         self._cached = None
@@ -178,7 +178,7 @@ class TensorLayer(nn.Module, BaseTunerLayer):
         return oriented(self.get_base_layer(), self.updates[adapter].weight())  # type: ignore[operator]
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """True: W' = W + ΔW. A high-rank ΔW converts with an error, which `peft.convert_to_lora` chooses by its rank."""
+        """True: W' = W + ΔW. A ΔW of high rank converts with an error, by the rank given to PEFT."""
         return True
 
     def _named(self, adapter_names: Sequence[str]) -> list[AbstractWeightUpdate]:

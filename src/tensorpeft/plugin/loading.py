@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tensorpeft.networks.effective import fold
-from tensorpeft.networks.update import AbstractWeightUpdate
 from tensorpeft.plugin.layer import TensorLayer
 
 # The 4-bit form of a weight moves the share by less than 0.01, a fully fine-tuned base by a few hundredths.
@@ -76,14 +75,14 @@ def _misfit(update: nn.Module, found: Mapping[str, Tensor], unmapped: Mapping[st
         expected = parameters.get(key, buffers.get(key))
         if expected is not None and tensor.shape != expected.shape:
             return (
-                f"{key} is {tuple(tensor.shape)} in the checkpoint, expected {tuple(expected.shape)} for this model and "
-                "configuration. Load it on the model it was trained on (base_model_name_or_path in "
+                f"{key} is {tuple(tensor.shape)} in the checkpoint, expected {tuple(expected.shape)} for this model "
+                "and configuration. Load it on the model it was trained on (base_model_name_or_path in "
                 "adapter_config.json), with the r, num_cores and modes it was trained with."
             )
     return None
 
 
-def _foreign_start(layer: TensorLayer, update: AbstractWeightUpdate, found: Mapping[str, Tensor]) -> str | None:
+def _foreign_start(layer: TensorLayer, update: nn.Module, found: Mapping[str, Tensor]) -> str | None:
     """Whether a checkpoint's start is not the layer's own weight, cut down.
 
     A start S that was decomposed from W0 is an orthogonal projection of it, so that ⟨W0, S⟩ = ‖S‖²; for an unrelated
@@ -94,7 +93,7 @@ def _foreign_start(layer: TensorLayer, update: AbstractWeightUpdate, found: Mapp
         return None
     candidate = copy.deepcopy(update)
     candidate.load_state_dict(dict(found), assign=True)
-    network, _, start = candidate.cut()
+    network, _, start = candidate.cut()  # type: ignore[operator]
     if not start:
         return None
     projection = fold(network.halves(start)).to(weight.device)
@@ -103,8 +102,8 @@ def _foreign_start(layer: TensorLayer, update: AbstractWeightUpdate, found: Mapp
     if energy == 0 or abs(share - 1) < _SHARE_TOLERANCE:
         return None
     return (
-        f"this adapter was started from another base model: of its start, {share:.0%} lies in this layer's weight, expected "
-        "100%. Load it on the model it was trained on (base_model_name_or_path in adapter_config.json)."
+        f"this adapter was started from another base model: of its start, {share:.0%} lies in this layer's weight, "
+        "expected 100%. Load it on the model it was trained on (base_model_name_or_path in adapter_config.json)."
     )
 
 

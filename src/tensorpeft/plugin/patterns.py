@@ -12,4 +12,4 @@ Value = TypeVar("Value")
 
 def value_for(name: str, patterns: Mapping[str, Value], default: Value) -> Value:
     """The value of the pattern that matches a layer's full name, or the default."""
-    return patterns.get(get_pattern_key(patterns.keys(), name), default)
+    return patterns.get(get_pattern_key(list(patterns), name), default)

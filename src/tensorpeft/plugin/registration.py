@@ -1,4 +1,4 @@
-"""How a method becomes one of PEFT's: a member of its enum, a tuner, a layer. All patches of PEFT stand in this file."""
+"""How a method becomes one of PEFT's: a member of its enum, a tuner, a layer. All patches of PEFT stand here."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _subclass(base: type, name: str, config_cls: type, **fields: Any) -> type:
 
 
 def _add_peft_type(name: str) -> PeftType:
-    """PEFT takes only names in its enum, which a plug-in must therefore extend. Works with pickle, deepcopy and json."""
+    """PEFT takes only names in its enum, so a plug-in must extend it. Works with pickle, deepcopy and json."""
     if name in PeftType.__members__:
         return PeftType[name]
     member = str.__new__(PeftType, name)
@@ -77,7 +77,7 @@ def _admit_to_mixed_models(peft_type: PeftType, config_cls: type, layer_cls: typ
     """PeftMixedModel has fixed lists of what it can hold, and a fixed dispatch. Until it asks PEFT's registry."""
     types = (*mixed_model.COMPATIBLE_TUNER_TYPES, peft_type)
     mixed_model.COMPATIBLE_TUNER_TYPES = peft.tuners.mixed.COMPATIBLE_TUNER_TYPES = types
-    mixed_model.Configs = Union[mixed_model.Configs, config_cls]
+    mixed_model.Configs = Union[mixed_model.Configs, config_cls]  # noqa: UP007  # of classes known at run time
     mixed_model.Layers = (*mixed_model.Layers, layer_cls)
     mixed_model.PREFIXES.append(prefix)
     create_others = mixed_model.MixedModel._create_and_replace

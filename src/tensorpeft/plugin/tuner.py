@@ -1,4 +1,4 @@
-"""The one tuner: finds the sites, lets the method build an update for each, and wraps the layers. It knows no method."""
+"""The one tuner: finds the sites, lets the method build an update for each, wraps the layers. It knows no method."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ class TensorModel(BaseTuner):
     ) -> None:
         """As PEFT's. Every update is built before the first layer is wrapped: an error leaves the model as it was."""
         self._allocates_only = low_cpu_mem_usage
-        self._injected_names = None if state_dict is None else {key.rsplit("." + self.prefix, 1)[0] for key in state_dict}
+        self._injected_names = (
+            None if state_dict is None else {key.rsplit("." + self.prefix, 1)[0] for key in state_dict}
+        )
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         finally:
@@ -53,7 +55,8 @@ class TensorModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        wrap_layer(self, type(self).tuner_layer_cls, peft_config, adapter_name, current_key)
+        layer_cls: type[TensorLayer] = type(self).tuner_layer_cls  # type: ignore[assignment]
+        wrap_layer(self, layer_cls, peft_config, adapter_name, current_key)
 
     def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         # Of the whole tuner, before its first layer is loaded: a checkpoint that does not fit changes nothing.
@@ -139,9 +142,11 @@ def wrap_layer(
     Raises:
         ValueError: a target is not linear, or the method cannot serve it.
     """
-    if getattr(tuner, "_planned", None) is None or tuner._planned[0] is not config:
-        tuner.__dict__["_planned"] = (config, _build_updates(tuner, config))
-    update = tuner._planned[1][key]
+    planned: tuple[Any, dict[str, AbstractWeightUpdate]] | None = getattr(tuner, "_planned", None)
+    if planned is None or planned[0] is not config or key not in planned[1]:
+        planned = (config, dict(_build_updates(tuner, config)))
+        tuner._planned = planned  # type: ignore[assignment]
+    update = planned[1].pop(key)
     parent, target, target_name = _get_submodules(tuner.model, key)
     if isinstance(target, layer_cls):
         target.update_layer(adapter_name, update, inference_mode=config.inference_mode)

@@ -1,0 +1,179 @@
+"""What of DoTA's start matters? Validation losses of variants of it, each at its own best learning rate.
+
+    python benchmarks/dota_start.py [--task docstrings|cola] [--data DIR] [--steps 60] [--seeds 3] [--variants a,b]
+
+MiniLM-L6 on the task of `tensorpeft demo`, the same targets, batches and schedule for all. The learning rate is chosen
+on the validation loss with the first seed; the test split is not touched. Each variant changes one thing:
+
+    mpo              DoTA: the MPO of the pretrained weight, singular values in the last core
+    random           DoTA-random: Gaussian cores, the last one zero
+    gaussian         the MPO of a Gaussian matrix of the weight's norm, subtracted again like DoTA's
+    balanced         mpo, the cores rescaled to one root mean square (the same MPO)
+    first            mpo, the singular values moved to the first core (the same MPO)
+    r8, r32          mpo with another bond
+    random-r8, random-r32
+
+Adam's step does not depend on the scale of a gradient, so `balanced` is also the answer to a learning rate per core:
+training the rescaled cores at one rate is training the original ones at rates proportional to their size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from tensorpeft import DotaConfig
+from tensorpeft.modes import factor_modes
+from tensorpeft.networks.mpo import MpoUpdate, decompose
+from tensorpeft.studies.demo_methods import TARGETS, Method
+from tensorpeft.studies.finetune import Recipe, build_model, encode, finetune
+from tensorpeft.tasks.cola import load_cola
+from tensorpeft.tasks.docstrings import load_docstrings
+
+RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+R = 16
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The adapted layers."""
+    return [module for module in model.modules() if hasattr(module, "updates")]
+
+
+def set_cores(update: MpoUpdate, cores: Sequence[Tensor]) -> None:
+    """Start an update at other cores, and subtract those."""
+    with torch.no_grad():
+        for k, core in enumerate(cores, 1):
+            getattr(update, f"core_{k}").copy_(core)
+            getattr(update, f"start_{k}").copy_(core)
+
+
+def rms(tensor: Tensor) -> float:
+    """Root mean square."""
+    return tensor.detach().square().mean().sqrt().item()
+
+
+def start_gaussian(model: nn.Module) -> None:
+    """The MPO of a Gaussian matrix of each weight's norm."""
+    for layer in layers_of(model):
+        weight = layer.base_layer.weight
+        noise = torch.randn(weight.shape) * rms(weight)
+        modes = [factor_modes(size, 5) for size in weight.shape]
+        set_cores(layer.updates["default"], decompose(noise, *modes, R))
+
+
+def start_balanced(model: nn.Module) -> None:
+    """The same MPO with cores of one root mean square."""
+    for layer in layers_of(model):
+        update = layer.updates["default"]
+        cores = update.cores()
+        mean = statistics.geometric_mean([rms(core) for core in cores])
+        set_cores(update, [core.detach() * (mean / rms(core)) for core in cores])
+
+
+def start_first(model: nn.Module) -> None:
+    """The same MPO, right-orthonormal: the singular values sit in the first core."""
+    for layer in layers_of(model):
+        update = layer.updates["default"]
+        flipped = [core.detach().permute(3, 1, 2, 0) for core in update.cores()][::-1]
+        rest = torch.ones(1, 1)
+        orthonormal = []
+        # A QR sweep over the reversed chain makes it left-orthonormal, which is right-orthonormal read backwards.
+        for k, core in enumerate(flipped):
+            core = torch.einsum("ab,bijc->aijc", rest, core)
+            if k == len(flipped) - 1:
+                orthonormal.append(core)
+                break
+            q, rest = torch.linalg.qr(core.flatten(0, 2))
+            orthonormal.append(q.view(*core.shape[:3], -1))
+        set_cores(update, [core.permute(3, 1, 2, 0) for core in orthonormal][::-1])
+
+
+VARIANTS: dict[str, tuple[dict, Callable[[nn.Module], None] | None]] = {
+    "mpo": ({}, None),
+    "random": ({"init_weights": "random"}, None),
+    "gaussian": ({}, start_gaussian),
+    "balanced": ({}, start_balanced),
+    "first": ({}, start_first),
+    "r8": ({"r": 8}, None),
+    "r32": ({"r": 32}, None),
+    "random-r8": ({"r": 8, "init_weights": "random"}, None),
+    "random-r32": ({"r": 32, "init_weights": "random"}, None),
+}
+
+
+def run(
+    variant: str, rate: float, seed: int, rows: dict, num_labels: int, recipe: Recipe, on_step
+) -> list[list[float]]:
+    """The validation losses of one run, [[step, loss], …]."""
+    arguments, change = VARIANTS[variant]
+    config = {"r": R, **arguments, "target_modules": TARGETS, "task_type": "SEQ_CLS"}
+    model = build_model(Method(variant, variant, lambda: DotaConfig(**config), RATES), num_labels, seed)
+    if change is not None:
+        torch.manual_seed(seed)
+        change(model)
+    curve = finetune(model, rows["train"], rows["validation"], recipe, rate, seed, on_step)
+    return [list(point) for point in curve]
+
+
+def main() -> None:
+    """Print a table, and write every run to a JSON file that a later call continues."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--task", choices=["docstrings", "cola"], default="docstrings")
+    parser.add_argument("--data", type=Path, help="folder of CoLA's files")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--variants", default=",".join(VARIANTS))
+    parser.add_argument("--output", type=Path, default=Path("runs/dota_start"))
+    arguments = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    task = load_cola(arguments.data) if arguments.task == "cola" else load_docstrings()
+    recipe = Recipe(steps=arguments.steps, num_evaluations=4, device="cpu")
+    splits = {"train": task.train, "validation": task.validation.head(300)}
+    rows = {name: encode(split, recipe.max_tokens) for name, split in splits.items()}
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    file = arguments.output / f"{arguments.task}-{arguments.steps}.json"
+    done: dict[str, list] = json.loads(file.read_text()) if file.exists() else {}
+    variants = arguments.variants.split(",")
+    console = Console()
+
+    with Progress(console=console) as progress:
+        bar = progress.add_task("", total=len(variants) * (len(RATES) + arguments.seeds - 1) * arguments.steps)
+
+        def loss(variant: str, rate: float, seed: int) -> float:
+            key = f"{variant} {rate:g} {seed}"
+            progress.update(bar, description=key)
+            if key in done:
+                progress.advance(bar, arguments.steps)
+            else:
+                on_step = lambda: progress.advance(bar)  # noqa: E731
+                done[key] = run(variant, rate, seed, rows, len(task.label_names), recipe, on_step)
+                file.write_text(json.dumps(done, indent=1))
+            return done[key][-1][1]
+
+        table = []
+        for variant in variants:
+            search = {rate: loss(variant, rate, 0) for rate in RATES}
+            best = min(search, key=search.__getitem__)
+            losses = [loss(variant, best, seed) for seed in range(arguments.seeds)]
+            table.append((variant, search, best, losses))
+
+    console.print(f"{arguments.task}, {arguments.steps} steps: final validation loss")
+    print(f"{'variant':12s} {'  '.join(f'{rate:>7g}' for rate in RATES)}   best rate: mean ± sd over seeds")
+    for variant, search, best, losses in table:
+        cells = "  ".join(f"{value:7.3f}" for value in search.values())
+        spread = statistics.stdev(losses) if len(losses) > 1 else 0.0
+        print(f"{variant:12s} {cells}   {best:g}: {statistics.mean(losses):.3f} ± {spread:.3f}")
+
+
+if __name__ == "__main__":
+    main()

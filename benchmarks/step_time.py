@@ -1,0 +1,136 @@
+"""A training step, an evaluation forward and the start of each adapter, side by side with PEFT's LoRA in one process.
+
+    python benchmarks/step_time.py [--rounds 15] [--bf16] [--device cuda]
+
+The model is a Llama of hidden size 1024 (four layers; a vocabulary that gives the output head the share of the work
+that it has in a 24-layer model with 32,000 tokens), the batch 4 x 256 tokens, the targets q, k, v, up and down. All
+adapters run in turn, the order reversed every second round; medians, and the ratio to LoRA (or to the bare model).
+Memory is the peak that a step allocates above what was there when it started, by torch's allocator.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from collections.abc import Callable
+from functools import partial
+from statistics import median
+
+import torch
+from peft import LoraConfig, PeftConfig, get_peft_model
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tensorpeft import DotaConfig
+from tensorpeft.studies.measure import median_step_times, peak_memory
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+ADAPTERS: dict[str, Callable[[], PeftConfig]] = {
+    "LoRA r 16": lambda: LoraConfig(r=16, target_modules=TARGETS),
+    "DoTA R 16": lambda: DotaConfig(r=16, target_modules=TARGETS),
+    "DoRA r 16": lambda: LoraConfig(r=16, use_dora=True, target_modules=TARGETS),
+}
+STARTS: dict[str, Callable[[], PeftConfig]] = {
+    "PiSSA, fast (niter 4)": lambda: LoraConfig(r=16, init_lora_weights="pissa_niter_4", target_modules=TARGETS),
+    "DoTA R 16": lambda: DotaConfig(r=16, target_modules=TARGETS),
+    "PiSSA, exact": lambda: LoraConfig(r=16, init_lora_weights="pissa", target_modules=TARGETS),
+}
+
+
+def build_model(device: str, dtype: torch.dtype) -> LlamaForCausalLM:
+    """The Llama of the benchmark, randomly initialised."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=4,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        vocab_size=5376,
+        max_position_embeddings=512,
+    )
+    return LlamaForCausalLM(config).to(device=device, dtype=dtype)
+
+
+def training_step(model: nn.Module, tokens: torch.Tensor) -> Callable[[], object]:
+    """Forward, backward and AdamW on the model's trainable parameters."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+    model.train()
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def evaluation(model: nn.Module, tokens: torch.Tensor) -> Callable[[], object]:
+    """A forward without gradients."""
+
+    def forward() -> None:
+        model.eval()
+        with torch.no_grad():
+            model(input_ids=tokens)
+
+    return forward
+
+
+def seconds(function: Callable[[], object]) -> float:
+    """The wall-clock time of one call."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def print_table(title: str, header: str, rows: list[tuple[str, str]]) -> None:
+    """Two columns of text under a title."""
+    print(f"\n{title}\n{'':24s} {header}")
+    for name, text in rows:
+        print(f"{name:24s} {text}")
+
+
+def main() -> None:
+    """Print the three tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--bf16", action="store_true")
+    arguments = parser.parse_args()
+    base = build_model(arguments.device, torch.bfloat16 if arguments.bf16 else torch.float32)
+    tokens = torch.randint(0, 5376, (4, 256), device=arguments.device)
+
+    models = {name: get_peft_model(copy.deepcopy(base), make()) for name, make in ADAPTERS.items()}
+    steps = {name: training_step(model, tokens) for name, model in models.items()}
+    times = {name: median(values) for name, values in median_step_times(steps, arguments.rounds).items()}
+    memory = {}
+    for name, step in steps.items():
+        for parameter in models[name].parameters():
+            parameter.grad = None
+        memory[name] = peak_memory(step, arguments.device)
+    reference = "LoRA r 16"
+    rows = []
+    for name in ADAPTERS:
+        ratio, share = times[name] / times[reference], memory[name] / memory[reference]
+        rows.append((name, f"{times[name]:7.3f} s {ratio:6.2f} x {memory[name] / 2**20:9.0f} MiB {share:6.2f} x"))
+    print_table("Training step, 4 x 256 tokens", "   median  /LoRA  extra peak memory  /LoRA", rows)
+
+    forwards = {name: evaluation(model, tokens) for name, model in {"no adapter": base, **models}.items()}
+    times = {name: median(values) for name, values in median_step_times(forwards, arguments.rounds).items()}
+    rows = [(name, f"{value:7.3f} s {value / times['no adapter']:6.2f} x") for name, value in times.items()]
+    print_table("Evaluation forward, unmerged", "   median  /no adapter", rows)
+
+    del models, steps, forwards
+    starts: dict[str, list[float]] = {name: [] for name in STARTS}
+    for _ in range(3):
+        for name, make in STARTS.items():
+            fresh = copy.deepcopy(base)
+            starts[name].append(seconds(partial(get_peft_model, fresh, make())))
+    times = {name: median(values) for name, values in starts.items()}
+    rows = [(name, f"{value:7.3f} s {value / times['DoTA R 16']:6.2f} x") for name, value in times.items()]
+    print_table("Start: decomposing all 20 target weights", "   median  /DoTA", rows)
+
+
+if __name__ == "__main__":
+    main()
