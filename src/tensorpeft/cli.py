@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--methods", metavar="A,B", help="of full, lora, dota, dota-random (default: all)")
     demo.add_argument("--quick", action="store_true", help="few steps, rows and seeds: shows that it runs, no more")
     demo.add_argument("--seeds", type=int, metavar="N", help="final runs per method (default: 3; quick: 2)")
-    demo.add_argument("--steps", type=int, metavar="N", help="training steps of a run (default: 60; quick: 10)")
+    demo.add_argument("--steps", type=int, metavar="N", help="training steps of a run (default: 60; quick: 8)")
     demo.add_argument(
         "--output",
         type=Path,

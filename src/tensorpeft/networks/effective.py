@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Elements of the weight that are rebuilt at once: on a CPU few enough for its cache, on a GPU enough to fill it.
-_BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**25}
+# Elements of the weight that are rebuilt at once: bounds the memory; smaller blocks were slower on a CPU.
+_BLOCK_ELEMENTS = {"cpu": 2**22, "cuda": 2**25}
 # float32 bits that a half-precision format drops.
 _DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}
 
@@ -86,11 +86,14 @@ def effective_weight(
     The cast to bfloat16 or float16 dithers (see `_dither`), so that no small update is lost.
     """
     updates = [_Update(cut) for cut in cuts]
-    result = torch.empty(updates[0].shape, dtype=dtype, device=updates[0].now.left.device)
+    blocks = list(_blocks(updates, dim=0))
+    if len(blocks) == 1:
+        return _effective_part(weight, updates, 0, *blocks[0], dtype)
+    result = torch.empty(updates[0].shape, dtype=dtype, device=updates[0].left.device)
     if weight is not None:
         result = torch.empty_like(weight, dtype=dtype)
-    for start, stop in _row_blocks(updates):
-        result[start:stop] = _effective_rows(weight, updates, start, stop, dtype)
+    for start, stop in blocks:
+        _effective_part(weight, updates, 0, start, stop, dtype, result[start:stop])
     return result
 
 
@@ -98,27 +101,28 @@ class _Update:
     """A cut with its halves contracted, for as long as one weight is being worked on."""
 
     def __init__(self, cut: Cut):
-        self.cut = cut
         self.now = cut.network.halves(cut.cores)
-        self.start = cut.network.halves(cut.start) if cut.start else None
-        self.out_right = self.now.right.shape[1]
+        self.left, self.right = self.now
+        if cut.start:
+            start = cut.network.halves(cut.start)
+            # One product over both networks costs half the memory traffic of two, but f(T) − f(T) then leaves a
+            # rounding error. So a factor is zero as long as no core has moved: the start is exactly the base.
+            moved = [(core != begin).any() for core, begin in zip(cut.cores, cut.start)]
+            factor = torch.stack(moved).any().to(self.left.dtype)
+            self.left = torch.cat([self.left * factor, start.left * -factor], dim=-1)
+            self.right = torch.cat([self.right, start.right])
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
-        left, right = self.now
-        return left.shape[0] * right.shape[1], left.shape[1] * right.shape[2]
+        return self.left.shape[0] * self.right.shape[1], self.left.shape[1] * self.right.shape[2]
 
-    def add_to(self, rows: Tensor, first_row: int) -> None:
-        """Add the rows of ΔW from `first_row` on to `rows` (n, in), in place."""
-        block = slice(first_row // self.out_right, (first_row + rows.shape[0]) // self.out_right)
-        update = _block_product(self.now, block)
-        if self.start is not None:
-            # Two products, then their difference: where the cores equal their start, it is exactly zero.
-            update.sub_(_block_product(self.start, block))
-        left, right = self.now
-        update = update.view(-1, left.shape[1], *right.shape[1:]).transpose(1, 2)
-        rows.view(update.shape).add_(update)
+    def part(self, dim: int, start: int, stop: int) -> Tensor:  # (out_left, out_right, in_left, in_right), a view
+        """Rows (dim 0) or columns (dim 1) [start, stop) of ΔW, its axes those of the two halves."""
+        slice_size = self.right.shape[1 + dim]
+        left = self.left.narrow(dim, start // slice_size, (stop - start) // slice_size)
+        product = left.flatten(0, 1) @ self.right.flatten(1)
+        return product.view(*left.shape[:2], *self.right.shape[1:]).transpose(1, 2)
 
 
 class _EffectiveLinear(torch.autograd.Function):
@@ -162,36 +166,53 @@ def _cuts(layout: Sequence[tuple[Network, int, int]], tensors: Sequence[Tensor])
     return cuts
 
 
-def _row_blocks(updates: Sequence[_Update]) -> Iterator[tuple[int, int]]:
-    """The blocks [start, stop) of rows to work on: each made of whole slices of every left half."""
-    out, in_ = updates[0].shape
-    slice_rows = lcm(*(update.out_right for update in updates))
-    limit = _BLOCK_ELEMENTS.get(updates[0].now.left.device.type, 2**25)
+def _blocks(updates: Sequence[_Update], dim: int) -> Iterator[tuple[int, int]]:
+    """The blocks [start, stop) of rows (dim 0) or columns (dim 1) to work on: whole slices of every left half."""
+    size, other = updates[0].shape[dim], updates[0].shape[1 - dim]
+    slice_size = lcm(*(update.right.shape[1 + dim] for update in updates))
+    limit = _BLOCK_ELEMENTS.get(updates[0].left.device.type, 2**25)
     if torch.compiler.is_compiling():
-        limit = out * in_  # the compiler fuses better than blocks do
-    rows = max(limit // (slice_rows * in_), 1) * slice_rows
-    for start in range(0, out, rows):
-        yield start, min(start + rows, out)
+        limit = size * other  # the compiler fuses better than blocks do
+    step = max(limit // (slice_size * other), 1) * slice_size
+    for start in range(0, size, step):
+        yield start, min(start + step, size)
 
 
-def _effective_rows(
-    weight: Tensor | None, updates: Sequence[_Update], start: int, stop: int, dtype: torch.dtype
-) -> Tensor:
-    """Rows [start, stop) of weight + Σ ΔW in `dtype`, (stop - start, in)."""
-    sum_dtype = torch.promote_types(dtype, updates[0].now.left.dtype)
-    if weight is None:
-        rows = torch.zeros(stop - start, updates[0].shape[1], dtype=sum_dtype, device=updates[0].now.left.device)
-    else:
+def _effective_part(
+    weight: Tensor | None,
+    updates: Sequence[_Update],
+    dim: int,
+    start: int,
+    stop: int,
+    dtype: torch.dtype,
+    out: Tensor | None = None,  # in `dtype`
+) -> Tensor:  # (stop - start, in) for rows, (out, stop - start) for columns
+    """Rows (dim 0) or columns (dim 1) [start, stop) of weight + Σ ΔW in `dtype`, written to `out` if it is given."""
+    total = None
+    if weight is not None:
         # Rounded as the base layer itself would be (autocast), then widened: with no update, exactly the base's weight.
-        rows = weight[start:stop].to(dtype).to(sum_dtype, copy=True)
+        part = weight.narrow(dim, start, stop - start)
+        total = part.to(dtype).to(torch.promote_types(dtype, updates[0].left.dtype))
+    target = out if out is not None and dtype not in _DROPPED_BITS else None
     for update in updates:
-        update.add_to(rows, start)
-    return _dither(rows, dtype, start) if dtype in _DROPPED_BITS else rows.to(dtype)
+        total = _sum(total, update.part(dim, start, stop), target)
+    assert total is not None
+    if dtype in _DROPPED_BITS:
+        total = _dither(total, dtype, *((start, 0) if dim == 0 else (0, start)))
+    return total.to(dtype) if out is None or target is not None else out.copy_(total)
 
 
-def _block_product(halves: Halves, block: slice) -> Tensor:
-    """left[block] · right, (out_left · in_left, out_right · in_right)."""
-    return halves.left[block].flatten(0, 1) @ halves.right.flatten(1)
+def _sum(total: Tensor | None, update: Tensor, out: Tensor | None) -> Tensor:  # (m, n)
+    """(m, n) + (a, b, c, d), the latter with a b = m and c d = n; written to `out` if it is given."""
+    if total is not None:
+        total = total.view(update.shape)
+        # In one pass where the layout of the result is given; a compiler makes one pass of it anyway.
+        if out is not None and not torch.compiler.is_compiling():
+            torch.add(total, update, out=out.view(update.shape))
+            return out
+        update = total + update
+    update = update.reshape(update.shape[0] * update.shape[1], -1)
+    return update if out is None else out.copy_(update)
 
 
 def _block_gradients(
@@ -203,20 +224,29 @@ def _block_gradients(
     needs_weight: bool,
     needs_cores: bool,
 ) -> tuple[Tensor | None, Tensor | None, list[Halves]]:
-    """The gradients of x, of the weight and of the updates' halves, a block of rows of the weight at a time."""
-    grad_x = torch.zeros_like(x) if needs_x else None
+    """The gradients of x, of the weight and of the updates' halves, a block of the weight at a time.
+
+    Blocks of columns for x, of rows for the rest: every product then has its full inner dimension, nothing is summed
+    over blocks that is as large as x.
+    """
+    grad_x = None
+    if needs_x:
+        blocks = list(_blocks(updates, dim=1))
+        if len(blocks) == 1:
+            grad_x = grad_y @ _effective_part(weight, updates, 1, *blocks[0], x.dtype)
+        else:
+            grad_x = torch.empty_like(x)
+            for start, stop in blocks:
+                part = _effective_part(weight, updates, 1, start, stop, x.dtype)
+                torch.mm(grad_y, part, out=grad_x[:, start:stop])
     grad_weight = torch.empty_like(weight) if needs_weight and weight is not None else None
     grad_halves = [Halves(*map(torch.zeros_like, update.now)) for update in updates] if needs_cores else []
-    for start, stop in _row_blocks(updates):
-        block_y = grad_y[:, start:stop]
-        if grad_x is not None:
-            grad_x.addmm_(block_y, _effective_rows(weight, updates, start, stop, x.dtype))
-        if grad_weight is not None or needs_cores:
-            block = block_y.t() @ x
-            if grad_weight is not None:
-                grad_weight[start:stop] = block
-            for update, grads in zip(updates, grad_halves):
-                _fold_gradient(block, update, grads, start)
+    for start, stop in _blocks(updates, dim=0) if needs_weight or needs_cores else ():
+        block = grad_y[:, start:stop].t() @ x
+        if grad_weight is not None:
+            grad_weight[start:stop] = block
+        for update, grads in zip(updates, grad_halves):
+            _fold_gradient(block, update, grads, start)
     return grad_x, grad_weight, grad_halves
 
 
@@ -228,16 +258,16 @@ def _fold_gradient(
 ) -> None:
     """Add a block's part of the gradients of an update's halves."""
     left, right = update.now
-    first = first_row // update.out_right
-    block = block.view(-1, update.out_right, left.shape[1], right.shape[2]).transpose(1, 2)
+    first = first_row // right.shape[1]
+    block = block.view(-1, right.shape[1], left.shape[1], right.shape[2]).transpose(1, 2)
     last = first + block.shape[0]
     pairs = block.reshape(-1, right[0].numel()).to(left.dtype)  # (out_left · in_left, out_right · in_right)
     grads.left[first:last] = (pairs @ right.flatten(1).t()).view(last - first, *left.shape[1:])
     grads.right.flatten(1).addmm_(left[first:last].flatten(0, 1).t(), pairs)
 
 
-def _dither(rows: Tensor, dtype: torch.dtype, first_row: int) -> Tensor:
-    """float32 `rows` in bfloat16 or float16, with a fixed dither instead of rounding to nearest.
+def _dither(part: Tensor, dtype: torch.dtype, first_row: int, first_column: int) -> Tensor:
+    """A float32 part of a matrix in bfloat16 or float16, with a fixed dither instead of rounding to nearest.
 
     Rounding W0 + ΔW to nearest loses updates below half a unit in the last place, which is most of a small learning
     rate's steps. Here a hash of each element's position is added to the bits that are then cut off: the expected value
@@ -245,9 +275,9 @@ def _dither(rows: Tensor, dtype: torch.dtype, first_row: int) -> Tensor:
     every call and machine. Compared in `benchmarks/bf16_loss.py`.
     """
     dropped = _DROPPED_BITS[dtype]
-    row = torch.arange(first_row, first_row + rows.shape[0], dtype=torch.int32, device=rows.device)
-    column = torch.arange(rows.shape[1], dtype=torch.int32, device=rows.device)
+    row = torch.arange(first_row, first_row + part.shape[0], dtype=torch.int32, device=part.device)
+    column = torch.arange(first_column, first_column + part.shape[1], dtype=torch.int32, device=part.device)
     noise = (row * 0x2C1B3C6D)[:, None] ^ (column * 0x297A2D39)
     noise = ((noise ^ (noise >> 15)) * 0x1B873593) >> (32 - dropped)
-    bits = rows.contiguous().view(torch.int32) + (noise & ((1 << dropped) - 1))
+    bits = part.contiguous().view(torch.int32) + (noise & ((1 << dropped) - 1))
     return (bits & -(1 << dropped)).view(torch.float32).to(dtype)

@@ -1,0 +1,1 @@
+"""What a person runs to decide: comparisons and measurements on the public API."""

@@ -3,11 +3,13 @@
 import dataclasses
 import json
 import platform
+import statistics
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from rich.console import Console
@@ -20,7 +22,7 @@ from tensorpeft.studies.costs import Costs, measure_costs
 from tensorpeft.studies.demo_methods import Method
 from tensorpeft.studies.finetune import Recipe, Row, build_model, draw_batches, encode, evaluate, finetune
 from tensorpeft.studies.plot import plot_curves
-from tensorpeft.studies.report import markdown_report, rich_table
+from tensorpeft.studies.report import TABLE_WIDTH, markdown_report, rich_table
 from tensorpeft.studies.results import MethodResult, Run, Study
 from tensorpeft.tasks.classification import ClassificationTask
 
@@ -33,8 +35,9 @@ class Plan:
         recipe: how every run trains.
         num_seeds: final runs per method, at least 1; the first seed also chooses the rate.
         validation_rows: rows of the validation loss, at most.
-        test_rows: rows that are scored at the end, at most.
+        test_rows: rows that are scored at the end, at most; the full plan takes all that either task has.
         timing_rounds: timed steps per method.
+        note: what a reader of the table must know about the plan.
     """
 
     recipe: Recipe
@@ -42,6 +45,7 @@ class Plan:
     validation_rows: int
     test_rows: int
     timing_rounds: int
+    note: str = ""
 
     def __post_init__(self) -> None:
         if self.num_seeds < 1:
@@ -60,10 +64,21 @@ def make_plan(
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if quick:
-        recipe = Recipe(steps=10 if steps is None else steps, num_evaluations=2, device=device)
-        return Plan(recipe, 2 if num_seeds is None else num_seeds, validation_rows=100, test_rows=200, timing_rounds=3)
-    recipe = Recipe(steps=60 if steps is None else steps, num_evaluations=5, device=device)
-    return Plan(recipe, 3 if num_seeds is None else num_seeds, validation_rows=240, test_rows=600, timing_rounds=9)
+        return Plan(
+            Recipe(steps=8 if steps is None else steps, num_evaluations=2, device=device),
+            num_seeds=2 if num_seeds is None else num_seeds,
+            validation_rows=80,
+            test_rows=120,
+            timing_rounds=3,
+            note="--quick: it shows that everything runs. Too few steps, rows and seeds to compare methods.",
+        )
+    return Plan(
+        Recipe(steps=60 if steps is None else steps, num_evaluations=4, device=device),
+        num_seeds=3 if num_seeds is None else num_seeds,
+        validation_rows=200,
+        test_rows=1200,
+        timing_rounds=9,
+    )
 
 
 def run_demo(
@@ -72,21 +87,23 @@ def run_demo(
     methods: Sequence[Method],
     output: Path,  # folder, made where it does not exist
     command: str,  # for the report
-    console: Console | None = None,  # None: the terminal
+    terminal: TextIO | None = None,  # for progress and table; None: standard output
 ) -> Study:
     """The finished study, after printing its table and writing report.md, curves.png and results.json."""
     _quieten()
-    console = console or Console()
+    console = Console(file=terminal)
     task = dataclasses.replace(
         task, validation=task.validation.head(plan.validation_rows), test=task.test.head(plan.test_rows)
     )
     output.mkdir(parents=True, exist_ok=True)
     study = _run_study(task, plan, methods, command, console)
-    console.print(rich_table(study))
     plot_curves(study, output / "curves.png")
     (output / "report.md").write_text(markdown_report(study, figure="curves.png"), encoding="utf-8")
     (output / "results.json").write_text(json.dumps(study.to_json(), indent=1) + "\n", encoding="utf-8")
-    console.print(f"Report, curves and raw results: {output}", soft_wrap=True)
+    # A pipe counts as 80 columns and a window may be smaller: better wrapped lines than numbers that are cut.
+    wide = Console(file=terminal, width=max(console.width, TABLE_WIDTH))
+    wide.print(rich_table(study))
+    wide.print(f"Report, curves and raw results: {output}", soft_wrap=True)
     return study
 
 
@@ -125,18 +142,24 @@ def _run_study(
         task=task,
         recipe=recipe,
         num_seeds=plan.num_seeds,
-        timed_batch=(recipe.batch_size, max(len(tokens) for tokens, _ in timed_batch)),
+        timed_batch=(recipe.batch_size, _length(timed_batch)),
         results=tuple(results),
         versions=_versions(),
         threads=torch.get_num_threads(),
         command=command,
+        note=plan.note,
     )
 
 
 def _typical_batch(train: Sequence[Row], recipe: Recipe) -> list[Row]:
-    """The batch of median length among those of a run."""
+    """The batch whose padded length is nearest to the mean over the batches of a run."""
     batches = draw_batches(train, recipe.batch_size, recipe.steps, seed=0)
-    return sorted(batches, key=lambda batch: max(len(tokens) for tokens, _ in batch))[len(batches) // 2]
+    mean = statistics.fmean(_length(batch) for batch in batches)
+    return min(batches, key=lambda batch: abs(_length(batch) - mean))
+
+
+def _length(batch: Sequence[Row]) -> int:
+    return max(len(tokens) for tokens, _ in batch)
 
 
 @dataclass(frozen=True)
@@ -186,10 +209,9 @@ class _Runner:
 
 def _progress(console: Console) -> Progress:
     return Progress(
-        TextColumn("{task.description:<42}"),
-        BarColumn(bar_width=20),
+        TextColumn("{task.description:<37}"),
+        BarColumn(bar_width=12),
         MofNCompleteColumn(),
-        TextColumn("steps"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=console,

@@ -51,7 +51,7 @@ METHODS = (
         "dota-random",
         "DoTA-random r=16",
         lambda: DotaConfig(r=16, init_weights="random", target_modules=TARGETS, task_type="SEQ_CLS"),
-        (1e-3, 3e-3, 1e-2),
+        (3e-3, 1e-2, 3e-2),
     ),
 )
 

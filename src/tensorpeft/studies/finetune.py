@@ -41,7 +41,7 @@ class Recipe:
     num_evaluations: int
     device: str
     batch_size: int = 16
-    max_tokens: int = 64
+    max_tokens: int = 48
     warmup_ratio: float = 0.03
 
     def __post_init__(self) -> None:
@@ -158,6 +158,7 @@ class TrainingStep:
         self.optimizer = torch.optim.AdamW(trainable, lr=rate, weight_decay=0.0)
 
     def __call__(self, batch: dict[str, Tensor]) -> None:
+        """Train on the batch, as ``collate`` makes it."""
         self.model.train()
         self.model(**batch).loss.backward()
         self.optimizer.step()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from itertools import accumulate
 
 import torch
-from torch.autograd import DeviceType
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 
@@ -48,8 +48,7 @@ def median_step_times(
     for function in functions.values():
         function()
     for round_number in range(rounds):
-        names = list(functions) if round_number % 2 == 0 else list(reversed(functions))
-        for name in names:
+        for name in list(functions)[:: 1 if round_number % 2 == 0 else -1]:
             times[name].append(_seconds(functions[name]))
     return times
 
@@ -82,8 +81,10 @@ def _peak_on_cpu(function: Callable[[], object]) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
     # The profiler's own tables show sums per operator; only the raw events tell what was alive at the same time.
-    results = profiler.profiler.kineto_results  # pyright: ignore[reportOptionalMemberAccess]
-    changes = [event for event in results.events() if event.name() == "[memory]"]
+    assert profiler.profiler is not None
+    assert profiler.profiler.kineto_results is not None
+    changes = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     changes = [event for event in changes if event.device_type() == DeviceType.CPU]
     changes.sort(key=lambda event: event.start_ns())
-    return max(accumulate((event.nbytes() for event in changes), initial=0))
+    # torch's stubs lack nbytes.
+    return max(accumulate((event.nbytes() for event in changes), initial=0))  # pyright: ignore[reportAttributeAccessIssue]

@@ -9,20 +9,18 @@ from rich.table import Table
 from tensorpeft.studies.demo_methods import REFERENCE
 from tensorpeft.studies.results import MethodResult, Run, Study
 
-# The table is made for terminals of this width.
 TABLE_WIDTH = 100
 
 
 def rich_table(study: Study) -> Table:
-    """The table of the methods, at most ``TABLE_WIDTH`` columns wide."""
+    """The table of the methods; with two metrics it fits ``TABLE_WIDTH`` columns."""
     headers, rows = _cells(study)
     table = Table(
         title=_summary(study),
         caption="\n".join(_legend(study)),
         box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
         pad_edge=False,
-        collapse_padding=True,
-        width=TABLE_WIDTH,
         title_justify="left",
         caption_justify="left",
     )
@@ -43,7 +41,7 @@ def markdown_report(
         f"# tensorpeft demo: {study.task.name}",
         f"{_summary(study)}\n\n    {study.command}",
         "## Result",
-        _markdown_table([header.replace("\n", " ") for header in headers], rows),
+        _markdown_table([header.replace("\n", " ").strip() for header in headers], rows),
         "\n".join(f"- {line}" for line in _legend(study)),
         f"![Validation loss along training]({figure})",
         "## Choice of the learning rate",
@@ -62,8 +60,8 @@ def markdown_report(
 def _cells(study: Study) -> tuple[list[str], list[list[str]]]:
     """Headers, of two lines each, and a row per method."""
     metrics = list(study.task.metrics)
-    headers = ["method", *(f"{name}\n× 100" for name in metrics), "validation\nloss", "trained,\nhead apart"]
-    headers += ["learning\nrate", "ms a step\n(× LoRA)", "peak of\na step", "saved\nfile"]
+    headers = ["method", *(f"{name}\n× 100" for name in metrics), "valid.\nloss", "trained,\nhead apart"]
+    headers += ["\nrate", "step, ms\n(× LoRA)", "peak\nMiB", "saved\nMB"]
     reference = next((result for result in study.results if result.method.key == REFERENCE), None)
     return headers, [_row(result, metrics, reference) for result in study.results]
 
@@ -78,8 +76,8 @@ def _row(result: MethodResult, metrics: list[str], reference: MethodResult | Non
         f"{result.costs.other_parameters:,}",
         f"{result.rate:g}{'*' if result.chose_the_edge else ''}",
         f"{result.step_seconds * 1000:.0f}{ratio}",
-        f"{result.costs.peak_bytes / 2**20:.0f} MiB",
-        f"{result.costs.checkpoint_bytes / 1e6:.2f} MB",
+        f"{result.costs.peak_bytes / 2**20:.0f}",
+        f"{result.costs.checkpoint_bytes / 1e6:.2f}",
     ]
 
 
@@ -99,13 +97,15 @@ def _legend(study: Study) -> list[str]:
     """What a reader of the table must know, a sentence per line."""
     rows, tokens = study.timed_batch
     spread = "mean ± standard deviation over the seeds" if study.num_seeds > 1 else "one seed"
-    lines = [
+    lines = [study.note] if study.note else []
+    lines += [
         f"Scores: {len(study.task.test)} test rows, {spread}. Always the most frequent class: "
         f"accuracy {study.majority_share() * 100:.1f}.",
-        f"Every method also trains the head ({study.results[0].costs.head_parameters:,} parameters), which is in the "
-        "saved file.",
-        f"Step: {rows} × {tokens} tokens, median of {len(study.results[0].costs.step_seconds)}, methods in turn; "
-        "peak: above weights and optimiser state.",
+        "Valid. loss: validation loss in nats, mean over the seeds. Rate: the learning rate, chosen on it.",
+        f"Trained: every method also trains a head of {study.results[0].costs.head_parameters:,} parameters, which is "
+        "in the saved file.",
+        f"Step: {rows} × {tokens} tokens, median of {len(study.results[0].costs.step_seconds)}, methods in turn.",
+        "Peak: memory of a training step above weights and optimiser state. Saved: safetensors on disk.",
     ]
     if any(result.chose_the_edge for result in study.results):
         lines.append("*: the best rate is at the edge of its grid; a better one may lie outside.")
@@ -150,7 +150,8 @@ def _settings(study: Study) -> list[str]:
         f"Task: {task.description} Rows: {len(task.train)} train, {len(task.validation)} validation, "
         f"{len(task.test)} test. Classes: {', '.join(task.label_names)}.",
         f"Training: AdamW, no weight decay, no dropout; cosine schedule, warm-up ratio {recipe.warmup_ratio:g}; "
-        f"{recipe.steps} steps of {recipe.batch_size} rows, at most {recipe.max_tokens} tokens each.",
+        f"{recipe.steps} steps of {recipe.batch_size} rows of similar length, at most {recipe.max_tokens} tokens each. "
+        "The head trains at the method's learning rate.",
         f"Seeds 0 to {study.num_seeds - 1}, the same for all methods: they set the head's start, the adapter's start "
         "and the order of the rows.",
         "Adapters: query, key, value and the two MLP weights of every layer. Full fine-tuning trains all weights.",

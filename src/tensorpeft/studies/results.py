@@ -79,6 +79,7 @@ class Study:
         versions: library -> version.
         threads: CPU threads that torch used.
         command: what the user typed.
+        note: what a reader must know before comparing the methods.
     """
 
     task: ClassificationTask
@@ -89,6 +90,7 @@ class Study:
     versions: dict[str, str]
     threads: int
     command: str
+    note: str = ""
 
     def majority_share(self) -> float:
         """The share of the test split's most frequent class: the accuracy of always answering it."""
@@ -101,6 +103,7 @@ class Study:
         splits = {"train": task.train, "validation": task.validation, "test": task.test}
         return {
             "command": self.command,
+            "note": self.note,
             "task": {
                 "name": task.name,
                 "labels": list(task.label_names),

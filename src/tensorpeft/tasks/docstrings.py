@@ -57,6 +57,7 @@ _MIN_TRAIN_ROWS = 60
 # Two rows with this share of common words (of all their words) count as the same text.
 _NEAR_DUPLICATE = 0.75
 
+Documented = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 Group = tuple[str, list[str]]  # (dotted name, its texts)
 
 
@@ -108,7 +109,7 @@ def _module_groups(module: ast.Module, parts: tuple[str, ...]) -> Iterator[Group
     own_words = re.compile(r"\b(" + "|".join(re.escape(part.strip("_")) for part in parts) + r")\b", re.IGNORECASE)
     dotted = ".".join(parts)
     for index, statement in enumerate([module, *module.body]):
-        nodes = [module] if statement is module else _documented_nodes(statement)
+        nodes = [module] if isinstance(statement, ast.Module) else _documented_nodes(statement)
         paragraphs = [_first_paragraph(ast.get_docstring(node) or "") for node in nodes]
         texts = [own_words.sub(_MASK, paragraph) for paragraph in paragraphs]
         texts = [text for text in texts if len(_words(text)) >= _MIN_WORDS]
@@ -116,9 +117,9 @@ def _module_groups(module: ast.Module, parts: tuple[str, ...]) -> Iterator[Group
             yield f"{dotted}:{getattr(statement, 'name', index)}", texts
 
 
-def _documented_nodes(statement: ast.AST) -> Iterator[ast.AST]:
+def _documented_nodes(statement: ast.AST) -> Iterator[Documented]:
     """The classes and functions in a statement, itself included; expressions, most of a tree, are not entered."""
-    if isinstance(statement, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+    if isinstance(statement, Documented):
         yield statement
     for child in ast.iter_child_nodes(statement):
         if isinstance(child, (ast.stmt, ast.excepthandler)):
