@@ -22,6 +22,13 @@ class TensorLayer(nn.Module, BaseTunerLayer):
     Each method has a subclass made by `plugin.registration`, whose `adapter_layer_names` holds the one attribute that
     PEFT's checkpoint keys name (`dota_update`): a `ModuleDict` from adapter to update.
 
+    Args:
+        base_layer: the layer to adapt.
+        shape: (out, in) of its weight.
+        quantization_backend: PEFT's, if the base is quantised.
+        owns_base: whether only layers of this class write to the base weight. False in a PeftMixedModel, where LoRA may
+            merge into it as well: nothing is cached then, and unmerging subtracts.
+
     The base weight is changed by merging only, and `unmerge` puts the very tensor back. A merged or cached weight is
     `networks.effective.effective_weight`, so that merged and unmerged inference multiply by the same numbers.
     """
@@ -31,11 +38,13 @@ class TensorLayer(nn.Module, BaseTunerLayer):
         base_layer: nn.Module,
         shape: tuple[int, int],  # (out, in)
         quantization_backend: QuantizationBackend | None = None,
+        owns_base: bool = True,
     ):
         super().__init__()
         self.base_layer = base_layer
         self.out_features, self.in_features = shape
         self.quantization_backend = quantization_backend
+        self.owns_base = owns_base
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
@@ -87,7 +96,7 @@ class TensorLayer(nn.Module, BaseTunerLayer):
         """The effective weight of these updates, made anew when any tensor it is made of has changed."""
         tensors = (weight, *(t for update in updates for t in (*update.parameters(), *update.buffers())))
         version = version_of(tensors)
-        key = None if version is None else (*version, dtype)
+        key = None if version is None or not self.owns_base else (*version, dtype)
         if key is None or self._cached is None or self._cached[0] != key:
             self._cached = None  # free the old one first
             effective = effective_weight(weight, [update.cut() for update in updates], dtype)
@@ -135,7 +144,7 @@ class TensorLayer(nn.Module, BaseTunerLayer):
         merged = self.merged_weight(names)
         if safe_merge:
             check_finite(merged, names)
-        if self.quantization_backend is None and self._unmerged_weight is None:
+        if self.owns_base and self.quantization_backend is None and not self.merged:
             self._unmerged_weight = self.get_base_layer().weight.data  # type: ignore[assignment]
         self.set_base_weight(merged)
         self.merged_adapters.extend(names)
@@ -159,7 +168,7 @@ class TensorLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Take all merged adapters out again: bit for bit, but for a quantised base, which is quantised anew."""
+        """Take all merged adapters out again: bit for bit, unless the base is quantised or shared with a method."""
         if not self.merged:
             return
         if self._unmerged_weight is not None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, _get_submodules
+from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import Tensor, nn
 
@@ -120,7 +121,8 @@ class TensorModel(BaseTuner):
         in_encoder = _encoder_modules(self.model)
         with ExitStack() as stack:
             for module in self.modules():
-                if isinstance(module, TensorLayer):
+                # modules_to_save have a copy per adapter too.
+                if isinstance(module, (TensorLayer, AuxiliaryTrainingWrapper)):
                     # Beams are rows of a decoder's batch, not of its encoder's.
                     names = adapter_names if module in in_encoder else repeated
                     handle = module.register_forward_pre_hook(partial(_pass_names, names), with_kwargs=True)
@@ -142,6 +144,7 @@ def wrap_layer(
     Raises:
         ValueError: a target is not linear, or the method cannot serve it.
     """
+    key = key.removeprefix("base_model.model.")  # PeftMixedModel adds its second adapter from its own root
     planned: tuple[Any, dict[str, AbstractWeightUpdate]] | None = getattr(tuner, "_planned", None)
     if planned is None or planned[0] is not config or key not in planned[1]:
         planned = (config, dict(_build_updates(tuner, config)))
@@ -154,7 +157,9 @@ def wrap_layer(
     else:
         base = _innermost(target)
         backend = resolve_quantization_backend(base, **get_quantization_kwargs(tuner.model))
-        layer = layer_cls(target, linear_shape(base, key, parent, backend), backend)
+        shape = linear_shape(base, key, parent, backend)
+        owns_base = isinstance(tuner, TensorModel) and not isinstance(target, BaseTunerLayer)
+        layer = layer_cls(target, shape, backend, owns_base)
         layer._active_adapter = adapter_name
         layer.update_layer(adapter_name, update, inference_mode=config.inference_mode)
         tuner._replace_module(parent, target_name, layer, target)

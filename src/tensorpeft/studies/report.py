@@ -107,9 +107,16 @@ def _legend(study: Study) -> list[str]:
         f"Step: {rows} × {tokens} tokens, median of {len(study.results[0].costs.step_seconds)}, methods in turn.",
         "Peak: memory of a training step above weights and optimiser state. Saved: safetensors on disk.",
     ]
+    # CoLA takes many more steps than a demo has; zeros without this line look like a defect.
+    if stuck := [result.method.name for result in study.results if _never_beats_majority(result, study)]:
+        lines.append(f"Never above the most frequent class: {', '.join(stuck)}. Train longer: --steps N.")
     if any(result.chose_the_edge for result in study.results):
         lines.append("*: the best rate is at the edge of its grid; a better one may lie outside.")
     return lines + [f"{result.method.name}: {result.method.note}" for result in study.results if result.method.note]
+
+
+def _never_beats_majority(result: MethodResult, study: Study) -> bool:
+    return all((run.scores or {})["accuracy"] <= study.majority_share() for run in result.final)
 
 
 def _search_text(study: Study) -> str:

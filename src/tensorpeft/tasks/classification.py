@@ -40,7 +40,7 @@ class ClassificationTask:
         train: rows to train on.
         validation: rows that choose the learning rate.
         test: rows that are scored once, at the end.
-        metrics: function by name; the first is the one to report where there is room for one.
+        metrics: function by name, in the order of a report; "accuracy" is one of them.
     """
 
     name: str
