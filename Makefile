@@ -17,6 +17,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: $(VENV)/.installed
 	$(BIN)/tensorpeft demo
 
+# One thread per worker: two workers with two threads each would wait for each other.
+test: export OMP_NUM_THREADS ?= 1
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2
 
