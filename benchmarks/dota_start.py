@@ -111,7 +111,13 @@ VARIANTS: dict[str, tuple[dict, Callable[[nn.Module], None] | None]] = {
 
 
 def run(
-    variant: str, rate: float, seed: int, rows: dict, num_labels: int, recipe: Recipe, on_step
+    variant: str,
+    rate: float,
+    seed: int,
+    rows: dict,
+    num_labels: int,
+    recipe: Recipe,
+    on_step: Callable[[], object],
 ) -> list[list[float]]:
     """The validation losses of one run, [[step, loss], …]."""
     arguments, change = VARIANTS[variant]
@@ -132,22 +138,26 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--variants", default=",".join(VARIANTS))
+    parser.add_argument("--rates", default=",".join(map(str, RATES)), help="of the cores")
+    parser.add_argument("--head-rate", type=float, help="of the new classification head; without it: that of the cores")
     parser.add_argument("--output", type=Path, default=Path("runs/dota_start"))
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     task = load_cola(arguments.data) if arguments.task == "cola" else load_docstrings()
-    recipe = Recipe(steps=arguments.steps, num_evaluations=4, device="cpu")
+    recipe = Recipe(steps=arguments.steps, num_evaluations=4, device="cpu", head_rate=arguments.head_rate)
     splits = {"train": task.train, "validation": task.validation.head(300)}
     rows = {name: encode(split, recipe.max_tokens) for name, split in splits.items()}
     arguments.output.mkdir(parents=True, exist_ok=True)
-    file = arguments.output / f"{arguments.task}-{arguments.steps}.json"
+    head = "" if arguments.head_rate is None else f"-head{arguments.head_rate:g}"
+    file = arguments.output / f"{arguments.task}-{arguments.steps}{head}.json"
     done: dict[str, list] = json.loads(file.read_text()) if file.exists() else {}
     variants = arguments.variants.split(",")
+    rates = [float(rate) for rate in arguments.rates.split(",")]
     console = Console()
 
     with Progress(console=console) as progress:
-        bar = progress.add_task("", total=len(variants) * (len(RATES) + arguments.seeds - 1) * arguments.steps)
+        bar = progress.add_task("", total=len(variants) * (len(rates) + arguments.seeds - 1) * arguments.steps)
 
         def loss(variant: str, rate: float, seed: int) -> float:
             key = f"{variant} {rate:g} {seed}"
@@ -156,19 +166,20 @@ def main() -> None:
                 progress.advance(bar, arguments.steps)
             else:
                 on_step = lambda: progress.advance(bar)  # noqa: E731
-                done[key] = run(variant, rate, seed, rows, len(task.label_names), recipe, on_step)
+                labels = len(task.label_names)
+                done[key] = run(variant, rate, seed, rows, labels, recipe, on_step)
                 file.write_text(json.dumps(done, indent=1))
             return done[key][-1][1]
 
         table = []
         for variant in variants:
-            search = {rate: loss(variant, rate, 0) for rate in RATES}
+            search = {rate: loss(variant, rate, 0) for rate in rates}
             best = min(search, key=search.__getitem__)
             losses = [loss(variant, best, seed) for seed in range(arguments.seeds)]
             table.append((variant, search, best, losses))
 
     console.print(f"{arguments.task}, {arguments.steps} steps: final validation loss")
-    print(f"{'variant':12s} {'  '.join(f'{rate:>7g}' for rate in RATES)}   best rate: mean ± sd over seeds")
+    print(f"{'variant':12s} {'  '.join(f'{rate:>7g}' for rate in rates)}   best rate: mean ± sd over seeds")
     for variant, search, best, losses in table:
         cells = "  ".join(f"{value:7.3f}" for value in search.values())
         spread = statistics.stdev(losses) if len(losses) > 1 else 0.0

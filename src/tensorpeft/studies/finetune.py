@@ -35,6 +35,8 @@ class Recipe:
         batch_size: rows of a step.
         max_tokens: longer texts are cut; a batch is padded to its longest text.
         warmup_ratio: share of the steps in which the learning rate rises.
+        head_rate: learning rate of the new classification head, the same for every method: it starts from noise in
+            each, and one that wants a small rate would hold it back. None: that of the rest.
     """
 
     steps: int
@@ -43,6 +45,7 @@ class Recipe:
     batch_size: int = 16
     max_tokens: int = 48
     warmup_ratio: float = 0.03
+    head_rate: float | None = 1e-2
 
     def __post_init__(self) -> None:
         if self.steps < self.num_evaluations:
@@ -131,7 +134,7 @@ def finetune(
 ) -> list[tuple[int, float]]:  # (step, validation loss)
     """The validation losses along a training run that changes ``model`` in place."""
     model.to(recipe.device)
-    step = TrainingStep(model, rate)
+    step = TrainingStep(model, rate, recipe.head_rate)
     warmup = math.ceil(recipe.warmup_ratio * recipe.steps)
     schedule = get_cosine_schedule_with_warmup(step.optimizer, warmup, recipe.steps)
     curve = []
@@ -150,12 +153,18 @@ class TrainingStep:
     Args:
         model: trained in place, its parameters with ``requires_grad``.
         rate: the learning rate.
+        head_rate: that of the new classification head; None: the same.
     """
 
-    def __init__(self, model: nn.Module, rate: float) -> None:
+    def __init__(self, model: nn.Module, rate: float, head_rate: float | None = None) -> None:
         self.model = model
-        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(trainable, lr=rate, weight_decay=0.0)
+        groups: dict[bool, list[nn.Parameter]] = {False: [], True: []}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                groups["classifier." in name].append(parameter)
+        rates = {False: rate, True: rate if head_rate is None else head_rate}
+        parameters = [{"params": group, "lr": rates[is_head]} for is_head, group in groups.items()]
+        self.optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
 
     def __call__(self, batch: dict[str, Tensor]) -> None:
         """Train on the batch, as ``collate`` makes it."""
