@@ -88,13 +88,12 @@ def _foreign_start(layer: TensorLayer, update: nn.Module, found: Mapping[str, Te
     A start S that was decomposed from W0 is an orthogonal projection of it, so that ⟨W0, S⟩ = ‖S‖²; for an unrelated
     weight the product is near 0. Another dtype, quantisation or a bit of training of the base hardly move it.
     """
-    weight = layer.read_base_weight()
-    if weight.is_meta or set(found) != set(update.state_dict()):
+    if set(found) != set(update.state_dict()):
         return None
     candidate = copy.deepcopy(update)
     candidate.load_state_dict(dict(found), assign=True)
     network, _, start = candidate.cut()  # type: ignore[operator]
-    if not start:
+    if not start or (weight := layer.read_base_weight()).is_meta:
         return None
     projection = fold(network.halves(start)).to(weight.device)
     energy = projection.square().sum()
