@@ -72,7 +72,7 @@ def decompose(
     go). At full bond the contraction is the weight; truncated, it is the orthogonal projection of the weight.
 
     An unfolding here is narrow (at most max_bond · i_k · j_k rows), so its singular vectors come from the
-    eigenvectors of its small Gram matrix, or after a QR where it is tall: the same subspaces as an SVD.
+    eigenvectors of the Gram matrix of its small side: the same subspaces as an SVD.
 
     Raises:
         ValueError: the weight is not a finite floating-point matrix on a real device, the modes' products are not its
@@ -169,8 +169,8 @@ def _leading_subspace(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The first `count` left singular vectors (m, count) of an (m, n) matrix, and the matrix in that basis."""
     num_rows, num_columns = rows.shape
     if num_rows > num_columns:
-        q, small = torch.linalg.qr(rows)
-        basis = q @ _eigenbasis(small, count)
+        # From the right singular vectors V, the small side's: U S = rows V, and a QR takes U out of it.
+        basis, _ = torch.linalg.qr(rows @ _eigenbasis(rows.t(), count))
     else:
         basis = _eigenbasis(rows, count)
     return basis, basis.t() @ rows
@@ -178,14 +178,14 @@ def _leading_subspace(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 def _eigenbasis(rows: Tensor, count: int) -> Tensor:
     """The first `count` left singular vectors of a wide or square (m, n) matrix from its Gram matrix."""
-    gram = rows @ rows.t()
+    gram = _lower_gram(rows)
     if not isfinite(gram.trace().item()):  # a sum of squares: finite if and only if every entry is
         raise ValueError(
             f"cannot decompose the weight: its largest entry is {rows.abs().max().item()}, expected finite numbers "
             "whose squares float32 can hold. Check the checkpoint."
         )
     try:
-        values, vectors = torch.linalg.eigh(gram)
+        values, vectors = torch.linalg.eigh(gram, UPLO="L")
         # Squaring blurs singular values far below the largest: is the cut among those?
         is_blurred = count < len(values) and gram.dtype == torch.float32 and bool(values[-count] < 1e-3 * values[-1])
     except RuntimeError:  # torch.linalg.LinAlgError: many repeated eigenvalues, such as a constant weight's
@@ -194,6 +194,17 @@ def _eigenbasis(rows: Tensor, count: int) -> Tensor:
         triangle = torch.linalg.qr(rows.double().t(), mode="r").R.t()
         return torch.linalg.svd(triangle, full_matrices=False).U[:, :count].to(rows.dtype)
     return vectors[:, -count:].flip(1)
+
+
+def _lower_gram(rows: Tensor) -> Tensor:  # (m, m)
+    """The lower triangle of `rows @ rows.t()`; of what lies above it, only a part is computed, the rest is zero."""
+    num_rows = len(rows)
+    gram = rows.new_zeros(num_rows, num_rows)
+    step = max(-(-num_rows // 4), 64)  # four strips: 5/8 of the products
+    for start in range(0, num_rows, step):
+        strip = slice(start, start + step)
+        torch.mm(rows[strip], rows[: start + step].t(), out=gram[strip, : start + step])
+    return gram
 
 
 def _split_exactly(
