@@ -10,7 +10,7 @@ import transformers
 from peft import PeftConfig
 from torch import nn
 
-from tensorpeft import DotaConfig
+from tensorpeft import DotaConfig, FactConfig, LortaConfig, LotrConfig
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,11 @@ CASES = [
     Case("dota-five-cores", DotaConfig, {"r": 4}),
     Case("dota-random", DotaConfig, {"r": 6, "num_cores": 3, "init_weights": "random"}),
     Case("dota-no-start", DotaConfig, {"r": 2, "num_cores": 2, "init_weights": False}, starts_at_identity=False),
+    Case("lorta", LortaConfig, {"r": 4}),
+    Case("lorta-no-start", LortaConfig, {"r": 4, "init_weights": False}, starts_at_identity=False),
+    Case("lotr", LotrConfig, {"r": 4}),
+    Case("fact-tt", FactConfig, {"r": 4}),
+    Case("fact-tk", FactConfig, {"r": 4, "core": "tk"}),
 ]
 over_cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 over_identity_cases = pytest.mark.parametrize(

@@ -1,6 +1,9 @@
 """Tensor-network adapters for Hugging Face PEFT. Importing this package registers every method with PEFT."""
 
 from tensorpeft.methods.dota import DotaConfig
+from tensorpeft.methods.fact import FactConfig
+from tensorpeft.methods.lorta import LortaConfig
+from tensorpeft.methods.lotr import LotrConfig
 
-__all__ = ["DotaConfig"]
+__all__ = ["DotaConfig", "FactConfig", "LortaConfig", "LotrConfig"]
 __version__ = "0.1.0"

@@ -46,7 +46,7 @@ def saved(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"r": 0}, r"r=0: expected a bond dimension of at least 1"),
+        ({"r": 0}, r"r=0: expected a whole number of at least 1"),
         ({"r": -3}, r"r=-3"),
         ({"r": 2.5}, r"r=2.5"),
         ({"num_cores": 1}, r"num_cores=1: expected at least 2"),

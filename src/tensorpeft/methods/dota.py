@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tensorpeft.modes import bond_dimensions, factor_modes
 from tensorpeft.networks.mpo import MpoUpdate, decompose, random_cores
-from tensorpeft.plugin.config import TensorConfig
+from tensorpeft.plugin.config import TensorConfig, check_rank
 from tensorpeft.plugin.patterns import value_for
 from tensorpeft.plugin.registration import register
 from tensorpeft.sites import Site
@@ -55,8 +55,7 @@ class DotaConfig(TensorConfig):
         """Check all that can be known without a model."""
         super().__post_init__()
         for name, r in {"r": self.r, **{f"rank_pattern[{key!r}]": r for key, r in self.rank_pattern.items()}}.items():
-            if not isinstance(r, int) or r < 1:
-                raise ValueError(f"{name}={r!r}: expected a bond dimension of at least 1, such as 16.")
+            check_rank(name, r)
         if not isinstance(self.num_cores, int) or self.num_cores < 2:
             raise ValueError(f"num_cores={self.num_cores!r}: expected at least 2 cores, such as the paper's 5.")
         if self.init_weights not in (True, False, "random"):

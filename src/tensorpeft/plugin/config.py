@@ -67,7 +67,7 @@ class TensorConfig(PeftConfig, ABC):
         sites: Sequence[Site],
         read_weight: Callable[[Site], Tensor],
     ) -> Mapping[str, AbstractWeightUpdate]:
-        """An update for every site, by the site's name.
+        """An update for every site, by the site's name. Updates that share factors name one module as `shared`.
 
         Args:
             sites: all weights that this adapter adapts.
@@ -97,3 +97,15 @@ class TensorConfig(PeftConfig, ABC):
         """As PEFT's, and tells the model card's readers to `import tensorpeft`."""
         super().save_pretrained(save_directory, **kwargs)
         add_loading_hint(Path(save_directory))
+
+
+def check_rank(name: str, value: object) -> None:
+    """Raise a `ValueError` that names the field unless its value is a whole number of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}={value!r}: expected a whole number of at least 1, such as 16.")
+
+
+def check_scale(name: str, value: object) -> None:
+    """Raise a `ValueError` that names the field unless its value is a finite number above 0."""
+    if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        raise ValueError(f"{name}={value!r}: expected a finite number above 0, such as 16.")

@@ -7,20 +7,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils.quantization_utils import QuantizationBackend, quantization_extra_repr
 from torch import Tensor, nn
 
 from tensorpeft.networks.effective import effective_linear, effective_weight
 from tensorpeft.networks.update import AbstractFusedUpdate, AbstractWeightUpdate
 from tensorpeft.plugin.base_weight import addable_weight, oriented, restore_row_order, version_of
+from tensorpeft.plugin.holder import UpdateHolder
 
 
-class TensorLayer(nn.Module, BaseTunerLayer):
+class TensorLayer(UpdateHolder):
     """`y = base(x) + Σ update(x)` over the active adapters.
-
-    Each method has a subclass made by `plugin.registration`, whose `adapter_layer_names` holds the one attribute that
-    PEFT's checkpoint keys name (`dota_update`): a `ModuleDict` from adapter to update.
 
     Args:
         base_layer: the layer to adapt.
@@ -45,23 +43,8 @@ class TensorLayer(nn.Module, BaseTunerLayer):
         self.out_features, self.in_features = shape
         self.quantization_backend = quantization_backend
         self.owns_base = owns_base
-        self.merged_adapters: list[str] = []
-        self._disable_adapters = False
-        self._active_adapter: str | list[str] = []
         self._unmerged_weight: Tensor | None = None  # the base's own tensor while adapters are merged
         self._cached: tuple[object, Tensor] | None = None  # what it was made of, and the effective weight
-        setattr(self, self.adapter_layer_names[0], nn.ModuleDict())
-
-    @property
-    def updates(self) -> nn.ModuleDict:
-        """The updates of this layer by adapter name."""
-        return getattr(self, self.adapter_layer_names[0])
-
-    def update_layer(self, adapter_name: str, update: AbstractWeightUpdate, inference_mode: bool = False) -> None:
-        """Add (or replace) an adapter's update."""
-        self.updates[adapter_name] = update
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """(*batch, in) -> (*batch, out). `adapter_names`: one per row of the batch, "__base__" for none."""
@@ -80,7 +63,7 @@ class TensorLayer(nn.Module, BaseTunerLayer):
         if added and self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
         for update in added:
-            result = result + update(x).to(result.dtype)
+            result = update.add_to(result, x)
         return result
 
     def _fused_forward(self, x: Tensor, weight: Tensor, updates: Sequence[AbstractFusedUpdate]) -> Tensor:
@@ -192,16 +175,6 @@ class TensorLayer(nn.Module, BaseTunerLayer):
 
     def _named(self, adapter_names: Sequence[str]) -> list[AbstractWeightUpdate]:
         return [self.updates[name] for name in adapter_names if name in self.updates]  # type: ignore[misc]
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """As PEFT's, but the update keeps its dtype: small steps would be lost in a half-precision copy."""
-        if adapter_name not in self.updates:
-            return
-        update = self.updates[adapter_name]
-        if device is None:
-            device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
-        if device is not None and not any(parameter.is_meta for parameter in update.parameters()):
-            update.to(device)
 
     def extra_repr(self) -> str:
         """The quantisation backend, if any."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tensorpeft.networks.effective import fold
+from tensorpeft.plugin.holder import UpdateHolder
 from tensorpeft.plugin.layer import TensorLayer
 
 # The 4-bit form of a weight moves the share by less than 0.01, a fully fine-tuned base by a few hundredths.
@@ -31,22 +32,22 @@ def check_state_dict(tuner: BaseTuner, state_dict: dict[str, Tensor], prefix: st
             (`PeftModel.from_pretrained`, `load_adapter`) is taken out of the model again.
     """
     for name, layer in tuner.named_modules():
-        if not isinstance(layer, TensorLayer):
+        if not isinstance(layer, UpdateHolder):
             continue
         stem = f"{prefix}{name}.{layer.adapter_layer_names[0]}."
         for adapter_name, update in layer.updates.items():
             found = _part(state_dict, f"{stem}{adapter_name}.")
             problem = _misfit(update, found, _part(state_dict, stem))
-            foreign = None if problem else _foreign_start(layer, update, found)
+            is_layer = isinstance(layer, TensorLayer)
+            foreign = _foreign_start(layer, update, found) if is_layer and not problem else None
             if foreign and not isinstance(tuner.model, PreTrainedModel):
                 # A plain torch module has no identity that an adapter could belong to; PEFT's users load it on any.
                 warnings.warn(f"{name.removeprefix('model.')}: {foreign}", UserWarning, stacklevel=2)
             elif problem or foreign:
                 _remove(tuner, adapter_name)
                 raise ValueError(f"{name.removeprefix('model.')}: {problem or foreign}")
-            for key, buffer in update.named_buffers():
-                if f"{stem}{adapter_name}.{next(iter(dict(update.named_parameters())))}" in state_dict:
-                    state_dict.setdefault(f"{stem}{adapter_name}.{key}", torch.zeros_like(buffer))
+            for key, buffer in update.named_buffers() if found else ():
+                state_dict.setdefault(f"{stem}{adapter_name}.{key}", torch.zeros_like(buffer))
 
 
 def _part(state_dict: Mapping[str, Tensor], stem: str) -> dict[str, Tensor]:

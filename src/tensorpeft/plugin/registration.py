@@ -12,8 +12,9 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType, register_peft_method
 
 from tensorpeft.plugin.config import TensorConfig
+from tensorpeft.plugin.holder import SharedFactors, UpdateHolder
 from tensorpeft.plugin.layer import TensorLayer
-from tensorpeft.plugin.tuner import TensorModel, wrap_layer
+from tensorpeft.plugin.tuner import MethodClasses, TensorModel, wrap_layer
 
 ConfigClass = TypeVar("ConfigClass", bound=type[TensorConfig])
 
@@ -38,20 +39,25 @@ def register(name: str) -> Callable[[ConfigClass], ConfigClass]:
             )
         config_cls.registered_type = peft_type
         title = name.capitalize()
-        layer_cls = _subclass(TensorLayer, f"{title}Layer", config_cls, adapter_layer_names=(f"{name}_update",))
-        model_cls = _subclass(TensorModel, f"{title}Model", config_cls, prefix=f"{name}_", tuner_layer_cls=layer_cls)
+        holder_cls = _subclass((UpdateHolder,), f"{title}Holder", config_cls, adapter_layer_names=(f"{name}_update",))
+        classes = MethodClasses(
+            layer=_subclass((TensorLayer, holder_cls), f"{title}Layer", config_cls),
+            shared=_subclass((SharedFactors, holder_cls), f"{title}SharedFactors", config_cls),
+        )
+        fields = {"prefix": f"{name}_", "tuner_layer_cls": holder_cls, "classes": classes}
+        model_cls = _subclass((TensorModel,), f"{title}Model", config_cls, **fields)
         register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls, is_mixed_compatible=True)
-        _admit_to_mixed_models(peft_type, config_cls, layer_cls, f"{name}_")
+        _admit_to_mixed_models(peft_type, config_cls, holder_cls, classes, f"{name}_")
         return config_cls
 
     return decorate
 
 
-def _subclass(base: type, name: str, config_cls: type, **fields: Any) -> type:
+def _subclass(bases: tuple[type, ...], name: str, config_cls: type, **fields: Any) -> type:
     """A subclass in the method's own module, where pickle (torch.save of a whole model) finds it by name."""
     module = config_cls.__module__
-    doc = f"{base.__name__} of the method that `{config_cls.__name__}` configures."
-    cls = type(name, (base,), {**fields, "__module__": module, "__doc__": doc})
+    doc = f"{bases[0].__name__} of the method that `{config_cls.__name__}` configures."
+    cls = type(name, bases, {**fields, "__module__": module, "__doc__": doc})
     setattr(sys.modules[module], name, cls)
     return cls
 
@@ -73,18 +79,20 @@ def _add_peft_type(name: str) -> PeftType:
     return member
 
 
-def _admit_to_mixed_models(peft_type: PeftType, config_cls: type, layer_cls: type[TensorLayer], prefix: str) -> None:
+def _admit_to_mixed_models(
+    peft_type: PeftType, config_cls: type, holder_cls: type, classes: MethodClasses, prefix: str
+) -> None:
     """PeftMixedModel has fixed lists of what it can hold, and a fixed dispatch. Until it asks PEFT's registry."""
     types = (*mixed_model.COMPATIBLE_TUNER_TYPES, peft_type)
     mixed_model.COMPATIBLE_TUNER_TYPES = peft.tuners.mixed.COMPATIBLE_TUNER_TYPES = types
     mixed_model.Configs = Union[mixed_model.Configs, config_cls]  # noqa: UP007  # of classes known at run time
-    mixed_model.Layers = (*mixed_model.Layers, layer_cls)
+    mixed_model.Layers = (*mixed_model.Layers, holder_cls)
     mixed_model.PREFIXES.append(prefix)
     create_others = mixed_model.MixedModel._create_and_replace
 
     def create_and_replace(self: Any, config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         if isinstance(config, config_cls):
-            wrap_layer(self, layer_cls, config, adapter_name, kwargs["current_key"])  # type: ignore[arg-type]
+            wrap_layer(self, classes, config, adapter_name, kwargs["current_key"])  # type: ignore[arg-type]
         else:
             create_others(self, config, adapter_name, *args, **kwargs)
 

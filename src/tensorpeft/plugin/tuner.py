@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -17,15 +17,24 @@ from torch import Tensor, nn
 from tensorpeft.networks.update import AbstractWeightUpdate
 from tensorpeft.plugin.base_weight import linear_shape, oriented, restore_row_order
 from tensorpeft.plugin.config import TensorConfig
+from tensorpeft.plugin.holder import SharedFactors, UpdateHolder
 from tensorpeft.plugin.layer import TensorLayer, check_finite
 from tensorpeft.plugin.loading import check_state_dict
-from tensorpeft.sites import Site
+from tensorpeft.sites import Site, find_sites
+
+
+class MethodClasses(NamedTuple):
+    """A method's own classes, made by `plugin.registration`: PEFT tells methods apart by class."""
+
+    layer: type[TensorLayer]
+    shared: type[SharedFactors]
 
 
 class TensorModel(BaseTuner):
     """A model whose target layers carry updates. Each method has a subclass, made by `plugin.registration`."""
 
-    tuner_layer_cls = TensorLayer
+    tuner_layer_cls = UpdateHolder
+    classes = MethodClasses(TensorLayer, SharedFactors)
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def inject_adapter(
@@ -56,8 +65,7 @@ class TensorModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        layer_cls: type[TensorLayer] = type(self).tuner_layer_cls  # type: ignore[assignment]
-        wrap_layer(self, layer_cls, peft_config, adapter_name, current_key)
+        wrap_layer(self, self.classes, peft_config, adapter_name, current_key)
 
     def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         # Of the whole tuner, before its first layer is loaded: a checkpoint that does not fit changes nothing.
@@ -69,7 +77,7 @@ class TensorModel(BaseTuner):
             super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
             return
         for module in self.model.modules():
-            if isinstance(module, TensorLayer) and adapter_name in module.updates:
+            if isinstance(module, UpdateHolder) and adapter_name in module.updates:
                 _, dtype = module._get_base_layer_device_and_dtype(module.get_base_layer())
                 if dtype is not None and dtype.is_floating_point:
                     module.updates[adapter_name].to(dtype)
@@ -91,7 +99,9 @@ class TensorModel(BaseTuner):
             self._check_merged_weights(adapter_names)
         if not merge:
             self.unmerge_adapter()  # what is merged would stay in the base weights that are handed back
-        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)  # type: ignore[return-value]
+        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        _remove_shared_factors(self.model)
+        return model  # type: ignore[return-value]
 
     def _check_merged_weights(self, adapter_names: list[str] | None) -> None:
         for module in self.model.modules():
@@ -132,7 +142,7 @@ class TensorModel(BaseTuner):
 
 def wrap_layer(
     tuner: BaseTuner,
-    layer_cls: type[TensorLayer],
+    classes: MethodClasses,
     config: TensorConfig,
     adapter_name: str,
     key: str,  # full name of the layer in the model
@@ -151,34 +161,57 @@ def wrap_layer(
         tuner._planned = planned  # type: ignore[assignment]
     update = planned[1].pop(key)
     parent, target, target_name = _get_submodules(tuner.model, key)
-    if isinstance(target, layer_cls):
-        target.update_layer(adapter_name, update, inference_mode=config.inference_mode)
+    if isinstance(target, classes.layer):
+        target.hold(adapter_name, update, config.inference_mode)
         layer = target
     else:
         base = _innermost(target)
         backend = resolve_quantization_backend(base, **get_quantization_kwargs(tuner.model))
         shape = linear_shape(base, key, parent, backend)
         owns_base = isinstance(tuner, TensorModel) and not isinstance(target, BaseTunerLayer)
-        layer = layer_cls(target, shape, backend, owns_base)
+        layer = classes.layer(target, shape, backend, owns_base)
         layer._active_adapter = adapter_name
-        layer.update_layer(adapter_name, update, inference_mode=config.inference_mode)
+        layer.hold(adapter_name, update, config.inference_mode)
         tuner._replace_module(parent, target_name, layer, target)
-    if adapter_name not in tuner.active_adapters:
-        layer.updates[adapter_name].requires_grad_(False)
+    is_active = adapter_name in tuner.active_adapters
+    if not is_active:
+        update.requires_grad_(False)
+    if update.shared is not None:
+        owner = _owner_of_shared(tuner.model, layer, classes)
+        if adapter_name not in owner.updates or owner.updates[adapter_name] is not update.shared:
+            owner.hold(adapter_name, update.shared, config.inference_mode)
+            update.shared.requires_grad_(is_active and not config.inference_mode)
+
+
+def _owner_of_shared(model: nn.Module, layer: TensorLayer, classes: MethodClasses) -> SharedFactors:
+    """The owner of what the layers of a method share, made at first use."""
+    # Not under the method's prefix: PEFT's delete_adapter passes over names that contain it.
+    name = f"shared_{classes.shared.__name__.lower()}"
+    if not hasattr(model, name):
+        owner = classes.shared(layer)
+        owner._active_adapter = layer._active_adapter
+        model.add_module(name, owner)
+    return getattr(model, name)
+
+
+def _remove_shared_factors(model: nn.Module) -> None:
+    for name, module in list(model.named_children()):
+        if isinstance(module, SharedFactors):
+            delattr(model, name)
 
 
 def _build_updates(tuner: BaseTuner, config: TensorConfig) -> Mapping[str, AbstractWeightUpdate]:
     """The method's updates for all targets of a config. Changes nothing in the model."""
     quantization = get_quantization_kwargs(tuner.model)
     bases: dict[str, tuple[nn.Module, Any]] = {}
-    sites = []
+    shapes = []
     for name in _target_names(tuner, config):
         parent, target, _ = _get_submodules(tuner.model, name)
         base = _innermost(target)
         backend = resolve_quantization_backend(base, **quantization)
         out, in_ = linear_shape(base, name, parent, backend)
         bases[name] = (base, backend)
-        sites.append(Site(name, out, in_))
+        shapes.append((name, out, in_))
     allocates_only = getattr(tuner, "_allocates_only", False)
 
     def read_weight(site: Site) -> Tensor:
@@ -189,7 +222,7 @@ def _build_updates(tuner: BaseTuner, config: TensorConfig) -> Mapping[str, Abstr
         weight = base.weight.data if backend is None else backend.get_base_weight(base)
         return oriented(base, weight)  # type: ignore[arg-type]
 
-    return config.build(sites, read_weight)
+    return config.build(find_sites(shapes, getattr(tuner.model, "config", None)), read_weight)
 
 
 def _target_names(tuner: BaseTuner, config: TensorConfig) -> list[str]:

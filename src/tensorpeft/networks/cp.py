@@ -1,0 +1,115 @@
+"""A CP tensor over the weights of many layers: one set of factors, of which every weight is a low-rank matrix.
+
+The entry of layer l and projection m at (model feature a, head h, head feature b) is
+`Σ_k A[a, k] B[b, k] C_H[h, k] C_L[l, k] C_M[m, k]`. Source: LoRTA (arXiv 2410.04060), section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import sqrt
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from tensorpeft.networks.update import AbstractLowRankUpdate, Factors
+
+
+class CpFactors(nn.Module):
+    """The factors of several CP tensors, each under its own name: `attention_A` and so on.
+
+    Args:
+        rank: r, the number of terms.
+        sizes: name of a tensor -> its modes, {factor: size}: A the model dimension, B the features of a head, C_H the
+            heads, C_L the layers, C_M the projections. A tensor without heads has no C_H.
+        is_zero: whether B starts at zero, so that every weight does. If not, B starts as A does.
+    """
+
+    def __init__(self, rank: int, sizes: dict[str, dict[str, int]], is_zero: bool = True):
+        super().__init__()
+        self.rank = rank
+        self.sizes = sizes
+        for name, modes in sizes.items():
+            for factor, size in modes.items():
+                # Kaiming's bound for r inputs with a = √5, for every factor.
+                start = torch.empty(size, rank).uniform_(-1 / sqrt(rank), 1 / sqrt(rank))
+                self.register_parameter(f"{name}_{factor}", nn.Parameter(start))
+            if is_zero:
+                nn.init.zeros_(getattr(self, f"{name}_B"))
+
+    def factor(self, tensor: str, factor: str) -> Tensor:  # (size, r)
+        """One factor of a tensor."""
+        return getattr(self, f"{tensor}_{factor}")
+
+    def extra_repr(self) -> str:
+        """Modes of every tensor."""
+        return f"r {self.rank}; " + "; ".join(
+            f"{name}: " + " · ".join(f"{factor} {size}" for factor, size in modes.items())
+            for name, modes in self.sizes.items()
+        )
+
+
+class CpUpdate(AbstractLowRankUpdate):
+    """One weight of a CP tensor: `ΔW = scale · K diag(C_L[layer]) Aᵀ`, of rank at most r, or its transpose.
+
+    K (inner dimension, r) stacks the rows of the weight's projections; for a single one it is the Khatri-Rao product
+    `C_H ⊙ B` of its heads, times C_M. A always meets the model dimension.
+
+    Args:
+        shared: the factors.
+        tensor: the name of this weight's tensor in them.
+        layer: row of C_L.
+        projections: rows of C_M, one unless the weight is a fused projection.
+        heads: the heads of each projection, the first so many rows of C_H; ignored where there is no C_H.
+        scale: s.
+        inner_is_out: whether K is on the output side (query, key, value) or A is (output).
+        interleaved: whether a fused projection has each head's rows of all projections together.
+    """
+
+    def __init__(
+        self,
+        shared: CpFactors,
+        tensor: str,
+        layer: int,
+        projections: Sequence[int],
+        heads: Sequence[int],
+        scale: float,
+        inner_is_out: bool = True,
+        interleaved: bool = False,
+    ):
+        super().__init__(shared)
+        self.tensor = tensor
+        self.layer = layer
+        self.projections = tuple(projections)
+        self.heads = tuple(heads)
+        self.scale = scale
+        self.inner_is_out = inner_is_out
+        self.interleaved = interleaved
+
+    def factors(self) -> Factors:
+        """A and K on their sides, the coefficients of layer and projection between them."""
+        factor = cast(CpFactors, self.shared).factor
+        model, layers, coefficients = (factor(self.tensor, name) for name in ("A", "C_L", "C_M"))
+        core = layers[self.layer] * self.scale
+        if len(self.projections) == 1:
+            core = core * coefficients[self.projections[0]]
+            inner = self._inner(self.heads[0])
+        else:
+            rows = [
+                (self._inner(heads) * coefficients[projection]).view(heads, -1, model.shape[1])
+                for projection, heads in zip(self.projections, self.heads)
+            ]
+            inner = torch.stack(rows, 1).flatten(0, 2) if self.interleaved else torch.cat(rows).flatten(0, 1)
+        return Factors(model.t(), core, inner) if self.inner_is_out else Factors(inner.t(), core, model)
+
+    def _inner(self, heads: int) -> Tensor:  # (heads · head features, r)
+        shared = cast(CpFactors, self.shared)
+        features = shared.factor(self.tensor, "B")
+        if "C_H" not in shared.sizes[self.tensor]:
+            return features
+        return (shared.factor(self.tensor, "C_H")[:heads, None] * features).flatten(0, 1)
+
+    def extra_repr(self) -> str:
+        """Which weight of which tensor."""
+        return f"{self.tensor}, layer {self.layer}, projection {', '.join(map(str, self.projections))}"

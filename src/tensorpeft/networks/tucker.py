@@ -1,0 +1,78 @@
+"""Weights of one shape in a tensor whose outer factors they share: `ΔW_n = scale · U G_n Vᵀ`.
+
+The cores G_n are free (Tucker2 over the layers, LoTR, arXiv 2402.01376; FacT's tensor train, arXiv 2212.03145), or
+slices of one small core (Tucker3, FacT-TK): `G_n = Σ_k P[n, k] C[:, :, k]`.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from tensorpeft.networks.update import AbstractLowRankUpdate, Factors
+
+
+class TuckerFactors(nn.Module):
+    """The factors of several tensors of stacked weights, each under its own name: `1024x4096_U` and so on.
+
+    Made without values worth keeping: the method fills them.
+
+    Args:
+        rank: r of every mode.
+        sizes: name of a tensor -> (number of weights n, out, in).
+        has_small_core: False: cores G (n, r, r). True: P (n, r) and C (r, r, r).
+    """
+
+    def __init__(self, rank: int, sizes: dict[str, tuple[int, int, int]], has_small_core: bool):
+        super().__init__()
+        self.rank = rank
+        self.sizes = sizes
+        self.has_small_core = has_small_core
+        for name, (count, out, in_) in sizes.items():
+            shapes = {"U": (out, rank), "V": (in_, rank), "G": (count, rank, rank)}
+            if has_small_core:
+                shapes = {"U": (out, rank), "V": (in_, rank), "P": (count, rank), "C": (rank, rank, rank)}
+            for factor, shape in shapes.items():
+                self.register_parameter(f"{name}_{factor}", nn.Parameter(torch.zeros(shape)))
+
+    def core(self, tensor: str, index: int) -> Tensor:  # (r, r)
+        """The core of one weight."""
+        if self.has_small_core:
+            return getattr(self, f"{tensor}_C") @ getattr(self, f"{tensor}_P")[index]
+        return getattr(self, f"{tensor}_G")[index]
+
+    def extra_repr(self) -> str:
+        """Modes of every tensor."""
+        return f"r {self.rank}; " + "; ".join(
+            f"{name}: U {out} · V {in_} · {'P' if self.has_small_core else 'G'} {count}"
+            for name, (count, out, in_) in self.sizes.items()
+        )
+
+
+class TuckerUpdate(AbstractLowRankUpdate):
+    """One weight of a stacked tensor.
+
+    Args:
+        shared: the factors.
+        tensor: the name of this weight's tensor in them.
+        index: its place in the tensor.
+        scale: s.
+    """
+
+    def __init__(self, shared: TuckerFactors, tensor: str, index: int, scale: float):
+        super().__init__(shared)
+        self.tensor = tensor
+        self.index = index
+        self.scale = scale
+
+    def factors(self) -> Factors:
+        """Vᵀ, the scaled core and U."""
+        shared = cast(TuckerFactors, self.shared)
+        down, up = getattr(shared, f"{self.tensor}_V").t(), getattr(shared, f"{self.tensor}_U")
+        return Factors(down, shared.core(self.tensor, self.index) * self.scale, up)
+
+    def extra_repr(self) -> str:
+        """Which weight of which tensor."""
+        return f"{self.tensor}, weight {self.index}"

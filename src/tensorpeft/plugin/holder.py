@@ -1,0 +1,70 @@
+"""What holds an adapter's tensors in a model: every adapted layer, and the one owner of what the layers share."""
+
+from __future__ import annotations
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+
+class UpdateHolder(nn.Module, BaseTunerLayer):
+    """A module with something of every adapter.
+
+    Each method has a subclass made by `plugin.registration`, whose `adapter_layer_names` holds the one attribute that
+    PEFT's checkpoint keys name (`dota_update`): a `ModuleDict` by adapter.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._active_adapter: str | list[str] = []
+        setattr(self, self.adapter_layer_names[0], nn.ModuleDict())
+
+    @property
+    def updates(self) -> nn.ModuleDict:
+        """What it holds, by adapter name."""
+        return getattr(self, self.adapter_layer_names[0])
+
+    def hold(self, adapter_name: str, tensors: nn.Module, inference_mode: bool = False) -> None:
+        """Add (or replace) what is held of an adapter."""
+        self.updates[adapter_name] = tensors
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """As PEFT's, but the tensors keep their dtype: small steps would be lost in a half-precision copy."""
+        if adapter_name not in self.updates:
+            return
+        tensors = self.updates[adapter_name]
+        if device is None:
+            device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        if device is not None and not any(parameter.is_meta for parameter in tensors.parameters()):
+            tensors.to(device)
+
+
+class SharedFactors(UpdateHolder):
+    """Factors that all layers of an adapter share, as one of the model's own modules.
+
+    PEFT saves, loads, freezes, activates, casts and deletes what belongs to a `BaseTunerLayer` in the model. So this
+    is one, without a base layer: what is shared is handled as a layer's own updates are, and stored once.
+
+    Args:
+        anchor: a layer on whose device the factors are.
+    """
+
+    anchor: nn.Module
+
+    def __init__(self, anchor: nn.Module):
+        super().__init__()
+        object.__setattr__(self, "anchor", anchor)  # a plain reference: the layer is registered in its own place
+
+    def get_base_layer(self) -> nn.Module:
+        """The innermost layer of the anchor."""
+        return self.anchor.get_base_layer() if isinstance(self.anchor, BaseTunerLayer) else self.anchor
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Nothing: the layers merge."""
+
+    def unmerge(self) -> None:
+        """Nothing: the layers unmerge."""
