@@ -1,11 +1,13 @@
 """A training step, an evaluation forward and the start of each adapter, side by side with PEFT's LoRA in one process.
 
-    python benchmarks/step_time.py [--rounds 15] [--vocabulary 32000] [--bf16] [--device cuda]
+    python benchmarks/step_time.py [--methods dota|cross-layer] [--rank 16] [--rounds 15] [--vocabulary 32000] [--bf16]
+                                   [--device cuda] [--compile]
 
 The model is a Llama of hidden size 1024 with four layers and LLaMA's vocabulary of 32,000, the batch 4 x 256 tokens,
 the targets q, k, v, up and down. `--vocabulary 5376` gives the output head the share of the work that it has in a
-24-layer model. All adapters run in turn, the order reversed every second round; medians, and the ratio to LoRA (or to
-the bare model). Memory is the peak that a step allocates above what was there when it started, by torch's allocator.
+24-layer model. `--methods cross-layer` compares LoRTA, LoTR and FacT instead of DoTA, at LoRA's rank. All adapters run
+in turn, the order reversed every second round; medians, and the ratio to LoRA (or to the bare model). Memory is the
+peak that a step allocates above what was there when it started, by torch's allocator.
 """
 
 from __future__ import annotations
@@ -22,14 +24,24 @@ from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tensorpeft import DotaConfig
+from tensorpeft import DotaConfig, FactConfig, LortaConfig, LotrConfig
 from tensorpeft.studies.measure import median_step_times, peak_memory
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
-ADAPTERS: dict[str, Callable[[], PeftConfig]] = {
-    "LoRA r 16": lambda: LoraConfig(r=16, target_modules=TARGETS),
-    "DoTA R 16": lambda: DotaConfig(r=16, target_modules=TARGETS),
-    "DoRA r 16": lambda: LoraConfig(r=16, use_dora=True, target_modules=TARGETS),
+REFERENCE = "LoRA"
+ADAPTERS: dict[str, dict[str, Callable[[int], PeftConfig]]] = {
+    "dota": {
+        REFERENCE: lambda r: LoraConfig(r=r, target_modules=TARGETS),
+        "DoTA": lambda r: DotaConfig(r=r, target_modules=TARGETS),
+        "DoRA": lambda r: LoraConfig(r=r, use_dora=True, target_modules=TARGETS),
+    },
+    "cross-layer": {
+        REFERENCE: lambda r: LoraConfig(r=r, target_modules=TARGETS),
+        "LoRTA": lambda r: LortaConfig(r=r, target_modules=TARGETS),
+        "LoTR": lambda r: LotrConfig(r=r, target_modules=TARGETS),
+        "FacT-TT": lambda r: FactConfig(r=r, target_modules=TARGETS),
+        "FacT-TK": lambda r: FactConfig(r=r, core="tk", target_modules=TARGETS),
+    },
 }
 STARTS: dict[str, Callable[[], PeftConfig]] = {
     "PiSSA, fast (niter 4)": lambda: LoraConfig(r=16, init_lora_weights="pissa_niter_4", target_modules=TARGETS),
@@ -94,15 +106,22 @@ def print_table(title: str, header: str, rows: list[tuple[str, str]]) -> None:
 def main() -> None:
     """Print the three tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--methods", choices=list(ADAPTERS), default="dota")
+    parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--vocabulary", type=int, default=32000)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--compile", action="store_true")
     arguments = parser.parse_args()
     base = build_model(arguments.device, torch.bfloat16 if arguments.bf16 else torch.float32, arguments.vocabulary)
     tokens = torch.randint(0, arguments.vocabulary, (4, 256), device=arguments.device)
 
-    models = {name: get_peft_model(copy.deepcopy(base), make()) for name, make in ADAPTERS.items()}
+    adapters = ADAPTERS[arguments.methods]
+    models = {name: get_peft_model(copy.deepcopy(base), make(arguments.rank)) for name, make in adapters.items()}
+    if arguments.compile:
+        for model in models.values():
+            model.compile()
     steps = {name: training_step(model, tokens) for name, model in models.items()}
     times = {name: median(values) for name, values in median_step_times(steps, arguments.rounds).items()}
     memory = {}
@@ -110,18 +129,21 @@ def main() -> None:
         for parameter in models[name].parameters():
             parameter.grad = None
         memory[name] = peak_memory(step, arguments.device)
-    reference = "LoRA r 16"
     rows = []
-    for name in ADAPTERS:
-        ratio, share = times[name] / times[reference], memory[name] / memory[reference]
+    for name in adapters:
+        ratio, share = times[name] / times[REFERENCE], memory[name] / memory[REFERENCE]
         rows.append((name, f"{times[name]:7.3f} s {ratio:6.2f} x {memory[name] / 2**20:9.0f} MiB {share:6.2f} x"))
-    print_table("Training step, 4 x 256 tokens", "   median  /LoRA  extra peak memory  /LoRA", rows)
+    print_table(
+        f"Training step, 4 x 256 tokens, r = {arguments.rank}", "   median  /LoRA  extra peak memory  /LoRA", rows
+    )
 
     forwards = {name: evaluation(model, tokens) for name, model in {"no adapter": base, **models}.items()}
     times = {name: median(values) for name, values in median_step_times(forwards, arguments.rounds).items()}
     rows = [(name, f"{value:7.3f} s {value / times['no adapter']:6.2f} x") for name, value in times.items()]
     print_table("Evaluation forward, unmerged", "   median  /no adapter", rows)
 
+    if arguments.methods != "dota":
+        return
     del models, steps, forwards
     starts: dict[str, list[float]] = {name: [] for name in STARTS}
     for _ in range(3):

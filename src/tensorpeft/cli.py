@@ -34,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     demo = commands.add_parser(
         "demo",
-        help="compare full fine-tuning, LoRA and DoTA on a small task, on this machine",
+        help="compare full fine-tuning, LoRA, DoTA, LoRTA and LoTR on a small task, on this machine",
         description="Fine-tune MiniLM-L6 with several methods; print a table, write a report, a plot and raw results.",
     )
     demo.add_argument(
@@ -44,10 +44,12 @@ def _parser() -> argparse.ArgumentParser:
         help="docstrings of Python's standard library by area (default), or GLUE's CoLA (needs --data)",
     )
     demo.add_argument("--data", type=Path, metavar="DIR", help="folder of CoLA's train.tsv and dev.tsv")
-    demo.add_argument("--methods", metavar="A,B", help="of full, lora, dota, dota-random (default: all)")
+    demo.add_argument("--methods", metavar="A,B", help="of full, lora, dota, dota-random, lorta, lotr (default: all)")
     demo.add_argument("--quick", action="store_true", help="few steps, rows and seeds: shows that it runs, no more")
     demo.add_argument("--seeds", type=int, metavar="N", help="final runs per method (default: 3; quick: 2)")
-    demo.add_argument("--steps", type=int, metavar="N", help="training steps of a run (default: 60; quick: 8)")
+    demo.add_argument(
+        "--steps", type=int, metavar="N", help="training steps of a run (default: 60, CoLA 400; quick: 8)"
+    )
     demo.add_argument(
         "--output",
         type=Path,
@@ -64,8 +66,8 @@ def _demo(arguments: argparse.Namespace, command: str) -> None:
     from tensorpeft.studies.demo import make_plan, run_demo
     from tensorpeft.studies.demo_methods import choose_methods
 
-    plan = make_plan(arguments.quick, arguments.steps, arguments.seeds)
-    methods = choose_methods(arguments.methods)
+    plan = make_plan(arguments.quick, arguments.steps, arguments.seeds, arguments.task)
+    methods = choose_methods(arguments.methods, plan.rate_scale)
     run_demo(_load_task(arguments.task, arguments.data), plan, methods, arguments.output, command)
 
 

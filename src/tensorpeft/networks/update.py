@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import NamedTuple
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tensorpeft.networks.effective import Cut, Halves, Network, effective_linear, fold
+from tensorpeft.networks.effective import Cut, effective_linear, fold
+from tensorpeft.networks.low_rank import MATRIX_PRODUCT, Factors, low_rank_linear
 
 
 class AbstractWeightUpdate(nn.Module, ABC):
@@ -37,14 +34,6 @@ class AbstractWeightUpdate(nn.Module, ABC):
     ) -> Tensor:  # (*batch, out)
         """`x ΔWᵀ`, in the dtype of x."""
 
-    def add_to(
-        self,
-        result: Tensor,  # (*batch, out): x W0ᵀ + b
-        x: Tensor,  # (*batch, in)
-    ) -> Tensor:  # (*batch, out)
-        """`result + x ΔWᵀ`, in the dtype of the result."""
-        return result + self(x).to(result.dtype)
-
     @abstractmethod
     def cut(self) -> Cut:
         """ΔW as a network that can be cut in two.
@@ -67,16 +56,8 @@ class AbstractFusedUpdate(AbstractWeightUpdate):
         return effective_linear(x, None, None, [self.cut()])
 
 
-class Factors(NamedTuple):
-    """`ΔW = up · core · down` of rank r: what LoRA has, with a core between its two factors."""
-
-    down: Tensor  # (r, in)
-    core: Tensor  # (r,): a diagonal; or (r, r)
-    up: Tensor  # (out, r)
-
-
 class AbstractLowRankUpdate(AbstractWeightUpdate):
-    """A LoRA with structured factors: two thin products, ΔW is never formed."""
+    """A LoRA with structured factors: two thin products beside the base weight's (`networks.low_rank`)."""
 
     @abstractmethod
     def factors(self) -> Factors:
@@ -84,41 +65,8 @@ class AbstractLowRankUpdate(AbstractWeightUpdate):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x downᵀ coreᵀ upᵀ`; under autocast in its dtype."""
-        hidden, up = self._project_down(x)
-        return F.linear(hidden, up)
-
-    def add_to(self, result: Tensor, x: Tensor) -> Tensor:
-        """As `result + forward(x)`, the last product and the sum in one pass over the output."""
-        hidden, up = self._project_down(x)
-        if result.dtype != hidden.dtype or result.device != hidden.device:
-            return result + F.linear(hidden, up).to(result)
-        sum_ = torch.addmm(result.flatten(0, -2), hidden.flatten(0, -2), up.t())
-        return sum_.view(result.shape)
-
-    def _project_down(self, x: Tensor) -> tuple[Tensor, Tensor]:  # (*batch, r), up (out, r)
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        down, core, up = (factor.to(device=x.device, dtype=dtype) for factor in self.factors())
-        hidden = F.linear(x, down)
-        return (hidden * core if core.ndim == 1 else F.linear(hidden, core)), up
+        return low_rank_linear(x, None, None, [self.factors()])
 
     def cut(self) -> Cut:
         """The halves `up · core` and `down`."""
         return Cut(MATRIX_PRODUCT, self.factors())
-
-
-def _halves(factors: Sequence[Tensor]) -> Halves:
-    down, core, up = factors
-    left = up * core if core.ndim == 1 else up @ core
-    return Halves(left.unsqueeze(1), down.unsqueeze(1))
-
-
-def _pull_back(factors: Sequence[Tensor], gradient: Halves) -> list[Tensor]:
-    _, core, up = factors
-    left = gradient.left.squeeze(1)
-    if core.ndim == 1:
-        return [gradient.right.squeeze(1), (left * up).sum(0), left * core]
-    return [gradient.right.squeeze(1), up.t() @ left, left @ core.t()]
-
-
-MATRIX_PRODUCT = Network(_halves, _pull_back)

@@ -12,7 +12,8 @@ from peft.utils.quantization_utils import QuantizationBackend, quantization_extr
 from torch import Tensor, nn
 
 from tensorpeft.networks.effective import effective_linear, effective_weight
-from tensorpeft.networks.update import AbstractFusedUpdate, AbstractWeightUpdate
+from tensorpeft.networks.low_rank import low_rank_linear
+from tensorpeft.networks.update import AbstractFusedUpdate, AbstractLowRankUpdate, AbstractWeightUpdate
 from tensorpeft.plugin.base_weight import addable_weight, oriented, restore_row_order, version_of
 from tensorpeft.plugin.holder import UpdateHolder
 
@@ -53,17 +54,21 @@ class TensorLayer(UpdateHolder):
         if self.disable_adapters and self.merged:
             self.unmerge()
         updates = [] if self.disable_adapters or self.merged else self._named(self.active_adapters)
-        fused = [update for update in updates if isinstance(update, AbstractFusedUpdate)]
-        weight = addable_weight(self.base_layer) if fused else None
+        weight = addable_weight(self.base_layer) if updates else None
         if weight is None:
             result, added = self.base_layer(x, *args, **kwargs), updates
-        else:
+        elif fused := [update for update in updates if isinstance(update, AbstractFusedUpdate)]:
             result = self._fused_forward(x, weight, fused)
             added = [update for update in updates if not isinstance(update, AbstractFusedUpdate)]
+        else:
+            low_rank = [update for update in updates if isinstance(update, AbstractLowRankUpdate)]
+            factors = [update.factors() for update in low_rank]
+            result = low_rank_linear(x, weight, self.base_layer.bias, factors)  # type: ignore[arg-type]
+            added = [update for update in updates if not isinstance(update, AbstractLowRankUpdate)]
         if added and self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
         for update in added:
-            result = update.add_to(result, x)
+            result = result + update(x).to(result.dtype)
         return result
 
     def _fused_forward(self, x: Tensor, weight: Tensor, updates: Sequence[AbstractFusedUpdate]) -> Tensor:

@@ -37,6 +37,7 @@ class Plan:
         validation_rows: rows of the validation loss, at most.
         test_rows: rows that are scored at the end, at most; the full plan takes all that either task has.
         timing_rounds: timed steps per method.
+        rate_scale: what the methods' learning rates are multiplied with; a longer run wants smaller ones.
         note: what a reader of the table must know about the plan.
     """
 
@@ -45,6 +46,7 @@ class Plan:
     validation_rows: int
     test_rows: int
     timing_rounds: int
+    rate_scale: float = 1.0
     note: str = ""
 
     def __post_init__(self) -> None:
@@ -56,8 +58,12 @@ def make_plan(
     quick: bool,
     steps: int | None = None,  # None: the plan's own
     num_seeds: int | None = None,  # None: the plan's own
+    task: str = "docstrings",
 ) -> Plan:
     """The plan of ``tensorpeft demo``, or of ``tensorpeft demo --quick``.
+
+    On CoLA every method stays with the most frequent class for the first two hundred steps, and a head that trains at
+    1e-2 never leaves it: its plan is longer and its rates are smaller.
 
     Raises:
         ValueError: too few steps or seeds.
@@ -71,6 +77,17 @@ def make_plan(
             test_rows=120,
             timing_rounds=3,
             note="--quick: it shows that everything runs. Too few steps, rows and seeds to compare methods.",
+        )
+    if task == "cola":
+        return Plan(
+            Recipe(
+                steps=400 if steps is None else steps, num_evaluations=5, device=device, batch_size=32, head_rate=1e-3
+            ),
+            num_seeds=3 if num_seeds is None else num_seeds,
+            validation_rows=600,
+            test_rows=1200,
+            timing_rounds=9,
+            rate_scale=0.3,
         )
     return Plan(
         Recipe(steps=60 if steps is None else steps, num_evaluations=4, device=device),

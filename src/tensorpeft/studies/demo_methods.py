@@ -1,15 +1,17 @@
 """The methods that ``tensorpeft demo`` compares. To compare another one, add it to ``METHODS``."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from peft import LoraConfig, PeftConfig
 
-from tensorpeft import DotaConfig
+from tensorpeft import DotaConfig, LortaConfig, LotrConfig
 
 # BERT's query, key, value and both MLP weights. A list of suffixes cannot say it: "output.dense" is also the end of
 # the attention's output projection, "attention.output.dense".
 TARGETS = r".*\.layer\.\d+\.(attention\.self\.(query|key|value)|intermediate\.dense|output\.dense)"
+# What LoRTA's paper adapts: the attention's four projections.
+ATTENTION = r".*\.layer\.\d+\.attention\.(self\.(query|key|value)|output\.dense)"
 REFERENCE = "lora"
 
 
@@ -33,7 +35,7 @@ class Method:
 
 
 METHODS = (
-    Method("full", "full fine-tuning", lambda: None, (1e-4, 3e-4, 1e-3)),
+    Method("full", "full fine-tuning", lambda: None, (3e-5, 1e-4, 3e-4)),
     Method(
         REFERENCE,
         "LoRA r=8",
@@ -53,21 +55,34 @@ METHODS = (
         lambda: DotaConfig(r=16, init_weights="random", target_modules=TARGETS, task_type="SEQ_CLS"),
         (3e-3, 1e-2, 3e-2),
     ),
+    Method(
+        "lorta",
+        "LoRTA r=16",
+        lambda: LortaConfig(r=16, target_modules=ATTENTION, task_type="SEQ_CLS"),
+        (1e-2, 3e-2, 1e-1),
+        note="adapts query, key, value and the attention's output, as its paper does.",
+    ),
+    Method(
+        "lotr",
+        "LoTR r=16",
+        lambda: LotrConfig(r=16, target_modules=TARGETS, task_type="SEQ_CLS"),
+        (3e-3, 1e-2, 3e-2),
+    ),
 )
 
 
 def choose_methods(
     keys: str | None,  # such as "lora,dota"; None: all
+    rate_scale: float = 1.0,
 ) -> tuple[Method, ...]:
-    """The methods with these keys, in the order of ``METHODS``.
+    """The methods with these keys, in the order of ``METHODS``, their learning rates times ``rate_scale``.
 
     Raises:
         ValueError: a key is unknown.
     """
-    if keys is None:
-        return METHODS
-    wanted = {key.strip() for key in keys.split(",")}
     known = [method.key for method in METHODS]
+    wanted = set(known) if keys is None else {key.strip() for key in keys.split(",")}
     if unknown := sorted(wanted - set(known)):
         raise ValueError(f"--methods {keys}: no method {unknown[0]!r}. Choose from {', '.join(known)}.")
-    return tuple(method for method in METHODS if method.key in wanted)
+    chosen = [method for method in METHODS if method.key in wanted]
+    return tuple(replace(method, rates=tuple(rate * rate_scale for rate in method.rates)) for method in chosen)

@@ -1,0 +1,124 @@
+"""The linear map of a weight and its low-rank updates: `y = x W0ᵀ + Σ x downᵀ coreᵀ upᵀ + b`, two thin products each.
+
+Nothing of a weight's size is formed. The thin products are added in place to the map's own output and, in backward, to
+its own gradient of x: no pass over either beyond those of the base. Measured by `benchmarks/step_time.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tensorpeft.networks.effective import Halves, Network
+
+
+class Factors(NamedTuple):
+    """`ΔW = up · core · down` of rank r: what LoRA has, with a core between its two factors."""
+
+    down: Tensor  # (r, in)
+    core: Tensor  # (r,): a diagonal; or (r, r)
+    up: Tensor  # (out, r)
+
+
+def low_rank_linear(
+    x: Tensor,  # (*batch, in)
+    weight: Tensor | None,  # (out, in); None: the updates alone
+    bias: Tensor | None,  # (out,)
+    factors: Sequence[Factors],
+) -> Tensor:  # (*batch, out)
+    """`x (weight + Σ ΔW)ᵀ + bias` without forming a ΔW, differentiable once in everything.
+
+    All products run in the dtype of x, under autocast in autocast's: factors are cast to it, which are small.
+    Where every ΔW is exactly zero, the result is `F.linear(x, weight, bias)` bit for bit.
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        x = x.to(torch.get_autocast_dtype(device))
+    tensors = [factor.to(device=x.device, dtype=x.dtype) for group in factors for factor in group]
+    return _LowRankLinear.apply(x, weight, bias, *tensors)  # type: ignore[no-any-return]
+
+
+class _LowRankLinear(torch.autograd.Function):
+    """Saves x, the frozen weight, the factors and, of every update, x in its r dimensions."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, *tensors):
+        rows = x.reshape(-1, x.shape[-1])
+        with torch.autocast(x.device.type, enabled=False):
+            result = _base(rows, weight, bias, tensors[2].shape[0])
+            projected = []
+            for down, core, up in _groups(tensors):
+                hidden = F.linear(rows, down)
+                projected.append(hidden)
+                result.addmm_(_through(hidden, core), up.t())
+        ctx.save_for_backward(x, weight, *tensors, *projected)
+        return result.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grad_outputs):
+        (grad_output,) = grad_outputs
+        x, weight, *saved = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, *needs_tensors = ctx.needs_input_grad
+        tensors, projected = saved[: len(needs_tensors)], saved[len(needs_tensors) :]
+        rows_x, rows_y = x.reshape(-1, x.shape[-1]), grad_output.reshape(-1, grad_output.shape[-1])
+        with torch.autocast(x.device.type, enabled=False):
+            grad_x = None
+            if needs_x:
+                grad_x = torch.zeros_like(rows_x) if weight is None else rows_y @ weight.to(rows_y.dtype)
+            grads: list[Tensor | None] = []
+            for k, ((down, core, up), hidden) in enumerate(zip(_groups(tensors), projected)):
+                needs_down, needs_core, needs_up = needs_tensors[3 * k : 3 * k + 3]
+                grad_inner = rows_y @ up
+                grad_hidden = _through(grad_inner, core, transposed=True)
+                if grad_x is not None:
+                    grad_x.addmm_(grad_hidden, down)
+                grads.append(grad_hidden.t() @ rows_x if needs_down else None)
+                grads.append(_core_gradient(grad_inner, hidden, core) if needs_core else None)
+                grads.append(rows_y.t() @ _through(hidden, core) if needs_up else None)
+            grad_weight = (rows_y.t() @ rows_x).to(weight.dtype) if needs_weight else None
+            grad_bias = rows_y.sum(0) if needs_bias else None
+        return None if grad_x is None else grad_x.view_as(x), grad_weight, grad_bias, *grads
+
+
+def _base(rows: Tensor, weight: Tensor | None, bias: Tensor | None, out: int) -> Tensor:  # (tokens, out)
+    if weight is None:
+        return rows.new_zeros(len(rows), out)
+    return F.linear(rows, weight.to(rows.dtype), None if bias is None else bias.to(rows.dtype))
+
+
+def _groups(tensors: Sequence[Tensor]) -> list[Factors]:
+    return [Factors(*tensors[k : k + 3]) for k in range(0, len(tensors), 3)]
+
+
+def _through(hidden: Tensor, core: Tensor, transposed: bool = False) -> Tensor:  # (tokens, r)
+    """`hidden coreᵀ`, or `hidden core`: the way back."""
+    if core.ndim == 1:
+        return hidden * core
+    return hidden @ (core if transposed else core.t())
+
+
+def _core_gradient(grad_inner: Tensor, hidden: Tensor, core: Tensor) -> Tensor:
+    return (grad_inner * hidden).sum(0) if core.ndim == 1 else grad_inner.t() @ hidden
+
+
+def _halves(factors: Sequence[Tensor]) -> Halves:
+    down, core, up = factors
+    left = up * core if core.ndim == 1 else up @ core
+    return Halves(left.unsqueeze(1), down.unsqueeze(1))
+
+
+def _pull_back(factors: Sequence[Tensor], gradient: Halves) -> list[Tensor]:
+    _, core, up = factors
+    left = gradient.left.squeeze(1)
+    if core.ndim == 1:
+        return [gradient.right.squeeze(1), (left * up).sum(0), left * core]
+    return [gradient.right.squeeze(1), up.t() @ left, left @ core.t()]
+
+
+MATRIX_PRODUCT = Network(_halves, _pull_back)
