@@ -1,6 +1,16 @@
 """Our methods as rows of PEFT's own tests (read by the harness that `test_peft_conformance.py` runs)."""
 
-from tensorpeft import DotaConfig
+from tensorpeft import DotaConfig, FactConfig, LortaConfig, LotrConfig
+
+
+def _cross_layer_cases(name, config, arguments):
+    return [
+        (f"{name} one layer", "MLP", config, {"target_modules": ["lin0"], **arguments}),
+        (f"{name} two layers", "MLP", config, {"target_modules": ["lin0", "lin1"], **arguments}),
+        (f"{name} saved module", "MLP", config, {"target_modules": ["lin0"], "modules_to_save": ["lin1"], **arguments}),
+        (f"{name} Conv1D", "EmbConv1D", config, {"target_modules": ["conv1d"], **arguments}),
+    ]
+
 
 CASES = [
     ("DoTA one layer", "MLP", DotaConfig, {"target_modules": ["lin0"], "r": 4, "num_cores": 2}),
@@ -14,6 +24,11 @@ CASES = [
         {"target_modules": ["lin0"], "modules_to_save": ["lin1"], "r": 4, "num_cores": 2},
     ),
     ("DoTA Conv1D", "EmbConv1D", DotaConfig, {"target_modules": ["conv1d"], "r": 4, "num_cores": 3}),
+    *_cross_layer_cases("LoRTA", LortaConfig, {"r": 4}),
+    # PEFT trains at rates of 0.5 and more: at the usual scale these diverge on layers this small.
+    *_cross_layer_cases("LoTR", LotrConfig, {"r": 4, "alpha": 1}),
+    *_cross_layer_cases("FacT-TT", FactConfig, {"r": 4, "scale": 0.25}),
+    ("FacT-TK", "MLP", FactConfig, {"target_modules": ["lin0"], "r": 4, "core": "tk"}),
 ]
-MIXED_BATCH = [DotaConfig]
-CONV1D = [DotaConfig]
+MIXED_BATCH = [DotaConfig, LortaConfig, LotrConfig, FactConfig]
+CONV1D = MIXED_BATCH

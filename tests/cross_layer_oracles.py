@@ -26,7 +26,8 @@ class Architecture:
     """A tiny random model and what its layers are.
 
     Blocks and layers stand in the model's module order. `projections` says of every attention layer which of query,
-    key, value and output it holds, `mlp_layers` whether the intermediate features are the weight's rows or columns.
+    key, value and output it holds, `mlp_layers` whether the intermediate features are the weight's rows or columns, or
+    its rows twice, the gate's above the up-projection's.
     """
 
     name: str
@@ -94,11 +95,13 @@ def lorta_updates(
             parts = [tensor[layer, order.index(letter)][: num_heads[letter]] for letter in letters]
             updates[f"{block}.{name}"] = attention_weight(parts, letters, architecture.interleaved, xp)
     tensor = lorta_mlp(factors, scale, xp)
-    assert tensor.shape[:2] == (len(architecture.mlp), len(architecture.mlp_layers))
+    counts = [2 if side == "two rows" else 1 for side in architecture.mlp_layers.values()]
+    assert tensor.shape[:2] == (len(architecture.mlp), sum(counts))
     for layer, block in enumerate(architecture.mlp):
-        for projection, (name, side) in enumerate(architecture.mlp_layers.items()):
-            weight = tensor[layer, projection]
-            updates[f"{block}.{name}"] = weight if side == "rows" else weight.T
+        for k, (name, side) in enumerate(architecture.mlp_layers.items()):
+            slices = tensor[layer, sum(counts[:k]) : sum(counts[: k + 1])]
+            weight = slices.reshape(-1, slices.shape[-1])
+            updates[f"{block}.{name}"] = weight.T if side == "columns" else weight
     return updates
 
 
@@ -262,8 +265,7 @@ ARCHITECTURES = [
         {"dense_h_to_4h": "rows", "dense_4h_to_h": "columns"},
         interleaved=True,
     ),
-    phi3("phi3-stacked", {"down_proj": "columns"}),
-    phi3("phi3-gate-up", {"gate_up_proj": "rows"}),  # gate and up are one projection of twice the intermediate size
+    phi3("phi3-stacked", {"gate_up_proj": "two rows", "down_proj": "columns"}),
     Architecture(
         "t5",
         t5("relu"),

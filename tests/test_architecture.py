@@ -18,12 +18,13 @@ ARROWS: dict[str, set[str] | None] = {
     "plugin": {"sites", "networks"},
     "methods": {"modes", "networks", "sites", *PLUGIN_FOR_METHODS},
     "__init__": {"methods"},
+    "export": {"plugin", "networks"},
     "tasks": set(),
     "studies": {"", "tasks"},
-    "cli": {"", "studies", "tasks"},
+    "cli": {"", "export", "studies", "tasks"},
     "__main__": {"cli"},
 }
-MAY_IMPORT_PEFT = {"plugin", "studies"}
+MAY_IMPORT_PEFT = {"export", "plugin", "studies"}
 FILES = sorted(ROOT.rglob("*.py"))
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-Kind = Literal["attention", "mlp"]
+Kind = Literal["attention", "mlp", "plain"]
 # The last part of a layer's name inside an attention block -> what it projects. A linear layer called otherwise there
 # is in no role that we know.
 _ATTENTION_ROLES = {
@@ -41,7 +41,8 @@ class Site:
         name: full name of the linear layer in the model, such as `model.layers.0.self_attn.q_proj`.
         out: output features, the rows of its weight.
         in_: input features, the columns.
-        kind: the sort of block that it stands in; None where it stands in neither.
+        kind: the sort of block that it stands in. "plain": a weight of a model that is not a transformer (no
+            configuration) and has no list of layers there. None: a transformer's weight outside its layers.
         block: full name of that block, such as `model.layers.0.self_attn`. Cross attention is a block of its own.
         projections: what it projects: "query", "key", "value", "output", or the layer's name in an MLP. A fused
             projection has several; none where a fused projection's rows are in an unknown order.
@@ -93,8 +94,8 @@ def find_sites(
 
 def _find_site(site: Site, config: Any) -> Site:
     match = re.match(r"(?:.*?\.)?\d+(?=\.)", site.name)
-    if match is None:
-        return site  # outside the list of layers: a head, a pooler
+    if match is None:  # outside the list of layers: a head, a pooler
+        return site if hasattr(config, "model_type") else replace(site, kind="plain", projections=(site.name,))
     parts = site.name.split(".")
     start = match.group().count(".") + 1  # parts of the name up to the layer's number
     for end in range(start, len(parts) - 1):
@@ -106,7 +107,9 @@ def _find_site(site: Site, config: Any) -> Site:
     leaves = r"(^|\.)(down_proj|fc2|fc_out|c_proj|output\.dense|wo|Wo|lin2|dense_4h_to_h|w2|ff\.net\.2)$"
     inner_is_out = site.out > site.in_ if site.out != site.in_ else re.search(leaves, path) is None
     block = ".".join(parts[: last_number + 1])
-    return replace(site, kind="mlp", block=block, projections=(path,), inner_is_out=inner_is_out)
+    # Phi-3 and its kin: the rows of the gate, then those of the up-projection.
+    projections = (f"{path}.gate", f"{path}.up") if parts[-1] == "gate_up_proj" else (path,)
+    return replace(site, kind="mlp", block=block, projections=projections, inner_is_out=inner_is_out)
 
 
 def _find_projection(site: Site, config: Any) -> Site:

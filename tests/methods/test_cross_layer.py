@@ -309,13 +309,6 @@ def test_impossible_configuration(arguments: dict[str, Any], message: str):
             id="heads-that-do-not-fit",
         ),
         pytest.param(
-            BY_NAME["phi3-stacked"].fresh,
-            tokens(),
-            {"target_modules": ["gate_up_proj", "down_proj"]},
-            r"model\.layers\.0\.mlp\.down_proj: .*44.*gate_up_proj.*88.*(exclude_modules|LotrConfig)",
-            id="intermediate-sizes-that-differ",
-        ),
-        pytest.param(
             lambda: Plain(24, 24),
             torch.ones(2, 24),
             {"target_modules": ["q_proj", "v_proj"]},

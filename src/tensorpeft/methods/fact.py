@@ -10,7 +10,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from tensorpeft.networks.tucker import TuckerFactors, TuckerUpdate
-from tensorpeft.plugin.config import TensorConfig, check_rank, check_scale
+from tensorpeft.plugin.config import TensorConfig, check_is_bool, check_rank, check_scale
 from tensorpeft.plugin.registration import register
 from tensorpeft.sites import Site, group_by_shape
 
@@ -49,6 +49,7 @@ class FactConfig(TensorConfig):
         """Check all that can be known without a model."""
         super().__post_init__()
         check_rank("r", self.r)
+        check_is_bool("init_weights", self.init_weights)
         check_scale("scale", self.scale)
         if self.core not in ("tt", "tk"):
             raise ValueError(f'core={self.core!r}: expected "tt" (tensor train) or "tk" (Tucker3).')

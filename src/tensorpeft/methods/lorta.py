@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from tensorpeft.networks.cp import CpFactors, CpUpdate
-from tensorpeft.plugin.config import TensorConfig, check_rank, check_scale
+from tensorpeft.plugin.config import TensorConfig, check_is_bool, check_rank, check_scale
 from tensorpeft.plugin.registration import register
 from tensorpeft.sites import Site
 
@@ -22,7 +22,8 @@ class LortaConfig(TensorConfig):
     of query, key and value, on the input side of the attention's output. Keys and values of grouped-query attention
     use the first rows of C_H; a fused projection is split. Cross attention counts as layers of its own. The MLP's
     weights, which the paper leaves to the reader, form a second tensor with A (hidden size, r), B (intermediate
-    size, r), C_L and C_M. Query and value of LLaMA-2-7B at r = 4 have 17,160 parameters; LoRA's have 2,097,152.
+    size, r), C_L and C_M. In a model that is no transformer, a weight outside any list of layers is a tensor of
+    its own. Query and value of LLaMA-2-7B at r = 4 have 17,160 parameters; LoRA's have 2,097,152.
 
     Args:
         r: rank of the CP tensor.
@@ -50,6 +51,7 @@ class LortaConfig(TensorConfig):
         """Check all that can be known without a model."""
         super().__post_init__()
         check_rank("r", self.r)
+        check_is_bool("init_weights", self.init_weights)
         check_scale("alpha", self.alpha)
         if self.head_dim is not None:
             check_rank("head_dim", self.head_dim)
@@ -57,20 +59,23 @@ class LortaConfig(TensorConfig):
     def build(self, sites: Sequence[Site], read_weight: Callable[[Site], Tensor]) -> Mapping[str, CpUpdate]:
         """A slice of the attention's or the MLP's tensor per site. Reads no weight."""
         places = [self._place(site) for site in sites]
-        tensors = {kind: _Tensor([place for place in places if place.site.kind == kind]) for kind in _kinds(sites)}
-        shared = CpFactors(self.r, {kind: tensor.modes() for kind, tensor in tensors.items()}, self.init_weights)
+        groups: dict[str, list[_Place]] = {}
+        for place in places:
+            groups.setdefault(place.tensor, []).append(place)
+        tensors = {name: _Tensor(group) for name, group in groups.items()}
+        shared = CpFactors(self.r, {name: tensor.modes() for name, tensor in tensors.items()}, self.init_weights)
         return {
             place.site.name: CpUpdate(
                 shared,
-                kind,
+                name,
                 layer=tensor.blocks.index(place.site.block),
-                projections=[tensor.projections.index(name) for name in place.site.projections],
+                projections=[tensor.projections.index(projection) for projection in place.site.projections],
                 heads=place.heads,
                 scale=self.alpha / self.r,
                 inner_is_out=place.site.inner_is_out,
                 interleaved=place.site.interleaved,
             )
-            for kind, tensor in tensors.items()
+            for name, tensor in tensors.items()
             for place in tensor.places
         }
 
@@ -85,8 +90,9 @@ class LortaConfig(TensorConfig):
                 f"{site.name}: LoRTA's tensor has a mode for the layers, but this weight is in no attention or MLP "
                 "block of a list of layers. Narrow target_modules, or name it in exclude_modules."
             )
-        if site.kind == "mlp":
-            return _Place(site, site.inner_dim, (1,))
+        if site.kind != "attention":
+            parts = len(site.projections)
+            return _Place(site, site.inner_dim // parts, (1,) * parts)
         head_dim = self.head_dim or site.head_dim
         if not site.projections:
             raise ValueError(
@@ -115,6 +121,12 @@ class _Place:
     site: Site
     head_dim: int
     heads: tuple[int, ...]
+
+    @property
+    def tensor(self) -> str:
+        """The name of the tensor that the weight belongs to."""
+        # Without dots: PEFT would take a part of a parameter's name for the adapter's.
+        return self.site.name.replace(".", "_") if self.site.kind == "plain" else str(self.site.kind)
 
 
 class _Tensor:
@@ -145,7 +157,3 @@ class _Tensor:
         heads = {"C_H": max(max(place.heads) for place in self.places)} if first.site.kind == "attention" else {}
         modes = {"A": first.site.model_dim, "B": first.head_dim, **heads}
         return {**modes, "C_L": len(self.blocks), "C_M": len(self.projections)}
-
-
-def _kinds(sites: Sequence[Site]) -> list[str]:
-    return list(dict.fromkeys(site.kind for site in sites if site.kind))

@@ -9,7 +9,7 @@ from math import sqrt
 from torch import Tensor, nn
 
 from tensorpeft.networks.tucker import TuckerFactors, TuckerUpdate
-from tensorpeft.plugin.config import TensorConfig, check_rank, check_scale
+from tensorpeft.plugin.config import TensorConfig, check_is_bool, check_rank, check_scale
 from tensorpeft.plugin.registration import register
 from tensorpeft.sites import Site, group_by_shape
 
@@ -45,6 +45,7 @@ class LotrConfig(TensorConfig):
         """Check all that can be known without a model."""
         super().__post_init__()
         check_rank("r", self.r)
+        check_is_bool("init_weights", self.init_weights)
         check_scale("alpha", self.alpha)
 
     def build(self, sites: Sequence[Site], read_weight: Callable[[Site], Tensor]) -> Mapping[str, TuckerUpdate]:

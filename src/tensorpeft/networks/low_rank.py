@@ -108,7 +108,7 @@ def _core_gradient(grad_inner: Tensor, hidden: Tensor, core: Tensor) -> Tensor:
 
 
 def _halves(factors: Sequence[Tensor]) -> Halves:
-    down, core, up = factors
+    down, core, up = (factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in factors)
     left = up * core if core.ndim == 1 else up @ core
     return Halves(left.unsqueeze(1), down.unsqueeze(1))
 

@@ -108,4 +108,10 @@ def check_rank(name: str, value: object) -> None:
 def check_scale(name: str, value: object) -> None:
     """Raise a `ValueError` that names the field unless its value is a finite number above 0."""
     if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-        raise ValueError(f"{name}={value!r}: expected a finite number above 0, such as 16.")
+        raise ValueError(f"{name}={value!r}: expected a finite number above 0.")
+
+
+def check_is_bool(name: str, value: object) -> None:
+    """Raise a `ValueError` that names the field unless its value is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r}: expected True or False.")

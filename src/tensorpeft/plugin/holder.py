@@ -39,7 +39,8 @@ class UpdateHolder(nn.Module, BaseTunerLayer):
         tensors = self.updates[adapter_name]
         if device is None:
             device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
-        if device is not None and not any(parameter.is_meta for parameter in tensors.parameters()):
+        is_meta = device is None or device.type == "meta" or any(tensor.is_meta for tensor in tensors.parameters())
+        if not is_meta:  # to or from where there is no data
             tensors.to(device)
 
 
@@ -58,6 +59,8 @@ class SharedFactors(UpdateHolder):
     def __init__(self, anchor: nn.Module):
         super().__init__()
         object.__setattr__(self, "anchor", anchor)  # a plain reference: the layer is registered in its own place
+        # PEFT expects every tuner layer to have them; these are one layer's, other layers may differ.
+        self.in_features, self.out_features = anchor.in_features, anchor.out_features
 
     def get_base_layer(self) -> nn.Module:
         """The innermost layer of the anchor."""

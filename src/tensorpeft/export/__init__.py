@@ -1,0 +1,5 @@
+"""Leaving our world: adapters in forms that other libraries read."""
+
+from tensorpeft.export.lora import ExportedLayer, to_lora
+
+__all__ = ["ExportedLayer", "to_lora"]

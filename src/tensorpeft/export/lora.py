@@ -1,0 +1,183 @@
+"""An adapter as a plain LoRA checkpoint: the form that PEFT, vLLM, SGLang and llama.cpp all read."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers.pytorch_utils import Conv1D
+
+from tensorpeft.export.skeleton import load_on_skeleton
+from tensorpeft.networks.update import AbstractLowRankUpdate, AbstractWeightUpdate
+from tensorpeft.plugin.layer import TensorLayer
+
+# vLLM compiles its kernels for these ranks.
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+
+
+@dataclass(frozen=True)
+class ExportedLayer:
+    """One layer of an exported adapter.
+
+    Args:
+        name: full name of the layer in the model.
+        rank: of its update before padding.
+        error: ‖ΔW − B A‖ / ‖ΔW‖ in the Frobenius norm; zero where the update is a low-rank matrix product.
+    """
+
+    name: str
+    rank: int
+    error: float
+
+
+@torch.no_grad()
+def to_lora(
+    model_or_path: PeftModel | str | os.PathLike[str],
+    out_dir: str | os.PathLike[str],
+    rank: int | None = None,
+    adapter_name: str | None = None,
+    progress: bool = False,
+) -> list[ExportedLayer]:
+    """Write an adapter of any of our methods as a LoRA that needs nothing of ours to be loaded.
+
+    LoRTA, LoTR and FacT have two thin factors per layer: the export is exact, without an SVD. Their shared factors are
+    written out per layer, so that the file is as large as a LoRA's. DoTA's update has a high rank: it is cut to `rank`
+    by a truncated SVD, and the error of every layer is returned. All layers get one rank, padded with zeros to one
+    that vLLM has kernels for (8, 16, 32, 64, 128, 256, 320, 512); the scale is folded in (`lora_alpha = r`).
+
+    Args:
+        model_or_path: a PeftModel with an adapter of ours, or the folder of a saved one; of that, the base model is
+            only read as a configuration.
+        out_dir: folder for adapter_config.json and adapter_model.safetensors; made where it does not exist.
+        rank: what an update of high rank is cut to; must not be given for the others.
+        adapter_name: which adapter; None: the active one.
+        progress: whether to show a progress bar, which an SVD of many layers needs.
+
+    Returns:
+        The layers, in the model's order.
+
+    Raises:
+        ValueError: no adapter of ours in the model, a rank missing, unneeded, or above 512.
+
+    >>> to_lora("runs/my-lorta", "runs/my-lora")  # doctest: +SKIP
+    """
+    model = load_on_skeleton(model_or_path) if isinstance(model_or_path, (str, os.PathLike)) else model_or_path
+    name = adapter_name or _active_adapter(model)
+    layers = {key: module for key, module in model.get_base_model().named_modules() if isinstance(module, TensorLayer)}
+    layers = {key: layer for key, layer in layers.items() if name in layer.updates}
+    if not layers:
+        raise ValueError(
+            f"no layer has an adapter {name!r} of tensorpeft; loaded are {sorted(model.peft_config)}. Pass a PeftModel "
+            "or a folder with one, and the adapter's name."
+        )
+    updates: dict[str, AbstractWeightUpdate] = {key: layer.updates[name] for key, layer in layers.items()}  # type: ignore[misc]
+    _check_rank(updates, rank)
+    tensors: dict[str, Tensor] = {}
+    exported = []
+    for key, update in tqdm(updates.items(), "Exporting", disable=not progress):
+        down, up, error = _two_factors(update, rank)
+        exported.append(ExportedLayer(key, len(down), error))
+        tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = down, up
+    padded = next(size for size in RANKS if size >= max(layer.rank for layer in exported))
+    tensors = {f"base_model.model.{key}": _pad(tensor, key, padded) for key, tensor in tensors.items()}
+    prefix = next(iter(layers.values())).adapter_layer_names[0]
+    others = {k: v for k, v in get_peft_model_state_dict(model, adapter_name=name).items() if f".{prefix}." not in k}
+    _save(Path(out_dir), tensors | others, _config(model, name, layers, padded))
+    return exported
+
+
+def _active_adapter(model: PeftModel) -> str:
+    if len(model.active_adapters) != 1:
+        raise ValueError(f"{len(model.active_adapters)} adapters are active: say which to export, adapter_name=...")
+    return model.active_adapters[0]
+
+
+def _check_rank(updates: dict[str, AbstractWeightUpdate], rank: int | None) -> None:
+    """Raise a `ValueError` unless a rank is given exactly where there is something to cut."""
+    high = [key for key, update in updates.items() if not isinstance(update, AbstractLowRankUpdate)]
+    if high and rank is None:
+        raise ValueError(
+            f"{high[0]}: its update has a high rank, so that a LoRA of it has an error. Pass the rank to cut it to, "
+            f"one of {', '.join(map(str, RANKS))}, or merge the adapter instead (merge_and_unload)."
+        )
+    if not high and rank is not None:
+        raise ValueError(f"rank={rank}: this adapter has low rank and is exported exactly. Leave rank out.")
+    largest = rank or max(len(update.factors().down) for update in updates.values())  # type: ignore[attr-defined]
+    if not 1 <= largest <= RANKS[-1]:
+        raise ValueError(f"rank {largest}: expected 1 to {RANKS[-1]}, the largest that LoRA servers have kernels for.")
+
+
+def _two_factors(update: AbstractWeightUpdate, rank: int | None) -> tuple[Tensor, Tensor, float]:
+    """A (r, in), B (out, r), and the relative error of B A."""
+    if isinstance(update, AbstractLowRankUpdate):
+        down, core, up = update.factors()
+        return down, up * core if core.ndim == 1 else up @ core, 0.0
+    assert rank is not None
+    weight = update.weight()
+    left, values, right = torch.linalg.svd(weight, full_matrices=False)
+    left, values, right = left[:, :rank], values[:rank], right[:rank]
+    up, down = left * values.sqrt(), values.sqrt()[:, None] * right
+    norm = weight.norm()
+    return down, up, ((weight - up @ down).norm() / norm).item() if norm > 0 else 0.0
+
+
+def _pad(tensor: Tensor, key: str, rank: int) -> Tensor:
+    dim = 0 if key.endswith("lora_A.weight") else 1
+    missing = list(tensor.shape)
+    missing[dim] = rank - missing[dim]
+    return torch.cat([tensor, tensor.new_zeros(missing)], dim).float().cpu().contiguous()
+
+
+def _config(model: PeftModel, adapter_name: str, layers: dict[str, TensorLayer], rank: int) -> LoraConfig:
+    ours = model.peft_config[adapter_name]
+    if not ours.base_model_name_or_path:
+        warnings.warn(
+            "the adapter does not say which base model it belongs to: set base_model_name_or_path in the written "
+            "adapter_config.json, which servers ask for.",
+            stacklevel=3,
+        )
+    if ours.modules_to_save:
+        warnings.warn(
+            f"modules_to_save={sorted(ours.modules_to_save)} are exported as they are: PEFT loads them, vLLM and "
+            "llama.cpp do not.",
+            stacklevel=3,
+        )
+    return LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=_target_names(model.get_base_model(), layers),
+        fan_in_fan_out=any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers.values()),
+        base_model_name_or_path=ours.base_model_name_or_path,
+        task_type=ours.task_type,
+        modules_to_save=ours.modules_to_save,
+        inference_mode=True,
+    )
+
+
+def _target_names(model: nn.Module, adapted: Iterable[str]) -> list[str]:
+    """The shortest endings of names that say which layers are adapted: `q_proj`, `attention.output.dense`, or all."""
+    names, adapted = [name for name, _ in model.named_modules()], set(adapted)
+    for shorten in (r".*\.", r".*\.\d+\."):
+        endings = {re.sub(shorten, "", name) for name in adapted}
+        if {name for name in names if any(f".{name}".endswith(f".{ending}") for ending in endings)} == adapted:
+            return sorted(endings)
+    return sorted(adapted)
+
+
+def _save(folder: Path, tensors: dict[str, Tensor], config: LoraConfig) -> None:
+    """Both files, the weights first under another name: an interrupted export is not taken for a whole one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = folder / f"{SAFETENSORS_WEIGHTS_NAME}.unfinished"
+    save_file(tensors, unfinished, metadata={"format": "pt"})
+    os.replace(unfinished, folder / SAFETENSORS_WEIGHTS_NAME)
+    config.save_pretrained(str(folder))
