@@ -58,6 +58,17 @@ def _parser() -> argparse.ArgumentParser:
         help="where the report goes (default: %(default)s)",
     )
     demo.set_defaults(run=_demo)
+    export = commands.add_parser("export", help="write an adapter in a form that other libraries read")
+    forms = export.add_subparsers(title="forms", required=True, metavar="FORM")
+    lora = forms.add_parser(
+        "lora",
+        help="a plain LoRA checkpoint, for PEFT, vLLM, SGLang and llama.cpp",
+        description="Write a saved adapter as a plain LoRA. Exact for LoRTA, LoTR and FacT; DoTA is cut to --rank.",
+    )
+    lora.add_argument("adapter", type=Path, metavar="ADAPTER", help="folder of the saved adapter")
+    lora.add_argument("out", type=Path, metavar="OUT", help="folder to write")
+    lora.add_argument("--rank", type=int, metavar="R", help="for an update of high rank: what it is cut to")
+    lora.set_defaults(run=_export_lora)
     return parser
 
 
@@ -69,6 +80,18 @@ def _demo(arguments: argparse.Namespace, command: str) -> None:
     plan = make_plan(arguments.quick, arguments.steps, arguments.seeds, arguments.task)
     methods = choose_methods(arguments.methods, plan.rate_scale)
     run_demo(_load_task(arguments.task, arguments.data), plan, methods, arguments.output, command)
+
+
+def _export_lora(arguments: argparse.Namespace, command: str) -> None:
+    from tensorpeft.export import to_lora
+
+    layers = to_lora(arguments.adapter, arguments.out, arguments.rank, progress=True)
+    if any(layer.error > 0 for layer in layers):
+        width = max(len(layer.name) for layer in layers)
+        print(f"{'layer':{width}s}  |ΔW - BA| / |ΔW|")
+        for layer in layers:
+            print(f"{layer.name:{width}s}  {layer.error:.1%}")
+    print(f"{len(layers)} layers written to {arguments.out}")
 
 
 def _load_task(name: str, data: Path | None):  # -> ClassificationTask

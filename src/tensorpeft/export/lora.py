@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tensorpeft.export.skeleton import load_on_skeleton
 from tensorpeft.networks.update import AbstractLowRankUpdate, AbstractWeightUpdate
+from tensorpeft.plugin.config import TensorConfig
 from tensorpeft.plugin.layer import TensorLayer
 
 # vLLM compiles its kernels for these ranks.
@@ -139,7 +140,7 @@ def _pad(tensor: Tensor, key: str, rank: int) -> Tensor:
 
 
 def _config(model: PeftModel, adapter_name: str, layers: dict[str, TensorLayer], rank: int) -> LoraConfig:
-    ours = model.peft_config[adapter_name]
+    ours: TensorConfig = model.peft_config[adapter_name]  # type: ignore[assignment]
     if not ours.base_model_name_or_path:
         warnings.warn(
             "the adapter does not say which base model it belongs to: set base_model_name_or_path in the written "
@@ -152,16 +153,18 @@ def _config(model: PeftModel, adapter_name: str, layers: dict[str, TensorLayer],
             "llama.cpp do not.",
             stacklevel=3,
         )
-    return LoraConfig(
+    config = LoraConfig(
         r=rank,
         lora_alpha=rank,
-        target_modules=_target_names(model.get_base_model(), layers),
         fan_in_fan_out=any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers.values()),
         base_model_name_or_path=ours.base_model_name_or_path,
         task_type=ours.task_type,
         modules_to_save=ours.modules_to_save,
         inference_mode=True,
     )
+    # Set afterwards: PEFT makes a set of what it is given, in another order in every process.
+    config.target_modules = _target_names(model.get_base_model(), layers)
+    return config
 
 
 def _target_names(model: nn.Module, adapted: Iterable[str]) -> list[str]:

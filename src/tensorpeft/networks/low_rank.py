@@ -81,7 +81,7 @@ class _LowRankLinear(torch.autograd.Function):
                 grads.append(grad_hidden.t() @ rows_x if needs_down else None)
                 grads.append(_core_gradient(grad_inner, hidden, core) if needs_core else None)
                 grads.append(rows_y.t() @ _through(hidden, core) if needs_up else None)
-            grad_weight = (rows_y.t() @ rows_x).to(weight.dtype) if needs_weight else None
+            grad_weight = rows_y.t() @ rows_x if needs_weight else None
             grad_bias = rows_y.sum(0) if needs_bias else None
         return None if grad_x is None else grad_x.view_as(x), grad_weight, grad_bias, *grads
 
