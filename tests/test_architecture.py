@@ -17,7 +17,7 @@ ARROWS: dict[str, set[str] | None] = {
     "networks": {"modes"},
     "plugin": {"sites", "networks"},
     "methods": {"modes", "networks", "sites", *PLUGIN_FOR_METHODS},
-    "__init__": {"methods"},
+    "__init__": {"methods", "plugin"},
     "export": {"plugin", "networks"},
     "tasks": set(),
     "studies": {"", "tasks"},

@@ -4,6 +4,7 @@ from tensorpeft.methods.dota import DotaConfig
 from tensorpeft.methods.fact import FactConfig
 from tensorpeft.methods.lorta import LortaConfig
 from tensorpeft.methods.lotr import LotrConfig
+from tensorpeft.plugin.tensor_map import print_tensor_map
 
-__all__ = ["DotaConfig", "FactConfig", "LortaConfig", "LotrConfig"]
+__all__ = ["DotaConfig", "FactConfig", "LortaConfig", "LotrConfig", "print_tensor_map"]
 __version__ = "0.1.0"

@@ -6,17 +6,18 @@ The entry of layer l and projection m at (model feature a, head h, head feature 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import sqrt
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from tensorpeft.networks.update import AbstractLowRankUpdate, Factors
+from tensorpeft.networks.low_rank import Factors
+from tensorpeft.networks.update import AbstractLowRankUpdate, SharedFactors
 
 
-class CpFactors(nn.Module):
+class CpFactors(SharedFactors):
     """The factors of several CP tensors, each under its own name: `attention_A` and so on.
 
     Args:
@@ -37,10 +38,6 @@ class CpFactors(nn.Module):
                 self.register_parameter(f"{name}_{factor}", nn.Parameter(start))
             if is_zero:
                 nn.init.zeros_(getattr(self, f"{name}_B"))
-
-    def factor(self, tensor: str, factor: str) -> Tensor:  # (size, r)
-        """One factor of a tensor."""
-        return getattr(self, f"{tensor}_{factor}")
 
     def extra_repr(self) -> str:
         """Modes of every tensor."""
@@ -87,28 +84,35 @@ class CpUpdate(AbstractLowRankUpdate):
         self.inner_is_out = inner_is_out
         self.interleaved = interleaved
 
-    def factors(self) -> Factors:
+    def factors_from(self, shared: Mapping[str, Tensor]) -> Factors:
         """A and K on their sides, the coefficients of layer and projection between them."""
-        factor = cast(CpFactors, self.shared).factor
-        model, layers, coefficients = (factor(self.tensor, name) for name in ("A", "C_L", "C_M"))
-        core = layers[self.layer] * self.scale
+        model, layers, coefficients = (shared[f"{self.tensor}_{name}"] for name in ("A", "C_L", "C_M"))
+        core = layers[..., self.layer, :] * self.scale
         if len(self.projections) == 1:
-            core = core * coefficients[self.projections[0]]
-            inner = self._inner(self.heads[0])
+            core = core * coefficients[..., self.projections[0], :]
+            inner = self._inner(shared, self.heads[0]).flatten(-3, -2)
         else:
-            rows = [
-                (self._inner(heads) * coefficients[projection]).view(heads, -1, model.shape[1])
+            parts = [
+                self._inner(shared, heads) * coefficients[..., projection, None, None, :]
                 for projection, heads in zip(self.projections, self.heads)
             ]
-            inner = torch.stack(rows, 1).flatten(0, 2) if self.interleaved else torch.cat(rows).flatten(0, 1)
-        return Factors(model.t(), core, inner) if self.inner_is_out else Factors(inner.t(), core, model)
+            inner = torch.stack(parts, -3).flatten(-4, -2) if self.interleaved else torch.cat(parts, -3).flatten(-3, -2)
+        return Factors(model.mT, core, inner) if self.inner_is_out else Factors(inner.mT, core, model)
 
-    def _inner(self, heads: int) -> Tensor:  # (heads · head features, r)
-        shared = cast(CpFactors, self.shared)
-        features = shared.factor(self.tensor, "B")
-        if "C_H" not in shared.sizes[self.tensor]:
-            return features
-        return (shared.factor(self.tensor, "C_H")[:heads, None] * features).flatten(0, 1)
+    def _inner(self, shared: Mapping[str, Tensor], heads: int) -> Tensor:  # (heads, head features, r)
+        features = shared[f"{self.tensor}_B"].unsqueeze(-3)
+        per_head = shared.get(f"{self.tensor}_C_H")
+        return features if per_head is None else per_head[..., :heads, None, :] * features
+
+    def tensor_name(self) -> str:
+        """The tensor and its modes."""
+        modes = cast(CpFactors, self.shared).sizes[self.tensor]
+        return f"{self.tensor}: " + " · ".join(f"{factor} {size}" for factor, size in modes.items())
+
+    def place(self) -> tuple[object, ...]:
+        """Its slice of the tensor, and how that is laid out."""
+        layout = (self.scale, self.inner_is_out, self.interleaved)
+        return (self.tensor, self.layer, self.projections, self.heads, *layout)
 
     def extra_repr(self) -> str:
         """Which weight of which tensor."""

@@ -43,6 +43,18 @@ def low_rank_linear(
     return _LowRankLinear.apply(x, weight, bias, *tensors)  # type: ignore[no-any-return]
 
 
+def low_rank_rows(
+    x: Tensor,  # (rows, *, in)
+    factors: Factors,  # with a leading axis of adapters
+    adapters: Tensor,  # (rows,): the adapter of each row
+) -> Tensor:  # (rows, *, out)
+    """`x ΔWᵀ` with another ΔW for every row, in batched products."""
+    down, core, up = (factor.to(device=x.device, dtype=x.dtype)[adapters] for factor in factors)
+    hidden = x.reshape(len(x), -1, x.shape[-1]) @ down.mT
+    hidden = hidden * core[:, None] if core.ndim == 2 else hidden @ core.mT
+    return (hidden @ up.mT).view(*x.shape[:-1], -1)
+
+
 class _LowRankLinear(torch.autograd.Function):
     """Saves x, the frozen weight, the factors and, of every update, x in its r dimensions."""
 

@@ -50,6 +50,10 @@ class MpoUpdate(AbstractFusedUpdate):
         """Both networks, to be cut at the bond that makes the halves smallest."""
         return Cut(MPO, tuple(self.cores()), tuple(self.start()))
 
+    def tensor_name(self) -> str:
+        """An operator of its own for every weight, told by its modes and bonds."""
+        return self.extra_repr()
+
     def extra_repr(self) -> str:
         """Modes and bonds, as in `out 4·4·8·8·4, in 4·4·8·8·4, bonds 1·16·16·16·16·1`."""
         shapes = [core.shape for core in self.cores()]

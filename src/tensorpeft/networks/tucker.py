@@ -6,15 +6,17 @@ slices of one small core (Tucker3, FacT-TK): `G_n = Σ_k P[n, k] C[:, :, k]`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from tensorpeft.networks.update import AbstractLowRankUpdate, Factors
+from tensorpeft.networks.low_rank import Factors
+from tensorpeft.networks.update import AbstractLowRankUpdate, SharedFactors
 
 
-class TuckerFactors(nn.Module):
+class TuckerFactors(SharedFactors):
     """The factors of several tensors of stacked weights, each under its own name: `1024x4096_U` and so on.
 
     Made without values worth keeping: the method fills them.
@@ -36,12 +38,6 @@ class TuckerFactors(nn.Module):
                 shapes = {"U": (out, rank), "V": (in_, rank), "P": (count, rank), "C": (rank, rank, rank)}
             for factor, shape in shapes.items():
                 self.register_parameter(f"{name}_{factor}", nn.Parameter(torch.zeros(shape)))
-
-    def core(self, tensor: str, index: int) -> Tensor:  # (r, r)
-        """The core of one weight."""
-        if self.has_small_core:
-            return getattr(self, f"{tensor}_C") @ getattr(self, f"{tensor}_P")[index]
-        return getattr(self, f"{tensor}_G")[index]
 
     def extra_repr(self) -> str:
         """Modes of every tensor."""
@@ -67,11 +63,24 @@ class TuckerUpdate(AbstractLowRankUpdate):
         self.index = index
         self.scale = scale
 
-    def factors(self) -> Factors:
+    def factors_from(self, shared: Mapping[str, Tensor]) -> Factors:
         """Vᵀ, the scaled core and U."""
+        if (cores := shared.get(f"{self.tensor}_G")) is not None:
+            core = cores[..., self.index, :, :]
+        else:
+            row = shared[f"{self.tensor}_P"][..., self.index, :]
+            core = (shared[f"{self.tensor}_C"] @ row[..., None, :, None]).squeeze(-1)
+        return Factors(shared[f"{self.tensor}_V"].mT, core * self.scale, shared[f"{self.tensor}_U"])
+
+    def tensor_name(self) -> str:
+        """The tensor and its modes."""
         shared = cast(TuckerFactors, self.shared)
-        down, up = getattr(shared, f"{self.tensor}_V").t(), getattr(shared, f"{self.tensor}_U")
-        return Factors(down, shared.core(self.tensor, self.index) * self.scale, up)
+        count, out, in_ = shared.sizes[self.tensor]
+        return f"{self.tensor}: U {out} · V {in_} · {'P' if shared.has_small_core else 'G'} {count}"
+
+    def place(self) -> tuple[object, ...]:
+        """Its place in the tensor."""
+        return (self.tensor, self.index, self.scale)
 
     def extra_repr(self) -> str:
         """Which weight of which tensor."""

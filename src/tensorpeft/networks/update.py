@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from tensorpeft.networks.effective import Cut, effective_linear, fold
 from tensorpeft.networks.low_rank import MATRIX_PRODUCT, Factors, low_rank_linear
+from tensorpeft.networks.versions import version_of
 
 
 class AbstractWeightUpdate(nn.Module, ABC):
@@ -21,9 +24,9 @@ class AbstractWeightUpdate(nn.Module, ABC):
             of this one: its parameters are registered, saved and trained once, by whoever holds the updates.
     """
 
-    shared: nn.Module | None
+    shared: SharedFactors | None
 
-    def __init__(self, shared: nn.Module | None = None):
+    def __init__(self, shared: SharedFactors | None = None):
         super().__init__()
         object.__setattr__(self, "shared", shared)
 
@@ -41,11 +44,41 @@ class AbstractWeightUpdate(nn.Module, ABC):
         A matrix product A B of rank r has the halves (out, 1, r) and (r, 1, in).
         """
 
+    @abstractmethod
+    def tensor_name(self) -> str:
+        """What tells a person which tensor the weight belongs to: equal for weights of one, or of equal ones."""
+
     def weight(self) -> Tensor:  # (out, in)
         """ΔW: the matrix that `forward` multiplies by, by the plain formula. Differentiable."""
         network, cores, start = self.cut()
         update = fold(network.halves(cores))
         return update - fold(network.halves(start)) if start else update
+
+
+class SharedFactors(nn.Module):
+    """The factors that the updates of one adapter share. Their owner registers them once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Computed from the factors, and what of.
+        self._stacked: tuple[object, Mapping[str, Tensor]] | None = None
+
+    def stacked_with(self, others: Sequence[nn.Module]) -> Mapping[str, Tensor]:
+        """The factors of several adapters, these first, each stacked along a leading axis.
+
+        Kept until one of them changes: all layers of a mixed batch ask for the same ones.
+        """
+        modules = (self, *others)
+        key = (*map(id, modules), version_of(tensor for module in modules for tensor in module.parameters()))
+        if key[-1] is None or self._stacked is None or self._stacked[0] != key:
+            named = [dict(module.named_parameters()) for module in modules]
+            self._stacked = (key, {name: torch.stack([tensors[name] for tensors in named]) for name in named[0]})
+        return self._stacked[1]
+
+    def train(self, mode: bool = True) -> SharedFactors:
+        """As torch's; what was stacked for inference goes."""
+        self._stacked = None
+        return super().train(mode)
 
 
 class AbstractFusedUpdate(AbstractWeightUpdate):
@@ -60,8 +93,19 @@ class AbstractLowRankUpdate(AbstractWeightUpdate):
     """A LoRA with structured factors: two thin products beside the base weight's (`networks.low_rank`)."""
 
     @abstractmethod
+    def factors_from(self, tensors: Mapping[str, Tensor]) -> Factors:
+        """The three factors made of these tensors, named as the parameters (the shared ones, or its own) are.
+
+        Where every tensor has one more leading axis, of adapters, so have the factors.
+        """
+
+    @abstractmethod
+    def place(self) -> tuple[object, ...]:
+        """What, besides the tensors, the factors depend on: equal for updates whose tensors may be stacked."""
+
     def factors(self) -> Factors:
         """The three factors, in the parameters' dtype. Differentiable."""
+        return self.factors_from(dict((self.shared or self).named_parameters()))
 
     def forward(self, x: Tensor) -> Tensor:
         """`x downᵀ coreᵀ upᵀ`; under autocast in its dtype."""
@@ -70,3 +114,21 @@ class AbstractLowRankUpdate(AbstractWeightUpdate):
     def cut(self) -> Cut:
         """The halves `up · core` and `down`."""
         return Cut(MATRIX_PRODUCT, self.factors())
+
+
+@torch.no_grad()
+def stacked_factors(updates: Sequence[AbstractWeightUpdate]) -> Factors | None:
+    """The factors of one weight's updates in several adapters, each stacked along a leading axis.
+
+    None where they cannot be: not all of low rank with shared factors, of one method, one shape and one scale.
+    """
+    first = updates[0]
+    if not isinstance(first, AbstractLowRankUpdate) or first.shared is None:
+        return None
+    shapes = {name: tensor.shape for name, tensor in first.shared.named_parameters()}
+    for update in updates[1:]:
+        if type(update) is not type(first) or update.shared is None or update.place() != first.place():
+            return None
+        if {name: tensor.shape for name, tensor in update.shared.named_parameters()} != shapes:
+            return None
+    return first.factors_from(first.shared.stacked_with([update.shared for update in updates[1:] if update.shared]))

@@ -67,13 +67,3 @@ def restore_row_order(base: nn.Module) -> None:
 
         assert weight is not None
         weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, weight.quant_state)
-
-
-def version_of(tensors: tuple[Tensor | None, ...]) -> tuple[object, ...] | None:
-    """A key that changes when any of the tensors is replaced or written in place; None where torch keeps no count."""
-    if any(tensor is not None and tensor.is_inference() for tensor in tensors):
-        return None
-    return tuple(
-        None if tensor is None else (tensor.data_ptr(), tensor._version, tensor.dtype, tensor.device)
-        for tensor in tensors
-    )

@@ -44,7 +44,7 @@ class UpdateHolder(nn.Module, BaseTunerLayer):
             tensors.to(device)
 
 
-class SharedFactors(UpdateHolder):
+class SharedHolder(UpdateHolder):
     """Factors that all layers of an adapter share, as one of the model's own modules.
 
     PEFT saves, loads, freezes, activates, casts and deletes what belongs to a `BaseTunerLayer` in the model. So this

@@ -12,10 +12,19 @@ from peft.utils.quantization_utils import QuantizationBackend, quantization_extr
 from torch import Tensor, nn
 
 from tensorpeft.networks.effective import effective_linear, effective_weight
-from tensorpeft.networks.low_rank import low_rank_linear
-from tensorpeft.networks.update import AbstractFusedUpdate, AbstractLowRankUpdate, AbstractWeightUpdate
-from tensorpeft.plugin.base_weight import addable_weight, oriented, restore_row_order, version_of
+from tensorpeft.networks.low_rank import low_rank_linear, low_rank_rows
+from tensorpeft.networks.update import (
+    AbstractFusedUpdate,
+    AbstractLowRankUpdate,
+    AbstractWeightUpdate,
+    stacked_factors,
+)
+from tensorpeft.networks.versions import version_of
+from tensorpeft.plugin.base_weight import addable_weight, oriented, restore_row_order
 from tensorpeft.plugin.holder import UpdateHolder
+
+# From so many adapters in a batch on, their factors are gathered per row instead of looping over the adapters.
+_GATHERED_ADAPTERS = 4
 
 
 class TensorLayer(UpdateHolder):
@@ -99,7 +108,9 @@ class TensorLayer(UpdateHolder):
         return super().train(mode)
 
     def _mixed_forward(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        """Each row with its own adapter. Written for inference: the rows of an adapter share one product."""
+        """Each row with its own adapter. Written for inference: the rows of an adapter share one product, or, of many
+        adapters of one shape, every row has its own factors (`benchmarks/mixed_batch.py`).
+        """
         if len(x) != len(adapter_names):
             raise ValueError(
                 f"Length of `adapter_names` should be the same as the number of inputs, but got {len(adapter_names)} "
@@ -114,9 +125,15 @@ class TensorLayer(UpdateHolder):
         if self.disable_adapters:
             return result
         result = result.clone()
-        for name in dict.fromkeys(adapter_names):
+        names = [name for name in dict.fromkeys(adapter_names) if name in self.updates]
+        factors = stacked_factors(self._named(names)) if len(names) >= _GATHERED_ADAPTERS else None
+        if factors is not None:
+            places = [(k, names.index(name)) for k, name in enumerate(adapter_names) if name in names]
+            rows, adapters = torch.tensor(places, device=x.device).unbind(1)
+            return result.index_add_(0, rows, low_rank_rows(x[rows], factors, adapters).to(result.dtype))
+        for name in names:
+            rows = torch.tensor([k for k, other in enumerate(adapter_names) if other == name], device=x.device)
             for update in self._named([name]):
-                rows = torch.tensor([k for k, other in enumerate(adapter_names) if other == name], device=x.device)
                 result.index_add_(0, rows, update(x[rows]).to(result.dtype))
         return result
 

@@ -12,7 +12,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType, register_peft_method
 
 from tensorpeft.plugin.config import TensorConfig
-from tensorpeft.plugin.holder import SharedFactors, UpdateHolder
+from tensorpeft.plugin.holder import SharedHolder, UpdateHolder
 from tensorpeft.plugin.layer import TensorLayer
 from tensorpeft.plugin.tuner import MethodClasses, TensorModel, wrap_layer
 
@@ -42,7 +42,7 @@ def register(name: str) -> Callable[[ConfigClass], ConfigClass]:
         holder_cls = _subclass((UpdateHolder,), f"{title}Holder", config_cls, adapter_layer_names=(f"{name}_update",))
         classes = MethodClasses(
             layer=_subclass((TensorLayer, holder_cls), f"{title}Layer", config_cls),
-            shared=_subclass((SharedFactors, holder_cls), f"{title}SharedFactors", config_cls),
+            shared=_subclass((SharedHolder, holder_cls), f"{title}SharedHolder", config_cls),
         )
         fields = {"prefix": f"{name}_", "tuner_layer_cls": holder_cls, "classes": classes}
         model_cls = _subclass((TensorModel,), f"{title}Model", config_cls, **fields)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tensorpeft.networks.update import AbstractWeightUpdate
 from tensorpeft.plugin.base_weight import linear_shape, oriented, restore_row_order
 from tensorpeft.plugin.config import TensorConfig
-from tensorpeft.plugin.holder import SharedFactors, UpdateHolder
+from tensorpeft.plugin.holder import SharedHolder, UpdateHolder
 from tensorpeft.plugin.layer import TensorLayer, check_finite
 from tensorpeft.plugin.loading import check_state_dict
 from tensorpeft.sites import Site, find_sites
@@ -27,14 +27,14 @@ class MethodClasses(NamedTuple):
     """A method's own classes, made by `plugin.registration`: PEFT tells methods apart by class."""
 
     layer: type[TensorLayer]
-    shared: type[SharedFactors]
+    shared: type[SharedHolder]
 
 
 class TensorModel(BaseTuner):
     """A model whose target layers carry updates. Each method has a subclass, made by `plugin.registration`."""
 
     tuner_layer_cls = UpdateHolder
-    classes = MethodClasses(TensorLayer, SharedFactors)
+    classes = MethodClasses(TensorLayer, SharedHolder)
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def inject_adapter(
@@ -157,7 +157,7 @@ def wrap_layer(
     key = key.removeprefix("base_model.model.")  # PeftMixedModel adds its second adapter from its own root
     planned: tuple[Any, dict[str, AbstractWeightUpdate]] | None = getattr(tuner, "_planned", None)
     if planned is None or planned[0] is not config or key not in planned[1]:
-        planned = (config, dict(_build_updates(tuner, config)))
+        planned = (config, dict(build_updates(tuner, config)))
         tuner._planned = planned  # type: ignore[assignment]
     update = planned[1].pop(key)
     parent, target, target_name = _get_submodules(tuner.model, key)
@@ -183,10 +183,10 @@ def wrap_layer(
             update.shared.requires_grad_(is_active and not config.inference_mode)
 
 
-def _owner_of_shared(model: nn.Module, layer: TensorLayer, classes: MethodClasses) -> SharedFactors:
+def _owner_of_shared(model: nn.Module, layer: TensorLayer, classes: MethodClasses) -> SharedHolder:
     """The owner of what the layers of a method share, made at first use."""
     # Not under the method's prefix: PEFT's delete_adapter passes over names that contain it.
-    name = f"shared_{classes.shared.__name__.lower()}"
+    name = f"shared_{layer.adapter_layer_names[0].removesuffix('_update')}"
     if not hasattr(model, name):
         owner = classes.shared(layer)
         owner._active_adapter = layer._active_adapter
@@ -196,11 +196,11 @@ def _owner_of_shared(model: nn.Module, layer: TensorLayer, classes: MethodClasse
 
 def _remove_shared_factors(model: nn.Module) -> None:
     for name, module in list(model.named_children()):
-        if isinstance(module, SharedFactors):
+        if isinstance(module, SharedHolder):
             delattr(model, name)
 
 
-def _build_updates(tuner: BaseTuner, config: TensorConfig) -> Mapping[str, AbstractWeightUpdate]:
+def build_updates(tuner: BaseTuner, config: TensorConfig) -> Mapping[str, AbstractWeightUpdate]:
     """The method's updates for all targets of a config. Changes nothing in the model."""
     quantization = get_quantization_kwargs(tuner.model)
     bases: dict[str, tuple[nn.Module, Any]] = {}

@@ -1,0 +1,105 @@
+"""Which weights form which tensor, before anything is trained or changed."""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
+from torch import nn
+
+from tensorpeft.plugin.config import TensorConfig
+from tensorpeft.plugin.tuner import TensorModel, build_updates
+
+
+@dataclass(frozen=True)
+class TensorMap:
+    """What an adapter will be on a model.
+
+    Args:
+        tensors: description of a tensor (its modes) -> full names of the weights in it, or, for methods with a network
+            per weight, of the weights that have one of these modes.
+        num_parameters: trainable parameters of the adapter.
+    """
+
+    tensors: dict[str, list[str]]
+    num_parameters: int
+
+
+def tensor_map(model: nn.Module, config: TensorConfig) -> TensorMap:
+    """The tensors that `get_peft_model(model, config)` would make. Reads no weight and changes nothing.
+
+    Raises:
+        ValueError: as `get_peft_model` would: no target, or one that the method cannot serve.
+    """
+    tuner_cls: type[TensorModel] = PEFT_TYPE_TO_TUNER_MAPPING[config.registered_type]  # type: ignore[assignment]
+    # The three things of a tuner that finding its targets takes.
+    tuner: Any = SimpleNamespace(
+        model=model,
+        target_module_mapping=tuner_cls.target_module_mapping,
+        _check_target_module_exists=tuner_cls._check_target_module_exists,
+        _allocates_only=True,
+    )
+    config = tuner_cls._prepare_adapter_config(tuner, copy.deepcopy(config), tuner_cls.get_model_config(model))  # type: ignore[assignment]
+    config = _maybe_include_all_linear_layers(config, model)  # type: ignore[assignment]
+    updates = build_updates(tuner, config)
+    if not updates:
+        raise ValueError(f"no layer of the model matches target_modules={config.target_modules!r}.")
+    tensors: dict[str, list[str]] = {}
+    for name, update in updates.items():
+        tensors.setdefault(update.tensor_name(), []).append(name)
+    modules = {id(module): module for update in updates.values() for module in (update, update.shared) if module}
+    return TensorMap(tensors, sum(p.numel() for module in modules.values() for p in module.parameters()))
+
+
+def print_tensor_map(model: nn.Module, config: TensorConfig) -> None:
+    """Print which weights of a model form which tensor of an adapter, with which modes.
+
+    Raises:
+        ValueError: see `tensor_map`.
+
+    >>> from transformers import BertConfig, BertModel
+    >>> from tensorpeft import LortaConfig
+    >>> print_tensor_map(BertModel(BertConfig()), LortaConfig(r=4, target_modules=["query", "value"]))
+    LORTA: 1 tensor, 24 weights, 3,432 trainable parameters
+    attention: A 768 · B 64 · C_H 12 · C_L 12 · C_M 2
+        encoder.layer.{0…11}.attention.self.query
+        encoder.layer.{0…11}.attention.self.value
+    """
+    found = tensor_map(model, config)
+    count = sum(map(len, found.tensors.values()))
+    plural = "" if len(found.tensors) == 1 else "s"
+    method = config.registered_type.value
+    print(
+        f"{method}: {len(found.tensors)} tensor{plural}, {count} weights, {found.num_parameters:,} trainable parameters"
+    )
+    for description, names in found.tensors.items():
+        print(description)
+        for line in _compress(names):
+            print(f"    {line}")
+
+
+def _compress(names: list[str]) -> list[str]:
+    """The names, those that differ in one number as one."""
+    numbers: dict[str, list[int]] = {}
+    for name in names:
+        number = re.search(r"(?<=\.)\d+(?=\.)", name)
+        stem = name if number is None else f"{name[: number.start()]}{{}}{name[number.end() :]}"
+        numbers.setdefault(stem, []).extend([] if number is None else [int(number.group())])
+    return [stem.format(_ranges(found)) if found else stem for stem, found in numbers.items()]
+
+
+def _ranges(numbers: list[int]) -> str:
+    """`{0…11}`, `{0…3,8}`, or `5`."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    texts = [f"{run[0]}…{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
+    return texts[0] if len(numbers) == 1 else "{" + ",".join(texts) + "}"
