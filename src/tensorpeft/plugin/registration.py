@@ -14,7 +14,7 @@ from peft.utils import PeftType, register_peft_method
 from tensorpeft.plugin.config import TensorConfig
 from tensorpeft.plugin.holder import SharedHolder, UpdateHolder
 from tensorpeft.plugin.layer import TensorLayer
-from tensorpeft.plugin.tuner import MethodClasses, TensorModel, wrap_layer
+from tensorpeft.plugin.tuner import MethodClasses, TensorModel, remove_shared_factors, wrap_layer
 
 ConfigClass = TypeVar("ConfigClass", bound=type[TensorConfig])
 
@@ -77,6 +77,19 @@ def _add_peft_type(name: str) -> PeftType:
     PeftType._value2member_map_[name] = member
     assert PeftType(name) is member
     return member
+
+
+_unload_mixed_model = mixed_model.MixedModel._unload_and_optionally_merge
+
+
+def _unload_and_remove_shared_factors(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """PeftMixedModel's unload hands back a model with the layers of all methods replaced; ours have more to remove."""
+    model = _unload_mixed_model(self, *args, **kwargs)
+    remove_shared_factors(self.model)
+    return model
+
+
+mixed_model.MixedModel._unload_and_optionally_merge = _unload_and_remove_shared_factors  # type: ignore[method-assign]
 
 
 def _admit_to_mixed_models(

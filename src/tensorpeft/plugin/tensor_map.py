@@ -23,10 +23,12 @@ class TensorMap:
     Args:
         tensors: description of a tensor (its modes) -> full names of the weights in it, or, for methods with a network
             per weight, of the weights that have one of these modes.
+        num_tensors: how many there are: one per description, or one per weight.
         num_parameters: trainable parameters of the adapter.
     """
 
     tensors: dict[str, list[str]]
+    num_tensors: int
     num_parameters: int
 
 
@@ -53,7 +55,8 @@ def tensor_map(model: nn.Module, config: TensorConfig) -> TensorMap:
     for name, update in updates.items():
         tensors.setdefault(update.tensor_name(), []).append(name)
     modules = {id(module): module for update in updates.values() for module in (update, update.shared) if module}
-    return TensorMap(tensors, sum(p.numel() for module in modules.values() for p in module.parameters()))
+    num_tensors = len(tensors) if any(update.shared for update in updates.values()) else len(updates)
+    return TensorMap(tensors, num_tensors, sum(p.numel() for module in modules.values() for p in module.parameters()))
 
 
 def print_tensor_map(model: nn.Module, config: TensorConfig) -> None:
@@ -72,11 +75,8 @@ def print_tensor_map(model: nn.Module, config: TensorConfig) -> None:
     """
     found = tensor_map(model, config)
     count = sum(map(len, found.tensors.values()))
-    plural = "" if len(found.tensors) == 1 else "s"
-    method = config.registered_type.value
-    print(
-        f"{method}: {len(found.tensors)} tensor{plural}, {count} weights, {found.num_parameters:,} trainable parameters"
-    )
+    tensors = f"{found.num_tensors} tensor{'' if found.num_tensors == 1 else 's'}"
+    print(f"{config.registered_type.value}: {tensors}, {count} weights, {found.num_parameters:,} trainable parameters")
     for description, names in found.tensors.items():
         print(description)
         for line in _compress(names):

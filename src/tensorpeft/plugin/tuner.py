@@ -100,7 +100,7 @@ class TensorModel(BaseTuner):
         if not merge:
             self.unmerge_adapter()  # what is merged would stay in the base weights that are handed back
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        _remove_shared_factors(self.model)
+        remove_shared_factors(self.model)
         return model  # type: ignore[return-value]
 
     def _check_merged_weights(self, adapter_names: list[str] | None) -> None:
@@ -194,7 +194,8 @@ def _owner_of_shared(model: nn.Module, layer: TensorLayer, classes: MethodClasse
     return getattr(model, name)
 
 
-def _remove_shared_factors(model: nn.Module) -> None:
+def remove_shared_factors(model: nn.Module) -> None:
+    """Take out what the adapters of an unloaded model shared."""
     for name, module in list(model.named_children()):
         if isinstance(module, SharedHolder):
             delattr(model, name)

@@ -1,0 +1,100 @@
+"""Factors that all layers share: owned once, by the model, whoever holds the adapters."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from peft import LoraConfig, PeftMixedModel, get_peft_model
+from torch.nn.parallel import DistributedDataParallel
+
+from cases import CASES, MODELS, Case, logits, perturb, tokens
+from tensorpeft import LortaConfig, LotrConfig
+from tensorpeft.networks.update import SharedFactors
+
+SHARED = [case for case in CASES if case.name in ("lorta", "lotr", "fact-tt", "fact-tk")]
+LLAMA = MODELS[0]
+over_shared = pytest.mark.parametrize("case", SHARED, ids=lambda case: case.name)
+
+
+def adapted(case: Case):
+    model = get_peft_model(LLAMA.fresh(), case.make(target_modules=LLAMA.targets)).eval()
+    perturb(model)
+    return model
+
+
+@over_shared
+def test_they_are_registered_once_and_nothing_else_is_trained(case: Case):
+    model = adapted(case)
+    owners = [module for module in model.modules() if isinstance(module, SharedFactors)]
+    assert len(owners) == 1
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert {id(parameter) for parameter in trained} == {id(parameter) for parameter in owners[0].parameters()}
+    assert len(model.state_dict()) == len(LLAMA.fresh().state_dict()) + len(trained)
+
+
+@over_shared
+def test_a_copy_has_its_own(case: Case):
+    model = adapted(case)
+    before, twin = logits(model), copy.deepcopy(model)
+    perturb(twin, seed=9)
+    assert torch.equal(logits(model), before)
+    assert not torch.allclose(logits(twin), before)
+
+
+@over_shared
+@pytest.mark.parametrize("merge", [False, True])
+def test_unloading_leaves_the_plain_model(case: Case, merge: bool):
+    model = adapted(case)
+    expected = logits(model if merge else LLAMA.fresh())
+    plain = model.merge_and_unload() if merge else model.unload()
+    assert plain.state_dict().keys() == LLAMA.fresh().state_dict().keys()
+    torch.testing.assert_close(logits(plain), expected, atol=2e-6, rtol=0)
+
+
+def test_two_methods_and_lora_in_a_mixed_model():
+    mixed = get_peft_model(LLAMA.fresh(), LortaConfig(target_modules=["q_proj", "v_proj"]), "lorta", mixed=True)
+    assert isinstance(mixed, PeftMixedModel)
+    mixed.add_adapter("lotr", LotrConfig(target_modules=["q_proj", "up_proj"]))
+    mixed.add_adapter("lora", LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    outputs = {}
+    for name in ("lorta", "lotr", "lora"):
+        mixed.set_adapter(name)
+        perturb(mixed, seed=3)
+        outputs[name] = logits(mixed.eval())
+    for name, expected in outputs.items():
+        mixed.set_adapter(name)
+        assert torch.equal(logits(mixed), expected)
+    mixed.set_adapter(["lorta", "lotr", "lora"])
+    together = logits(mixed)
+    plain = mixed.merge_and_unload()
+    torch.testing.assert_close(logits(plain), together, atol=1e-5, rtol=1e-5)
+    assert plain.state_dict().keys() == LLAMA.fresh().state_dict().keys()
+
+
+def _gradients(model: torch.nn.Module, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+    model(input_ids=inputs, labels=inputs).loss.backward()
+    return {
+        name.removeprefix("module."): parameter.grad
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def _train_on_a_half(rank: int, case: Case, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    model = DistributedDataParallel(adapted(case).train())
+    found = _gradients(model, tokens(batch=4)[2 * rank : 2 * rank + 2])
+    if rank == 0:
+        torch.save(found, f"{folder}/gradients.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_have_the_gradients_of_one(tmp_path):
+    case = SHARED[0]
+    mp.spawn(_train_on_a_half, args=(case, str(tmp_path)), nprocs=2)
+    found = torch.load(tmp_path / "gradients.pt", weights_only=True)
+    expected = _gradients(adapted(case).train(), tokens(batch=4))
+    assert found.keys() == expected.keys()
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
