@@ -267,6 +267,49 @@ ARCHITECTURES = [
     ),
     phi3("phi3-stacked", {"gate_up_proj": "two rows", "down_proj": "columns"}),
     Architecture(
+        "bloom-interleaved",
+        lambda: transformers.BloomForCausalLM(
+            transformers.BloomConfig(vocab_size=96, hidden_size=24, n_layer=2, n_head=HEADS)
+        ),
+        ["transformer.h.0.self_attention", "transformer.h.1.self_attention"],
+        {"query_key_value": "qkv", "dense": "o"},
+        ["transformer.h.0.mlp", "transformer.h.1.mlp"],
+        {"dense_h_to_4h": "rows", "dense_4h_to_h": "columns"},
+        interleaved=True,
+    ),
+    Architecture(
+        "persimmon-interleaved",
+        # An even number of rotated features of the 6 that a head has.
+        causal("Persimmon", rope_parameters={"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 1.0}),
+        DECODER_LAYERS["attention"],
+        {"query_key_value": "qkv", "dense": "o"},
+        DECODER_LAYERS["mlp"],
+        {"dense_h_to_4h": "rows", "dense_4h_to_h": "columns"},
+        interleaved=True,
+    ),
+    Architecture(
+        "mpt-stacked",
+        lambda: transformers.MptForCausalLM(
+            transformers.MptConfig(
+                vocab_size=96, d_model=24, n_layers=2, n_heads=HEADS, expansion_ratio=2, max_seq_len=64
+            )
+        ),
+        ["transformer.blocks.0.attn", "transformer.blocks.1.attn"],
+        {"Wqkv": "qkv", "out_proj": "o"},
+        ["transformer.blocks.0.ffn", "transformer.blocks.1.ffn"],
+        {"up_proj": "rows", "down_proj": "columns"},
+    ),
+    Architecture(
+        "modernbert-stacked",
+        lambda: transformers.ModernBertForMaskedLM(
+            transformers.ModernBertConfig(**SIZES, cls_token_id=1, sep_token_id=2)
+        ),
+        ["model.layers.0.attn", "model.layers.1.attn"],
+        {"Wqkv": "qkv", "Wo": "o"},
+        ["model.layers.0.mlp", "model.layers.1.mlp"],
+        {"Wi": "two rows", "Wo": "columns"},
+    ),
+    Architecture(
         "t5",
         t5("relu"),
         T5_ATTENTION,

@@ -107,8 +107,8 @@ def _find_site(site: Site, config: Any) -> Site:
     leaves = r"(^|\.)(down_proj|fc2|fc_out|c_proj|output\.dense|wo|Wo|lin2|dense_4h_to_h|w2|ff\.net\.2)$"
     inner_is_out = site.out > site.in_ if site.out != site.in_ else re.search(leaves, path) is None
     block = ".".join(parts[: last_number + 1])
-    # Phi-3 and its kin: the rows of the gate, then those of the up-projection.
-    projections = (f"{path}.gate", f"{path}.up") if parts[-1] == "gate_up_proj" else (path,)
+    # A gate and an up-projection in one, as in Phi-3 and ModernBERT: first the rows of one, then those of the other.
+    projections = (f"{path}.1", f"{path}.2") if parts[-1] in ("gate_up_proj", "Wi") else (path,)
     return replace(site, kind="mlp", block=block, projections=projections, inner_is_out=inner_is_out)
 
 
