@@ -1,11 +1,11 @@
-"""DoTA on top of bitsandbytes' 4-bit and 8-bit layers, through PEFT's quantisation backends."""
+"""Our methods on top of bitsandbytes' 4-bit and 8-bit layers, through PEFT's quantisation backends."""
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
-from tensorpeft import DotaConfig
+from tensorpeft import DotaConfig, LortaConfig, LotrConfig
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
@@ -33,6 +33,16 @@ def bits(request) -> int:
     return request.param
 
 
+@pytest.fixture(params=["dota", "lorta", "lotr"])
+def config(request) -> PeftConfig:
+    """A fresh configuration of a method of high rank, and of two of low rank."""
+    return {
+        "dota": DotaConfig(r=4, num_cores=3, target_modules=["linear"]),
+        "lorta": LortaConfig(r=4, target_modules=["linear"]),
+        "lotr": LotrConfig(r=4, target_modules=["linear"]),
+    }[request.param]
+
+
 def build(bits: int) -> nn.Module:
     return Quantized(bits).to("cpu").eval()
 
@@ -41,8 +51,8 @@ def inputs() -> torch.Tensor:
     return torch.randn(5, 128, generator=torch.Generator().manual_seed(1))
 
 
-def trained(bits: int) -> PeftModel:
-    model = get_peft_model(build(bits), DotaConfig(r=4, num_cores=3, target_modules=["linear"]))
+def trained(bits: int, config: PeftConfig) -> PeftModel:
+    model = get_peft_model(build(bits), config)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.03)
     for _ in range(3):
         optimizer.zero_grad()
@@ -51,26 +61,26 @@ def trained(bits: int) -> PeftModel:
     return model.eval()
 
 
-def test_start_and_disabling_are_the_quantised_base(bits: int):
+def test_start_and_disabling_are_the_quantised_base(bits: int, config: PeftConfig):
     base = build(bits)(inputs())
-    model = get_peft_model(build(bits), DotaConfig(r=4, num_cores=3, target_modules=["linear"])).eval()
+    model = get_peft_model(build(bits), config).eval()
     assert torch.equal(model(inputs()), base)
-    model = trained(bits)
+    model = trained(bits, config)
     assert not torch.allclose(model(inputs()), base)
     with model.disable_adapter():
         assert torch.equal(model(inputs()), base)
 
 
-def test_reloading_is_exact(bits: int, tmp_path):
-    model = trained(bits)
+def test_reloading_is_exact(bits: int, config: PeftConfig, tmp_path):
+    model = trained(bits, config)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(build(bits), tmp_path).eval()
     assert torch.equal(loaded(inputs()), model(inputs()))
 
 
-def test_merging_after_an_evaluation_reads_the_weight_in_its_own_order(bits: int):
+def test_merging_after_an_evaluation_reads_the_weight_in_its_own_order(bits: int, config: PeftConfig):
     """Bitsandbytes repacks a 4-bit weight at the first forward in evaluation; read as it lies, it is scrambled."""
-    model = trained(bits)
+    model = trained(bits, config)
     with torch.no_grad():
         before = model(inputs())
         model.merge_adapter()

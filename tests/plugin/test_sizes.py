@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cases import MODELS, over_cases, over_models
-from tensorpeft import DotaConfig
+from tensorpeft import DotaConfig, FactConfig, LortaConfig, LotrConfig
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 ARCHITECTURES = {
@@ -74,6 +74,19 @@ def test_a_checkpoint_is_its_trained_and_start_cores(tmp_path):
         "adapter_model.safetensors",
     ]
     assert 1 <= (tmp_path / "adapter_model.safetensors").stat().st_size / (4 * (trained + start)) <= 1.05
+
+
+@pytest.mark.parametrize("config", [LortaConfig(r=16), LotrConfig(r=16), FactConfig(r=16), FactConfig(r=16, core="tk")])
+def test_a_checkpoint_has_shared_factors_once(config: PeftConfig, tmp_path):
+    """Parameters x 4 bytes + 5 %, however many layers use them."""
+    model = LlamaForCausalLM(
+        LlamaConfig(hidden_size=256, intermediate_size=512, num_hidden_layers=12, num_attention_heads=4, vocab_size=64)
+    )
+    config.target_modules = {"q_proj", "k_proj", "v_proj", "o_proj"}
+    peft_model = get_peft_model(model, config)
+    trained, _ = peft_model.get_nb_trainable_parameters()
+    peft_model.save_pretrained(tmp_path)
+    assert 1 <= (tmp_path / "adapter_model.safetensors").stat().st_size / (4 * trained) <= 1.05
 
 
 @pytest.mark.parametrize(
