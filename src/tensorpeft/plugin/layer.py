@@ -108,8 +108,10 @@ class TensorLayer(UpdateHolder):
         return super().train(mode)
 
     def _mixed_forward(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        """Each row with its own adapter. Written for inference: the rows of an adapter share one product, or, of many
-        adapters of one shape, every row has its own factors (`benchmarks/mixed_batch.py`).
+        """Each row with its own adapter; written for inference.
+
+        The rows of an adapter share one product, or, of many adapters of one shape, every row has its own factors
+        (`benchmarks/mixed_batch.py`).
         """
         if len(x) != len(adapter_names):
             raise ValueError(
