@@ -62,8 +62,8 @@ def make_plan(
 ) -> Plan:
     """The plan of ``tensorpeft demo``, or of ``tensorpeft demo --quick``.
 
-    On CoLA every method starts with the most frequent class and leaves it late (`docs/demo.md`): its plan is longer, and
-    its rates, the head's too, are smaller.
+    On CoLA every method starts with the most frequent class and leaves it late (`docs/demo.md`): its plan is longer,
+    and its rates, the head's too, are smaller.
 
     Raises:
         ValueError: too few steps or seeds.
