@@ -17,11 +17,12 @@ ARROWS: dict[str, set[str] | None] = {
     "networks": {"modes"},
     "plugin": {"sites", "networks"},
     "methods": {"modes", "networks", "sites", *PLUGIN_FOR_METHODS},
-    "__init__": {"methods", "plugin"},
-    "export": {"plugin", "networks"},
+    "__init__": {"methods", "plugin", "quantization"},
+    "quantization": {"networks", "plugin"},
+    "export": {"plugin", "networks", "quantization"},
     "tasks": set(),
     "studies": {"", "tasks"},
-    "cli": {"", "export", "studies", "tasks"},
+    "cli": {"", "export", "quantization", "studies", "tasks"},
     "__main__": {"cli"},
 }
 MAY_IMPORT_PEFT = {"export", "plugin", "studies"}

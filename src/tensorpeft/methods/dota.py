@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from tensorpeft.modes import bond_dimensions, factor_modes
-from tensorpeft.networks.mpo import MpoUpdate, decompose, random_cores
-from tensorpeft.plugin.config import TensorConfig, check_rank
+from tensorpeft.networks.mpo import FrozenCores, MpoUpdate, decompose, random_cores
+from tensorpeft.plugin.config import Bases, TensorConfig, check_rank
 from tensorpeft.plugin.patterns import value_for
 from tensorpeft.plugin.registration import register
 from tensorpeft.sites import Site
@@ -69,13 +68,18 @@ class DotaConfig(TensorConfig):
                     f"got {len(modes)} with the product {prod(modes)}."
                 )
 
-    def build(self, sites: Sequence[Site], read_weight: Callable[[Site], Tensor]) -> Mapping[str, MpoUpdate]:
-        """An MPO per site. Reads one weight at a time."""
-        return {site.name: self._build_one(site, read_weight(site)) for site in sites}
+    def build(self, sites: Sequence[Site], bases: Bases) -> Mapping[str, MpoUpdate]:
+        """An MPO per site. Reads one weight at a time; where the base layer has a start of its own, none."""
+        return {site.name: self._build_one(site, bases) for site in sites}
 
-    def _build_one(self, site: Site, weight: Tensor) -> MpoUpdate:
+    def _build_one(self, site: Site, bases: Bases) -> MpoUpdate:
         out_modes, in_modes = self._modes(site.out), self._modes(site.in_)
         r = value_for(site.name, self.rank_pattern, self.r)
+        if self.init_weights is True and (start := bases.start(site)) is not None:
+            bonds = bond_dimensions(out_modes, in_modes, r)
+            _check_start(site.name, start, list(zip(bonds[:-1], out_modes, in_modes, bonds[1:])))
+            return MpoUpdate(start.cores(), start)
+        weight = bases.read_weight(site)
         if weight.is_meta:
             bonds = bond_dimensions(out_modes, in_modes, r)
             shapes = zip(bonds[:-1], out_modes, in_modes, bonds[1:])
@@ -93,3 +97,13 @@ class DotaConfig(TensorConfig):
 
     def _modes(self, size: int) -> tuple[int, ...]:
         return tuple((self.modes or {}).get(size) or factor_modes(size, self.num_cores))
+
+
+def _check_start(name: str, start: FrozenCores, expected: list[tuple[int, int, int, int]]) -> None:
+    found = [tuple(core.shape) for core in start.cores()]
+    if found != expected:
+        raise ValueError(
+            f"{name}: its residual base was quantised with cores of the shapes {found}, but this configuration asks "
+            f"for {expected}. Use the r, num_cores and modes that the base was quantised with, quantise it again with "
+            'these, or start elsewhere: init_weights="random".'
+        )

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import sqrt
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from tensorpeft.networks.tucker import TuckerFactors, TuckerUpdate
-from tensorpeft.plugin.config import TensorConfig, check_is_bool, check_rank, check_scale
+from tensorpeft.plugin.config import Bases, TensorConfig, check_is_bool, check_rank, check_scale
 from tensorpeft.plugin.registration import register
 from tensorpeft.sites import Site, group_by_shape
 
@@ -54,7 +54,7 @@ class FactConfig(TensorConfig):
         if self.core not in ("tt", "tk"):
             raise ValueError(f'core={self.core!r}: expected "tt" (tensor train) or "tk" (Tucker3).')
 
-    def build(self, sites: Sequence[Site], read_weight: Callable[[Site], Tensor]) -> Mapping[str, TuckerUpdate]:
+    def build(self, sites: Sequence[Site], bases: Bases) -> Mapping[str, TuckerUpdate]:
         """A weight of its shape's tensor per site. Reads no weight."""
         groups = group_by_shape(sites)
         sizes = {name: (len(group), group[0].out, group[0].in_) for name, group in groups.items()}

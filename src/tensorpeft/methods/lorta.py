@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
 from tensorpeft.networks.cp import CpFactors, CpUpdate
-from tensorpeft.plugin.config import TensorConfig, check_is_bool, check_rank, check_scale
+from tensorpeft.plugin.config import Bases, TensorConfig, check_is_bool, check_rank, check_scale
 from tensorpeft.plugin.registration import register
 from tensorpeft.sites import Site
 
@@ -56,7 +54,7 @@ class LortaConfig(TensorConfig):
         if self.head_dim is not None:
             check_rank("head_dim", self.head_dim)
 
-    def build(self, sites: Sequence[Site], read_weight: Callable[[Site], Tensor]) -> Mapping[str, CpUpdate]:
+    def build(self, sites: Sequence[Site], bases: Bases) -> Mapping[str, CpUpdate]:
         """A slice of the attention's or the MLP's tensor per site. Reads no weight."""
         places = [self._place(site) for site in sites]
         groups: dict[str, list[_Place]] = {}

@@ -58,12 +58,14 @@ def fold(halves: Halves) -> Tensor:  # (out, in)
 
 def effective_linear(
     x: Tensor,  # (*batch, in)
-    weight: Tensor | None,  # (out, in); None: the update alone
+    weight: Tensor | Callable[[], Tensor] | None,  # (out, in); None: the update alone
     bias: Tensor | None,  # (out,)
     cuts: Sequence[Cut],
 ) -> Tensor:  # (*batch, out)
     """`x (weight + Σ ΔW)ᵀ + bias` in one product, differentiable in everything but the cuts' starts.
 
+    A weight that is stored in another form is given as a function that makes the matrix: called in forward and once
+    more in backward, so that the matrix is never kept, and without a gradient of its own.
     Under autocast the product runs in autocast's dtype, as `torch.nn.functional.linear` does.
     Where every ΔW is exactly zero, the result is `F.linear(x, weight, bias)` bit for bit.
     """
@@ -130,8 +132,11 @@ class _EffectiveLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, layout, *tensors):
-        ctx.save_for_backward(x, weight, *tensors)
+        stored, ctx.make_weight = (None, weight) if callable(weight) else (weight, None)
+        ctx.save_for_backward(x, stored, *tensors)
         ctx.layout = layout
+        if ctx.make_weight is not None:
+            weight = ctx.make_weight()
         with torch.autocast(x.device.type, enabled=False):
             effective = effective_weight(weight, _cuts(layout, tensors), x.dtype)
             return F.linear(x, effective, None if bias is None else bias.to(x.dtype))
@@ -141,6 +146,8 @@ class _EffectiveLinear(torch.autograd.Function):
     def backward(ctx, *grad_outputs):
         (grad_output,) = grad_outputs
         x, weight, *tensors = ctx.saved_tensors
+        if ctx.make_weight is not None:
+            weight = ctx.make_weight()
         needs_x, needs_weight, needs_bias, _, *needs_tensors = ctx.needs_input_grad
         with torch.autocast(x.device.type, enabled=False):
             rows_x, rows_y = x.flatten(0, -2), grad_output.flatten(0, -2)

@@ -7,7 +7,7 @@ the multi-indices row-major (first mode slowest). Source: DoTA (arXiv 2412.20891
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import isfinite, prod
 
 import torch
@@ -15,7 +15,38 @@ from torch import Tensor, nn
 
 from tensorpeft.modes import bond_dimensions
 from tensorpeft.networks.effective import Cut, Halves, Network, fold
-from tensorpeft.networks.update import AbstractFusedUpdate
+from tensorpeft.networks.update import BASE_DIGEST, AbstractFusedUpdate
+
+
+class FrozenCores(nn.Module):
+    """Cores that a base layer holds and that are never trained, and a digest of the layer's weight.
+
+    Args:
+        cores: each (bond_left, out_mode, in_mode, bond_right).
+        digest: (4,), int64: tells this base from every other; saved with each adapter that starts here.
+    """
+
+    digest: Tensor
+
+    def __init__(self, cores: Sequence[Tensor], digest: Tensor):
+        super().__init__()
+        self.num_cores = len(cores)
+        for k, core in enumerate(cores, 1):
+            self.register_buffer(f"core_{k}", core)
+        self.register_buffer("digest", digest)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenCores:
+        """As torch's, but the dtype stays: the residual is that of these very numbers."""
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
+
+    def cores(self) -> tuple[Tensor, ...]:
+        """First to last."""
+        return tuple(getattr(self, f"core_{k}") for k in range(1, self.num_cores + 1))
 
 
 class MpoUpdate(AbstractFusedUpdate):
@@ -23,15 +54,23 @@ class MpoUpdate(AbstractFusedUpdate):
 
     Args:
         cores: the trained cores, each (bond_left, out_mode, in_mode, bond_right); kept in float32 or float64.
-        start: frozen cores of the same shapes, saved beside the trained ones; None: nothing is subtracted.
+        start: frozen cores of the same shapes, saved beside the trained ones; a base layer's own, which stay there, and
+            whose digest is saved; None: nothing is subtracted.
 
     Source: DoTA, section 3.2; the paper subtracts MPO(start) from the base weight, we leave that untouched.
     """
 
-    def __init__(self, cores: Sequence[Tensor], start: Sequence[Tensor] | None = None):
+    base_start: FrozenCores | None
+
+    def __init__(self, cores: Sequence[Tensor], start: Sequence[Tensor] | FrozenCores | None = None):
         super().__init__()
         self.num_cores = len(cores)
         self.has_start = start is not None
+        object.__setattr__(self, "base_start", None)
+        if isinstance(start, FrozenCores):
+            object.__setattr__(self, "base_start", start)  # a plain reference: it is the base layer's module
+            self.register_buffer(BASE_DIGEST, start.digest.clone())
+            start = ()
         for k, core in enumerate(cores, 1):
             # A clone: the start must not follow the trained core.
             self.register_parameter(f"core_{k}", nn.Parameter(_at_least_float32(core.detach()).clone()))
@@ -44,6 +83,8 @@ class MpoUpdate(AbstractFusedUpdate):
 
     def start(self) -> list[Tensor]:
         """The frozen start cores; empty if nothing is subtracted."""
+        if self.base_start is not None:
+            return list(self.base_start.cores())
         return [getattr(self, f"start_{k}") for k in range(1, self.num_cores + 1)] if self.has_start else []
 
     def cut(self) -> Cut:

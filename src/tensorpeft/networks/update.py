@@ -12,6 +12,9 @@ from tensorpeft.networks.effective import Cut, effective_linear, fold
 from tensorpeft.networks.low_rank import MATRIX_PRODUCT, Factors, low_rank_linear
 from tensorpeft.networks.versions import version_of
 
+# The buffer that an update has where a part of it is stored in the base layer: which base that must be.
+BASE_DIGEST = "base_digest"
+
 
 class AbstractWeightUpdate(nn.Module, ABC):
     """ΔW of one weight (out, in), added to a frozen W0: `y = x W0ᵀ + update(x)`.
@@ -53,6 +56,30 @@ class AbstractWeightUpdate(nn.Module, ABC):
         network, cores, start = self.cut()
         update = fold(network.halves(cores))
         return update - fold(network.halves(start)) if start else update
+
+
+class AbstractUpdatableLinear(nn.Module, ABC):
+    """A frozen linear layer that stores its weight in a form of its own, and by itself adds updates to it.
+
+    Its forward is `forward_with(x, ())`, and `forward_with` multiplies by `weight_with(cuts, x.dtype)`, so that an
+    update of zero changes nothing.
+    """
+
+    @abstractmethod
+    def forward_with(
+        self,
+        x: Tensor,  # (*batch, in)
+        cuts: Sequence[Cut],
+    ) -> Tensor:  # (*batch, out)
+        """`x (W + Σ ΔW)ᵀ + b`."""
+
+    @abstractmethod
+    def weight_with(
+        self,
+        cuts: Sequence[Cut],
+        dtype: torch.dtype | None = None,  # None: that of the weight which the layer was made from
+    ) -> Tensor:  # (out, in)
+        """`W + Σ ΔW` as a matrix."""
 
 
 class SharedFactors(nn.Module):

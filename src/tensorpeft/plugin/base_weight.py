@@ -2,9 +2,75 @@
 
 from __future__ import annotations
 
-from peft.utils.quantization_utils import QuantizationBackend
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.quantization_utils import QuantizationBackend, resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from tensorpeft.networks.update import AbstractUpdatableLinear
+
+
+class UpdatableBackend(QuantizationBackend):
+    """Reads a layer that adds updates by itself, and merges it into a plain layer: not quantised again.
+
+    Args:
+        dtype: of the matrix; None: that of the weight which the layer was made from.
+
+    Quantising a merged weight would round an update of a few percent away that was trained to repair rounding.
+    """
+
+    layer_type = "linear"
+    supports_merge = True
+    backend_name = "updatable"
+
+    def __init__(self, dtype: torch.dtype | None = None):
+        self.dtype = dtype
+
+    def get_base_weight(self, base_layer: nn.Module) -> Tensor:
+        """The matrix (out, in)."""
+        if isinstance(base_layer, AbstractUpdatableLinear):
+            return base_layer.weight_with((), self.dtype)
+        return base_layer.weight.data  # type: ignore[return-value]  # merged already
+
+    def set_base_weight(self, peft_layer: Any, weight_data: Tensor) -> None:
+        """Replace the innermost layer by a plain one with this weight (out, in)."""
+        set_innermost(peft_layer, plain_layer(peft_layer.get_base_layer(), weight_data))
+
+
+def find_backend(base: nn.Module, **quantization_kwargs: Any) -> QuantizationBackend | None:
+    """Ours for a layer that adds updates by itself, else PEFT's; None for a layer that is not quantised."""
+    if isinstance(base, AbstractUpdatableLinear):
+        return UpdatableBackend()
+    return resolve_quantization_backend(base, **quantization_kwargs)
+
+
+def plain_layer(base: nn.Module, weight: Tensor) -> nn.Module:
+    """A frozen layer of the class that a quantised layer was made from, in the weight's dtype.
+
+    Args:
+        base: an `nn.Linear` (bitsandbytes' too) or a `Conv1D`; its `source_cls`, if it has one, is what it was.
+        weight: (out, in).
+    """
+    out, in_ = weight.shape
+    if getattr(base, "source_cls", type(base)) is Conv1D:
+        with torch.device("meta"):
+            plain: nn.Module = Conv1D(out, in_)
+    else:
+        plain = nn.Linear(in_, out, bias=base.bias is not None, device="meta")
+    plain.weight = nn.Parameter(oriented(plain, weight).contiguous(), requires_grad=False)
+    if base.bias is not None:
+        plain.bias = nn.Parameter(base.bias.detach().to(weight.dtype), requires_grad=False)  # type: ignore[operator]
+    return plain.train(base.training)
+
+
+def set_innermost(layer: BaseTunerLayer, base: nn.Module) -> None:
+    """Put `base` where the innermost layer under an adapter is."""
+    while isinstance(layer.base_layer, BaseTunerLayer):
+        layer = layer.base_layer
+    layer.base_layer = base
 
 
 def linear_shape(
@@ -40,14 +106,18 @@ def addable_weight(base: nn.Module) -> Tensor | None:
     None for quantised layers, subclasses, layers with hooks (offloading, DeepSpeed) or a replaced `forward`: their own
     forward must run. None too for a sharded weight (FSDP2, tensor parallel), which only its module's forward gathers.
     """
-    if type(base) not in (nn.Linear, Conv1D) or "forward" in base.__dict__:
-        return None
-    if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
+    if type(base) not in (nn.Linear, Conv1D) or has_own_forward(base):
         return None
     weight = base.weight
     if not isinstance(weight, Tensor) or type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
         return None
     return weight.t() if isinstance(base, Conv1D) else weight
+
+
+def has_own_forward(base: nn.Module) -> bool:
+    """Whether calling the layer does more than its class says: hooks, or a replaced `forward`."""
+    hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
+    return "forward" in base.__dict__ or any(hooks)
 
 
 def oriented(base: nn.Module, weight: Tensor) -> Tensor:

@@ -3,18 +3,35 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from peft import PeftConfig
 from peft.utils import PeftType
 from torch import Tensor
 
+from tensorpeft.networks.mpo import FrozenCores
 from tensorpeft.networks.update import AbstractWeightUpdate
 from tensorpeft.plugin.checkpoint import add_loading_hint, check_file
 from tensorpeft.sites import Site
+
+
+class Bases(Protocol):
+    """What a model has at the sites that an adapter adapts."""
+
+    def read_weight(self, site: Site) -> Tensor:
+        """The pretrained weight (out, in), dequantised if need be.
+
+        On the meta device where there is none to read, or where a checkpoint's tensors will replace whatever is built:
+        allocate only.
+        """
+        ...
+
+    def start(self, site: Site) -> FrozenCores | None:
+        """The cores that the base layer holds itself, where it is one of QDoTA's."""
+        ...
 
 
 @dataclass
@@ -65,14 +82,13 @@ class TensorConfig(PeftConfig, ABC):
     def build(
         self,
         sites: Sequence[Site],
-        read_weight: Callable[[Site], Tensor],
+        bases: Bases,
     ) -> Mapping[str, AbstractWeightUpdate]:
         """An update for every site, by the site's name. Updates that share factors name one module as `shared`.
 
         Args:
             sites: all weights that this adapter adapts.
-            read_weight: a site -> its pretrained weight (out, in), dequantised if need be. On the meta device where
-                there is none to read, or where a checkpoint's tensors will replace whatever is built: allocate only.
+            bases: what the model has at the sites.
 
         Raises:
             ValueError: a site that the method cannot serve; nothing has been changed by then.

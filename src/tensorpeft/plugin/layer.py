@@ -16,11 +16,12 @@ from tensorpeft.networks.low_rank import low_rank_linear, low_rank_rows
 from tensorpeft.networks.update import (
     AbstractFusedUpdate,
     AbstractLowRankUpdate,
+    AbstractUpdatableLinear,
     AbstractWeightUpdate,
     stacked_factors,
 )
 from tensorpeft.networks.versions import version_of
-from tensorpeft.plugin.base_weight import addable_weight, oriented, restore_row_order
+from tensorpeft.plugin.base_weight import addable_weight, has_own_forward, oriented, restore_row_order, set_innermost
 from tensorpeft.plugin.holder import UpdateHolder
 
 # From so many adapters in a batch on, their factors are gathered per row instead of looping over the adapters.
@@ -53,7 +54,8 @@ class TensorLayer(UpdateHolder):
         self.out_features, self.in_features = shape
         self.quantization_backend = quantization_backend
         self.owns_base = owns_base
-        self._unmerged_weight: Tensor | None = None  # the base's own tensor while adapters are merged
+        # While adapters are merged: the base's own tensor, or the layer itself where a plain one stands in its place.
+        self._unmerged: Tensor | AbstractUpdatableLinear | None = None
         self._cached: tuple[object, Tensor] | None = None  # what it was made of, and the effective weight
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
@@ -64,9 +66,13 @@ class TensorLayer(UpdateHolder):
             self.unmerge()
         updates = [] if self.disable_adapters or self.merged else self._named(self.active_adapters)
         weight = addable_weight(self.base_layer) if updates else None
-        if weight is None:
+        fused = [update for update in updates if isinstance(update, AbstractFusedUpdate)]
+        if fused and isinstance(self.base_layer, AbstractUpdatableLinear) and not has_own_forward(self.base_layer):
+            result = self.base_layer.forward_with(x, [update.cut() for update in fused])
+            added = [update for update in updates if not isinstance(update, AbstractFusedUpdate)]
+        elif weight is None:
             result, added = self.base_layer(x, *args, **kwargs), updates
-        elif fused := [update for update in updates if isinstance(update, AbstractFusedUpdate)]:
+        elif fused:
             result = self._fused_forward(x, weight, fused)
             added = [update for update in updates if not isinstance(update, AbstractFusedUpdate)]
         else:
@@ -151,8 +157,11 @@ class TensorLayer(UpdateHolder):
         merged = self.merged_weight(names)
         if safe_merge:
             check_finite(merged, names)
-        if self.owns_base and self.quantization_backend is None and not self.merged:
-            self._unmerged_weight = self.get_base_layer().weight.data  # type: ignore[assignment]
+        base = self.get_base_layer()
+        if self.owns_base and not self.merged and isinstance(base, AbstractUpdatableLinear):
+            object.__setattr__(self, "_unmerged", base)  # not as a submodule
+        elif self.owns_base and not self.merged and self.quantization_backend is None:
+            self._unmerged = base.weight.data  # type: ignore[assignment]
         self.set_base_weight(merged)
         self.merged_adapters.extend(names)
         self._cached = None
@@ -160,11 +169,14 @@ class TensorLayer(UpdateHolder):
     @torch.no_grad()
     def merged_weight(self, adapter_names: Sequence[str]) -> Tensor:
         """The base weight with the given adapters, beside any merged already, as the base layer stores it."""
-        weight, names = self.read_base_weight(), list(adapter_names)
-        base = self.get_base_layer()
-        if self._unmerged_weight is not None:  # one rounding from the pretrained weight, however many merges
-            weight, names = oriented(base, self._unmerged_weight), [*self.merged_adapters, *names]
+        names, base = list(adapter_names), self.get_base_layer()
+        if self._unmerged is not None:  # one rounding from the pretrained weight, however many merges
+            names = [*self.merged_adapters, *names]
         cuts = [update.cut() for update in self._named(names)]
+        source = base if self._unmerged is None else self._unmerged
+        if isinstance(source, AbstractUpdatableLinear):
+            return source.weight_with(cuts, self.quantization_backend.dtype)  # type: ignore[union-attr]
+        weight = oriented(base, source) if isinstance(source, Tensor) else self.read_base_weight()
         return oriented(base, effective_weight(weight, cuts, weight.dtype))
 
     def read_base_weight(self) -> Tensor:  # (out, in)
@@ -178,14 +190,16 @@ class TensorLayer(UpdateHolder):
         """Take all merged adapters out again: bit for bit, unless the base is quantised or shared with a method."""
         if not self.merged:
             return
-        if self._unmerged_weight is not None:
-            self.get_base_layer().weight.data = self._unmerged_weight
-            self._unmerged_weight = None
+        if isinstance(self._unmerged, Tensor):
+            self.get_base_layer().weight.data = self._unmerged
+        elif self._unmerged is not None:
+            set_innermost(self, self._unmerged)
         else:
             weight = self.read_base_weight()
             for name in self.merged_adapters:
                 weight = weight - self.updates[name].weight().to(weight.dtype)  # type: ignore[operator]
             self.set_base_weight(oriented(self.get_base_layer(), weight))
+        object.__setattr__(self, "_unmerged", None)
         self.merged_adapters.clear()
         self._cached = None
 

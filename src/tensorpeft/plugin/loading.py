@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tensorpeft.networks.effective import fold
+from tensorpeft.networks.update import BASE_DIGEST
 from tensorpeft.plugin.holder import UpdateHolder
 from tensorpeft.plugin.layer import TensorLayer
 
@@ -37,7 +38,8 @@ def check_state_dict(tuner: BaseTuner, state_dict: dict[str, Tensor], prefix: st
         stem = f"{prefix}{name}.{layer.adapter_layer_names[0]}."
         for adapter_name, update in layer.updates.items():
             found = _part(state_dict, f"{stem}{adapter_name}.")
-            problem = _misfit(update, found, _part(state_dict, stem))
+            unmapped = _part(state_dict, stem)
+            problem = _other_residual_base(update, found, unmapped) or _misfit(update, found, unmapped)
             is_layer = isinstance(layer, TensorLayer)
             foreign = _foreign_start(layer, update, found) if is_layer and not problem else None
             if foreign and not isinstance(tuner.model, PreTrainedModel):
@@ -52,6 +54,26 @@ def check_state_dict(tuner: BaseTuner, state_dict: dict[str, Tensor], prefix: st
 
 def _part(state_dict: Mapping[str, Tensor], stem: str) -> dict[str, Tensor]:
     return {key.removeprefix(stem): tensor for key, tensor in state_dict.items() if key.startswith(stem)}
+
+
+def _other_residual_base(update: nn.Module, found: Mapping[str, Tensor], unmapped: Mapping[str, Tensor]) -> str | None:
+    """Whether a checkpoint is for another residual base, or for a base of another kind."""
+    mine, theirs = dict(update.named_buffers()).get(BASE_DIGEST), found.get(BASE_DIGEST, unmapped.get(BASE_DIGEST))
+    if not found or (mine is None and theirs is None):
+        return None
+    if mine is not None and theirs is not None and torch.equal(mine.cpu(), theirs.cpu()):
+        return None
+    return (
+        f"this adapter was trained on {_describe(theirs)}, but this model has {_describe(mine)} here. Load it on the "
+        "very base that it was trained on (base_model_name_or_path in adapter_config.json): its cores count only "
+        "together with that base's residual."
+    )
+
+
+def _describe(digest: Tensor | None) -> str:
+    if digest is None:
+        return "a base without a residual"
+    return f"the residual base {digest.cpu().numpy().tobytes().hex()[:12]}…"
 
 
 def _misfit(update: nn.Module, found: Mapping[str, Tensor], unmapped: Mapping[str, Tensor]) -> str | None:
@@ -91,6 +113,8 @@ def _foreign_start(layer: TensorLayer, update: nn.Module, found: Mapping[str, Te
     """
     if set(found) != set(update.state_dict()):
         return None
+    if BASE_DIGEST in found:
+        return None  # its start is the base layer's own
     candidate = copy.deepcopy(update)
     candidate.load_state_dict(dict(found), assign=True)
     network, _, start = candidate.cut()  # type: ignore[operator]

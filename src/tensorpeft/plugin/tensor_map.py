@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from torch import nn
 
+from tensorpeft.networks.update import AbstractWeightUpdate
 from tensorpeft.plugin.config import TensorConfig
 from tensorpeft.plugin.tuner import TensorModel, build_updates
 
@@ -38,6 +40,21 @@ def tensor_map(model: nn.Module, config: TensorConfig) -> TensorMap:
     Raises:
         ValueError: as `get_peft_model` would: no target, or one that the method cannot serve.
     """
+    updates = plan_updates(model, config)
+    tensors: dict[str, list[str]] = {}
+    for name, update in updates.items():
+        tensors.setdefault(update.tensor_name(), []).append(name)
+    modules = {id(module): module for update in updates.values() for module in (update, update.shared) if module}
+    num_tensors = len(tensors) if any(update.shared for update in updates.values()) else len(updates)
+    return TensorMap(tensors, num_tensors, sum(p.numel() for module in modules.values() for p in module.parameters()))
+
+
+def plan_updates(model: nn.Module, config: TensorConfig) -> Mapping[str, AbstractWeightUpdate]:
+    """The updates that `get_peft_model(model, config)` would make, by the names of their weights, on the meta device.
+
+    Raises:
+        ValueError: see `tensor_map`.
+    """
     tuner_cls: type[TensorModel] = PEFT_TYPE_TO_TUNER_MAPPING[config.registered_type]  # type: ignore[assignment]
     # The three things of a tuner that finding its targets takes.
     tuner: Any = SimpleNamespace(
@@ -51,12 +68,7 @@ def tensor_map(model: nn.Module, config: TensorConfig) -> TensorMap:
     updates = build_updates(tuner, config)
     if not updates:
         raise ValueError(f"no layer of the model matches target_modules={config.target_modules!r}.")
-    tensors: dict[str, list[str]] = {}
-    for name, update in updates.items():
-        tensors.setdefault(update.tensor_name(), []).append(name)
-    modules = {id(module): module for update in updates.values() for module in (update, update.shared) if module}
-    num_tensors = len(tensors) if any(update.shared for update in updates.values()) else len(updates)
-    return TensorMap(tensors, num_tensors, sum(p.numel() for module in modules.values() for p in module.parameters()))
+    return updates
 
 
 def print_tensor_map(model: nn.Module, config: TensorConfig) -> None:

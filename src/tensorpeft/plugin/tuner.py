@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,11 +12,12 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, _get_submodules
 from peft.utils.other import AuxiliaryTrainingWrapper
-from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
+from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
+from tensorpeft.networks.mpo import FrozenCores
 from tensorpeft.networks.update import AbstractWeightUpdate
-from tensorpeft.plugin.base_weight import linear_shape, oriented, restore_row_order
+from tensorpeft.plugin.base_weight import UpdatableBackend, find_backend, linear_shape, oriented, restore_row_order
 from tensorpeft.plugin.config import TensorConfig
 from tensorpeft.plugin.holder import SharedHolder, UpdateHolder
 from tensorpeft.plugin.layer import TensorLayer, check_finite
@@ -103,6 +105,19 @@ class TensorModel(BaseTuner):
         remove_shared_factors(self.model)
         return model  # type: ignore[return-value]
 
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> nn.Module:
+        """As PEFT's. `dtype`: of the weights that a residual base (QDoTA) gets; None: what it was quantised from."""
+        for module in self.model.modules():
+            if isinstance(module, TensorLayer) and isinstance(module.quantization_backend, UpdatableBackend):
+                module.quantization_backend.dtype = dtype
+        return super().merge_and_unload(progressbar, safe_merge, adapter_names)
+
     def _check_merged_weights(self, adapter_names: list[str] | None) -> None:
         for module in self.model.modules():
             if isinstance(module, TensorLayer):
@@ -166,7 +181,7 @@ def wrap_layer(
         layer = target
     else:
         base = _innermost(target)
-        backend = resolve_quantization_backend(base, **get_quantization_kwargs(tuner.model))
+        backend = find_backend(base, **get_quantization_kwargs(tuner.model))
         shape = linear_shape(base, key, parent, backend)
         owns_base = isinstance(tuner, TensorModel) and not isinstance(target, BaseTunerLayer)
         layer = classes.layer(target, shape, backend, owns_base)
@@ -204,26 +219,37 @@ def remove_shared_factors(model: nn.Module) -> None:
 def build_updates(tuner: BaseTuner, config: TensorConfig) -> Mapping[str, AbstractWeightUpdate]:
     """The method's updates for all targets of a config. Changes nothing in the model."""
     quantization = get_quantization_kwargs(tuner.model)
-    bases: dict[str, tuple[nn.Module, Any]] = {}
+    layers: dict[str, tuple[nn.Module, Any]] = {}
     shapes = []
     for name in _target_names(tuner, config):
         parent, target, _ = _get_submodules(tuner.model, name)
         base = _innermost(target)
-        backend = resolve_quantization_backend(base, **quantization)
+        backend = find_backend(base, **quantization)
         out, in_ = linear_shape(base, name, parent, backend)
-        bases[name] = (base, backend)
+        layers[name] = (base, backend)
         shapes.append((name, out, in_))
-    allocates_only = getattr(tuner, "_allocates_only", False)
+    sites = find_sites(shapes, getattr(tuner.model, "config", None))
+    return config.build(sites, _Bases(layers, getattr(tuner, "_allocates_only", False)))
 
-    def read_weight(site: Site) -> Tensor:
-        base, backend = bases[site.name]
-        if allocates_only:
+
+@dataclass(frozen=True)
+class _Bases:
+    """What `TensorConfig.build` reads of the model. Layers by name, with PEFT's quantisation backend."""
+
+    layers: Mapping[str, tuple[nn.Module, Any]]
+    allocates_only: bool
+
+    def read_weight(self, site: Site) -> Tensor:
+        base, backend = self.layers[site.name]
+        if self.allocates_only:
             return torch.empty(site.out, site.in_, device="meta")
         restore_row_order(base)
         weight = base.weight.data if backend is None else backend.get_base_weight(base)
         return oriented(base, weight)  # type: ignore[arg-type]
 
-    return config.build(find_sites(shapes, getattr(tuner.model, "config", None)), read_weight)
+    def start(self, site: Site) -> FrozenCores | None:
+        start = getattr(self.layers[site.name][0], "start", None)
+        return start if isinstance(start, FrozenCores) else None
 
 
 def _target_names(tuner: BaseTuner, config: TensorConfig) -> list[str]:

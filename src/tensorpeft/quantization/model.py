@@ -1,0 +1,162 @@
+"""A model in memory becomes a residual base, and a residual base a plain model again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import get_keys_to_not_convert
+
+from tensorpeft.networks.mpo import MpoUpdate
+from tensorpeft.networks.update import AbstractUpdatableLinear
+from tensorpeft.plugin.base_weight import oriented, plain_layer, restore_row_order
+from tensorpeft.plugin.config import TensorConfig
+from tensorpeft.plugin.tensor_map import plan_updates
+from tensorpeft.quantization.quantizer import ResidualConfig, mark_quantised
+
+# What PEFT trains in full, and saves, for tasks with a head of their own.
+_TASK_HEADS = ("classifier", "score", "qa_outputs")
+Shapes = list[list[int]]  # of the cores of one weight
+
+
+@torch.no_grad()
+def quantize_residual(
+    model: nn.Module,
+    config: TensorConfig,
+    rounds: int = 1,
+    double_quant: bool = True,
+    compute_dtype: torch.dtype | None = None,
+    skip_modules: Sequence[str] = (),
+    progress: bool = False,
+) -> nn.Module:
+    """The model with its weights in 4 bits, in place: QDoTA's base. One weight at a time, on the weight's device.
+
+    The layers that `config` targets become `NF4(W0 − MPO(T_start))` with the cores T_start beside it; all other linear
+    layers but the output head become plain NF4, as in QLoRA. `get_peft_model(model, config)` then starts from T_start.
+
+    Args:
+        model: in full or half precision.
+        config: a `DotaConfig`: the layers, the modes and the bond.
+        rounds: of decomposition and quantisation; 1 is the paper's one shot, more lower the error.
+        double_quant: whether the scales of the blocks of 64 weights are quantised too, as in QLoRA.
+        compute_dtype: what products run in; None: in the dtype of the input.
+        skip_modules: names (endings) of further linear layers to leave as they are.
+        progress: whether to show a progress bar.
+
+    Raises:
+        ValueError: the configuration is of another method or finds no layer, or the model is quantised or has adapters
+            already; nothing has been changed.
+
+    Source: DoTA (arXiv 2412.20891), section 3.3.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from peft import get_peft_model
+    >>> from tensorpeft import DotaConfig
+    >>> llama = LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4)
+    >>> config = DotaConfig(r=4, num_cores=3, target_modules=["q_proj", "up_proj"])
+    >>> model = get_peft_model(quantize_residual(LlamaForCausalLM(llama), config), config)
+    """
+    from tensorpeft.quantization.residual import ResidualLinear4bit, fill, nf4_linear, quantise, split
+
+    shapes, plain = plan_layers(model, config, skip_modules)
+    names = [*shapes, *plain]
+    for name in tqdm(names, desc="quantising", unit="weight", disable=not progress):
+        old = model.get_submodule(name)
+        weight = oriented(old, old.weight.detach())  # type: ignore[arg-type]
+        if name in shapes:
+            parts = split(weight, *network_of(shapes[name]), rounds=rounds, double_quant=double_quant)
+            new = ResidualLinear4bit.from_split(parts, old.bias, compute_dtype)  # type: ignore[arg-type]
+        else:
+            new = fill(
+                nf4_linear(weight.shape, old.bias is not None, compute_dtype), quantise(weight, double_quant), old.bias
+            )
+        new.source_cls = type(old)  # type: ignore[assignment]
+        model.set_submodule(name, new.train(old.training))
+    dtype = None if compute_dtype is None else str(compute_dtype).removeprefix("torch.")
+    mark_quantised(model, ResidualConfig(shapes, plain, dtype, double_quant, rounds))
+    return model
+
+
+def plan_layers(
+    model: nn.Module,  # may be on the meta device
+    config: TensorConfig,
+    skip_modules: Sequence[str] = (),
+) -> tuple[dict[str, Shapes], list[str]]:
+    """The layers that get a residual, with their cores' shapes, and the names of those that get plain NF4.
+
+    Raises:
+        ValueError: see `quantize_residual`.
+    """
+    if any(hasattr(module, "quant_state") or hasattr(module, "base_layer") for module in model.modules()):
+        raise ValueError(
+            "the model is quantised or has adapters already. Load it in full or half precision, without "
+            "quantization_config, and quantise it before get_peft_model."
+        )
+    updates = plan_updates(model, config)
+    if other := next((update for update in updates.values() if not isinstance(update, MpoUpdate)), None):
+        raise ValueError(
+            f"a residual base needs a matrix product operator to subtract, but {type(config).__name__} makes "
+            f"{type(other).__name__}. Pass a DotaConfig; other methods work on any quantised base as it is."
+        )
+    shapes = {name: _core_shapes(update) for name, update in updates.items()}  # type: ignore[arg-type]
+    kept = {*skip_modules, *(config.modules_to_save or ()), *_TASK_HEADS}
+    if isinstance(model, PreTrainedModel):
+        kept |= {key.removesuffix(".bias") for key in get_keys_to_not_convert(model)}
+    plain = [
+        name
+        for name, module in model.named_modules()
+        if type(module) in (nn.Linear, Conv1D)
+        and name not in shapes
+        and not any(name == key or name.endswith(f".{key}") or name.startswith(f"{key}.") for key in kept)
+    ]
+    return shapes, plain
+
+
+def _core_shapes(update: MpoUpdate) -> Shapes:
+    return [list(core.shape) for core in update.cores()]
+
+
+def network_of(shapes: Shapes) -> tuple[list[int], list[int], int]:
+    """Output modes, input modes and largest bond of cores with these shapes."""
+    return [shape[1] for shape in shapes], [shape[2] for shape in shapes], max(shape[3] for shape in shapes)
+
+
+@torch.no_grad()
+def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """The model with every 4-bit weight as a plain `nn.Linear`, in place; with what `merge_and_unload` left, a model
+    that loads anywhere.
+
+    Args:
+        model: a residual base, or any model with bitsandbytes' 4-bit layers, merged or without adapters.
+        dtype: of the whole model; None: the weights get the dtype they were quantised from, the rest stays.
+
+    Raises:
+        ValueError: the model has adapters: they would be lost in it, or would no longer fit.
+    """
+    if any(hasattr(module, "base_layer") for module in model.modules()):
+        raise ValueError("the model has adapters. Call merge_and_unload() (or unload()) first, then dequantize.")
+    dequantize_layers(model, dtype)
+    if isinstance(model, PreTrainedModel) and getattr(model, "hf_quantizer", None) is not None:
+        model.hf_quantizer.remove_quantization_config(model)  # type: ignore[union-attr]
+        model.is_loaded_in_4bit = model.config._is_quantized = False  # type: ignore[attr-defined]
+        model.hf_quantizer = None  # type: ignore[assignment]
+    return model if dtype is None else model.to(dtype)  # type: ignore[arg-type]
+
+
+def dequantize_layers(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Replace every 4-bit layer by an `nn.Linear`, one at a time."""
+    import bitsandbytes as bnb
+
+    from tensorpeft.quantization.residual import dequantise
+
+    layers: Mapping[str, nn.Module] = dict(model.named_modules())
+    for name, layer in layers.items():
+        if isinstance(layer, bnb.nn.Linear4bit):
+            restore_row_order(layer)
+            is_residual = isinstance(layer, AbstractUpdatableLinear)
+            weight = layer.weight_with((), dtype) if is_residual else dequantise(layer.weight)
+            model.set_submodule(name, plain_layer(layer, weight if dtype is None else weight.to(dtype)))

@@ -1,0 +1,174 @@
+"""Residual checkpoints for transformers: after `import tensorpeft`, `from_pretrained` loads what we have quantised."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers import register_quantization_config, register_quantizer
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+METHOD = "tensorpeft_residual_nf4"
+
+
+@register_quantization_config(METHOD)
+class ResidualConfig(QuantizationConfigMixin):
+    """What a residual base is made of: `quantization_config` in its `config.json`.
+
+    Args:
+        residuals: full name of a residual layer -> the shapes of its cores.
+        nf4: full names of the layers that are plain NF4.
+        compute_dtype: what products run in, such as "bfloat16"; None: in the dtype of the input.
+        double_quant: whether the blocks' scales are quantised too.
+        rounds: of decomposition and quantisation, for the record.
+    """
+
+    def __init__(
+        self,
+        residuals: dict[str, list[list[int]]],
+        nf4: list[str],
+        compute_dtype: str | None = None,
+        double_quant: bool = True,
+        rounds: int = 1,
+        quant_method: str = METHOD,
+    ):
+        self.quant_method = quant_method  # type: ignore[assignment]
+        self.residuals = residuals
+        self.nf4 = nf4
+        self.compute_dtype = compute_dtype
+        self.double_quant = double_quant
+        self.rounds = rounds
+
+    def torch_compute_dtype(self) -> torch.dtype | None:
+        """`compute_dtype` as torch's."""
+        return None if self.compute_dtype is None else getattr(torch, self.compute_dtype)
+
+
+@register_quantizer(METHOD)
+class ResidualHfQuantizer(Bnb4BitHfQuantizer):
+    """Loads a residual base: bitsandbytes' 4-bit weights, read as transformers reads them, and cores beside them."""
+
+    quantization_config: ResidualConfig  # type: ignore[assignment]
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse what cannot be loaded.
+
+        Raises:
+            ImportError: bitsandbytes is missing.
+            ValueError: the checkpoint is not quantised.
+        """
+        if find_spec("bitsandbytes") is None:
+            raise ImportError('a residual base is stored by bitsandbytes. Run: pip install "tensorpeft[4bit]"')
+        if not self.pre_quantized:
+            raise ValueError(
+                "a ResidualConfig describes a checkpoint that is quantised already. To quantise a model, call "
+                "tensorpeft.quantization.quantize_residual(model, DotaConfig(...)), or run: tensorpeft quantize"
+            )
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        self.modules_to_not_convert = []
+        replace_layers(model, self.quantization_config)
+        kept = (*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ()))  # type: ignore
+        self._dtypes = {
+            name: parameter.dtype
+            for name, parameter in model.named_parameters()
+            if parameter.is_floating_point() and not any(part in kept for part in name.split("."))
+        }
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        # transformers hands every tensor called "weight" to bitsandbytes' reading, which leaves it in the file's dtype;
+        # so a model loaded with another one would have both.
+        for name, parameter in model.named_parameters():
+            if parameter.is_floating_point() and name in self._dtypes:  # a weight in 4 bits is not
+                parameter.data = parameter.data.to(self._dtypes[name])
+        # transformers saves through the reverse of what it loaded through, and bitsandbytes' reading has no reverse. It
+        # needs none: the state dict has the checkpoint's own keys. Until transformers saves a loaded 4-bit model.
+        conversions = getattr(model, "_weight_conversions", None) or []
+        model._weight_conversions = [item for item in conversions if not _is_of_quantizer(item)] or None  # type: ignore
+        return super()._process_model_after_weight_loading(model, **kwargs)
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, Any]]:
+        """Nothing of its own; called when saving, so that a configuration that no longer fits is noticed.
+
+        Raises:
+            ValueError: layers have been merged or dequantised.
+        """
+        from tensorpeft.quantization.residual import ResidualLinear4bit
+
+        residuals = {name for name, module in model.named_modules() if isinstance(module, ResidualLinear4bit)}
+        gone = [name for name in self.quantization_config.residuals if _own_name(model, name) not in residuals]
+        if gone:
+            raise ValueError(
+                f"cannot save a residual base of which {len(gone)} layers are merged, such as {gone[0]}: other layers "
+                "are still in 4 bits. Call tensorpeft.quantization.dequantize(model) first, and save a plain model."
+            )
+        return None, {}
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        from tensorpeft.quantization.model import dequantize_layers
+
+        dequantize_layers(model, dtype)
+        return model
+
+
+def _is_of_quantizer(conversion: Any) -> bool:
+    return any(hasattr(operation, "hf_quantizer") for operation in getattr(conversion, "operations", ()))
+
+
+def replace_layers(model: nn.Module, config: ResidualConfig) -> None:
+    """Put empty 4-bit layers on the meta device where a residual base has them.
+
+    Raises:
+        ValueError: the model has no such layer, or one of another size.
+    """
+    from tensorpeft.quantization.residual import ResidualLinear4bit, nf4_linear
+
+    compute_dtype = config.torch_compute_dtype()
+    for name in [*config.residuals, *config.nf4]:
+        own_name = _own_name(model, name)
+        old = _linear_at(model, own_name)
+        out, in_ = old.weight.shape if isinstance(old, nn.Linear) else reversed(old.weight.shape)  # Conv1D
+        has_bias = old.bias is not None
+        if name in config.residuals:
+            shapes = config.residuals[name]
+            new: nn.Module = ResidualLinear4bit(
+                in_, out, has_bias, shapes, compute_dtype, config.double_quant, device="meta"
+            )
+        else:
+            new = nf4_linear((out, in_), has_bias, compute_dtype, config.double_quant)
+        if has_bias:
+            new.bias = nn.Parameter(old.bias.detach(), requires_grad=False)
+        new.source_cls = type(old)  # type: ignore[assignment]
+        model.set_submodule(own_name, new.requires_grad_(False))
+
+
+def _own_name(model: nn.Module, name: str) -> str:
+    """A layer's name in this model: with another head, a model has or lacks the prefix of its base model."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    candidates = (name, prefix + name, name.removeprefix(prefix))
+    names = {other for other, _ in model.named_modules()}
+    return next((candidate for candidate in candidates if candidate in names), name)
+
+
+def _linear_at(model: nn.Module, name: str) -> Any:
+    try:
+        return model.get_submodule(name)
+    except AttributeError as error:
+        raise ValueError(
+            f"the residual base has a layer {name}, this {type(model).__name__} has not. Load it with the class it was "
+            "made from (architectures in its config.json)."
+        ) from error
+
+
+def mark_quantised(model: nn.Module, config: ResidualConfig) -> None:
+    """Tell transformers, PEFT and trainers what the model is now; a plain module has nobody to tell."""
+    if isinstance(model, PreTrainedModel):
+        model.hf_quantizer = ResidualHfQuantizer(config)  # type: ignore[assignment]
+        model.config.quantization_config = config  # type: ignore[assignment]
+        model.quantization_method = METHOD  # type: ignore[assignment]
+        model.is_quantized = model.is_loaded_in_4bit = True  # type: ignore[assignment]
+        model.config._is_quantized = True  # type: ignore[attr-defined]

@@ -1,0 +1,188 @@
+"""QDoTA's base layer: the residual of a matrix product operator in 4 bits, and the operator's cores beside it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import bitsandbytes as bnb
+import torch
+from torch import Tensor, nn
+
+from tensorpeft.networks.effective import Cut, effective_linear, effective_weight
+from tensorpeft.networks.mpo import MPO, FrozenCores, contract, decompose
+from tensorpeft.networks.update import AbstractUpdatableLinear
+from tensorpeft.plugin.base_weight import restore_row_order
+
+
+class Split(NamedTuple):
+    """A weight as NF4 residual and cores."""
+
+    residual: bnb.nn.Params4bit
+    cores: list[Tensor]  # each (bond_left, out_mode, in_mode, bond_right), float32
+    errors: list[float]  # ‖W0 − (deNF4(Q) + MPO(T))‖ / ‖W0‖ after each half-step, the first that of one shot
+
+
+@torch.no_grad()
+def split(
+    weight: Tensor,  # (out, in), floating point
+    out_modes: Sequence[int],
+    in_modes: Sequence[int],
+    max_bond: int,
+    rounds: int = 1,
+    double_quant: bool = True,
+) -> Split:
+    """The weight as `deNF4(Q) + MPO(T)`, the pair with the smallest error of all that were met.
+
+    One round is the paper's: `T = MPO(W0)`, `Q = NF4(W0 − MPO(T))`. Each further one repeats
+    `T ← MPO(W0 − deNF4(Q))`, `Q ← NF4(W0 − MPO(T))`, as LoftQ (arXiv 2310.08659) does with an SVD. The error need not
+    fall at every step, so the best pair is kept.
+
+    Raises:
+        ValueError: fewer rounds than 1, or a weight that cannot be decomposed (see `networks.mpo.decompose`).
+
+    Source: DoTA, section 3.3 (QDoTA).
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds={rounds}: expected at least 1, the paper's one shot.")
+    exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    scale = exact.norm().clamp_min(torch.finfo(exact.dtype).tiny)
+    best, errors, quantised = None, [], None
+    for _ in range(rounds):
+        cores = decompose(exact if quantised is None else exact - dequantise(quantised), out_modes, in_modes, max_bond)
+        if quantised is not None:
+            errors.append(((exact - dequantise(quantised) - contract(cores)).norm() / scale).item())
+            best = (quantised, cores) if errors[-1] < min(errors[:-1]) else best
+        quantised = quantise((exact - contract(cores)).to(weight.dtype), double_quant)
+        errors.append(((exact - dequantise(quantised) - contract(cores)).norm() / scale).item())
+        best = (quantised, cores) if best is None or errors[-1] < min(errors[:-1]) else best
+    assert best is not None
+    return Split(best[0], best[1], errors)
+
+
+def quantise(weight: Tensor, double_quant: bool = True) -> bnb.nn.Params4bit:
+    """The NF4 form of a matrix, blocks of 64, on the matrix's device."""
+    stored = bnb.nn.Params4bit(
+        weight.contiguous(), requires_grad=False, quant_type="nf4", compress_statistics=double_quant
+    )
+    return stored._quantize(weight.device)
+
+
+def dequantise(stored: bnb.nn.Params4bit) -> Tensor:  # (out, in)
+    """The matrix of a 4-bit weight, in the dtype of the weight it was made from."""
+    return bnb.functional.dequantize_4bit(stored.data, stored.quant_state)
+
+
+class ResidualLinear4bit(bnb.nn.Linear4bit, AbstractUpdatableLinear):
+    """`y = x (deNF4(Q) + MPO(T_start))ᵀ + b`: a linear layer that is a weight in 4 bits with a part of it in float32.
+
+    To bitsandbytes, transformers and PEFT it is a `Linear4bit` whose 4-bit weight is the residual. An adapter that
+    starts from `T_start` replaces it: `y = x (deNF4(Q) + MPO(T))ᵀ + b`, one product with a matrix that is made in
+    forward, again in backward, and never kept.
+
+    Args:
+        in_features, out_features, bias: as of `nn.Linear`.
+        core_shapes: of `T_start`.
+        compute_dtype: what the product runs in; None: in the dtype of the input.
+        double_quant: whether the blocks' scales are quantised too.
+        device: where its tensors are allocated, unset.
+
+    Source: DoTA, section 3.3 (QDoTA).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        core_shapes: Sequence[Sequence[int]],
+        compute_dtype: torch.dtype | None = None,
+        double_quant: bool = True,
+        device: torch.device | str | None = None,
+    ):
+        super().__init__(in_features, out_features, bias, compute_dtype, double_quant, "nf4", device=device)
+        cores = [torch.empty(tuple(shape), dtype=torch.float32, device=device) for shape in core_shapes]
+        # Named, because from_pretrained(dtype=…) changes torch's default meanwhile.
+        self.start = FrozenCores(cores, torch.zeros(4, dtype=torch.int64, device=device))
+
+    @classmethod
+    def from_split(
+        cls, parts: Split, bias: Tensor | None, compute_dtype: torch.dtype | None = None
+    ) -> ResidualLinear4bit:
+        """The layer of a weight that has been split."""
+        out_features, in_features = parts.residual.quant_state.shape
+        shapes = [core.shape for core in parts.cores]
+        layer = cls(in_features, out_features, bias is not None, shapes, compute_dtype, device="meta")
+        layer.start = FrozenCores(parts.cores, digest(parts))
+        fill(layer, parts.residual, bias)
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(*batch, in) -> (*batch, out)."""
+        return self.forward_with(x, ())
+
+    def forward_with(self, x: Tensor, cuts: Sequence[Cut]) -> Tensor:
+        """`x (deNF4(Q) + MPO(T_start) + Σ ΔW)ᵀ + b`."""
+        dtype = x.dtype
+        if self.compute_dtype is not None:
+            x = x.to(self.compute_dtype)
+        return effective_linear(x, self._dequantised, self.bias, self._with_start(cuts)).to(dtype)
+
+    def weight_with(self, cuts: Sequence[Cut], dtype: torch.dtype | None = None) -> Tensor:
+        """`deNF4(Q) + MPO(T_start) + Σ ΔW`, by default in the dtype of the weight that was split."""
+        dtype = self.weight.quant_state.dtype if dtype is None else dtype
+        return effective_weight(self._dequantised(), self._with_start(cuts), dtype)
+
+    def _dequantised(self) -> Tensor:
+        restore_row_order(self)
+        bnb.nn.modules.fix_4bit_weight_quant_state_from_module(self)
+        return dequantise(self.weight)
+
+    def _with_start(self, cuts: Sequence[Cut]) -> list[Cut]:
+        """The start's network and the cuts; an update that begins by subtracting the start takes its place."""
+        start = self.start.cores()
+        for k, cut in enumerate(cuts):
+            if len(cut.start) == len(start) and all(a is b for a, b in zip(cut.start, start)):
+                return [Cut(cut.network, cut.cores), *cuts[:k], *cuts[k + 1 :]]
+        return [Cut(MPO, start), *cuts]
+
+    def extra_repr(self) -> str:
+        """As `nn.Linear`'s, and the bonds of the start."""
+        bonds = "·".join(["1", *(str(core.shape[3]) for core in self.start.cores())])
+        return f"{super().extra_repr()}, nf4, start bonds {bonds}"
+
+
+def nf4_linear(
+    shape: Sequence[int],  # (out, in)
+    has_bias: bool,
+    compute_dtype: torch.dtype | None = None,
+    double_quant: bool = True,
+) -> bnb.nn.Linear4bit:
+    """A plain 4-bit layer on the meta device."""
+    out, in_ = shape
+    layer = bnb.nn.Linear4bit(in_, out, has_bias, compute_dtype, double_quant, "nf4", device="meta")
+    # On AVX512 bitsandbytes repacks weights for its own kernel in the first evaluation: it asserts sizes that real
+    # models do not have (out a multiple of 32), and rounds the blocks' scales to bfloat16 for good.
+    layer.support_avx512bf16_for_cpu = False
+    return layer
+
+
+def fill(layer: bnb.nn.Linear4bit, stored: bnb.nn.Params4bit, bias: Tensor | None) -> bnb.nn.Linear4bit:
+    """The layer, with a weight that is quantised already, and a bias."""
+    layer.weight, layer.quant_state, stored.module = stored, stored.quant_state, layer
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return layer
+
+
+def digest(parts: Split) -> Tensor:  # (4,), int64
+    """The SHA-256 of all that the layer's weight is made of."""
+    sha = hashlib.sha256()
+    stored = {"weight": parts.residual.data, **parts.residual.quant_state.as_dict(packed=True)}
+    stored.update({f"core_{k}": core for k, core in enumerate(parts.cores, 1)})
+    for name in sorted(stored):
+        tensor = stored[name].detach().cpu().contiguous()
+        sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return torch.frombuffer(bytearray(sha.digest()), dtype=torch.int64).to(parts.cores[0].device)
