@@ -21,7 +21,7 @@ ARROWS: dict[str, set[str] | None] = {
     "quantization": {"networks", "plugin"},
     "export": {"plugin", "networks", "quantization"},
     "tasks": set(),
-    "studies": {"", "tasks"},
+    "studies": {"", "quantization", "tasks"},
     "cli": {"", "export", "quantization", "studies", "tasks"},
     "__main__": {"cli"},
 }

@@ -1,10 +1,13 @@
 """The command ``tensorpeft``: parses, calls the studies, prints. User errors are one line on stderr and exit code 2."""
 
 import argparse
+import re
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+_DTYPES = ("bfloat16", "float16", "float32")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,7 +47,11 @@ def _parser() -> argparse.ArgumentParser:
         help="docstrings of Python's standard library by area (default), or GLUE's CoLA (needs --data)",
     )
     demo.add_argument("--data", type=Path, metavar="DIR", help="folder of CoLA's train.tsv and dev.tsv")
-    demo.add_argument("--methods", metavar="A,B", help="of full, lora, dota, dota-random, lorta, lotr (default: all)")
+    demo.add_argument(
+        "--methods",
+        metavar="A,B",
+        help="of full, lora, dota, dota-random, lorta, lotr (these by default), qlora, qdota; or all",
+    )
     demo.add_argument("--quick", action="store_true", help="few steps, rows and seeds: shows that it runs, no more")
     demo.add_argument("--seeds", type=int, metavar="N", help="final runs per method (default: 3; quick: 2)")
     demo.add_argument(
@@ -69,7 +76,116 @@ def _parser() -> argparse.ArgumentParser:
     lora.add_argument("out", type=Path, metavar="OUT", help="folder to write")
     lora.add_argument("--rank", type=int, metavar="R", help="for an update of high rank: what it is cut to")
     lora.set_defaults(run=_export_lora)
+    dense = forms.add_parser(
+        "dense",
+        help="adapter and base as one plain model in 16 or 32 bits",
+        description="Merge a saved adapter into its base model, 4-bit weights dequantised first, and save the model.",
+    )
+    dense.add_argument("adapter", type=Path, metavar="ADAPTER", help="folder of the saved adapter")
+    dense.add_argument("out", type=Path, metavar="OUT", help="folder to write")
+    dense.add_argument("--base", metavar="MODEL", help="the base model, if it is not where the adapter says")
+    dense.add_argument("--dtype", choices=_DTYPES, default="bfloat16", help="of the weights (default: %(default)s)")
+    dense.set_defaults(run=_export_dense)
+    quantize = commands.add_parser(
+        "quantize",
+        help="write QDoTA's base: a checkpoint in 4 bits, with the start of the adapter kept apart",
+        description="Quantise a safetensors checkpoint to NF4 residuals and cores, one weight in memory at a time. "
+        "Interrupted, the same command goes on where it stopped.",
+    )
+    quantize.add_argument("model", metavar="MODEL", help="folder or Hub name of a checkpoint in 16 or 32 bits")
+    quantize.add_argument("out", type=Path, metavar="OUT", help="folder to write")
+    _add_network(quantize)
+    quantize.add_argument(
+        "--rounds", type=int, default=1, metavar="K", help="of decomposition and quantisation (default: 1)"
+    )
+    quantize.add_argument("--compute-dtype", choices=_DTYPES, help="what products run in (default: the input's dtype)")
+    quantize.add_argument(
+        "--skip", nargs="+", default=(), metavar="NAME", help="further linear layers to leave as they are"
+    )
+    quantize.set_defaults(run=_quantize)
+    inspect = commands.add_parser("inspect", help="look into a model's weights before an adapter is trained")
+    views = inspect.add_subparsers(title="views", required=True, metavar="VIEW")
+    errors = views.add_parser(
+        "quantization",
+        help="what 4 bits cost each layer with QLoRA, QPiSSA and QDoTA",
+        description="Relative errors of every layer's 4-bit weight and of its output on text; a table, a plot, JSON.",
+    )
+    errors.add_argument("model", metavar="MODEL", help="folder or Hub name of a checkpoint in 16 or 32 bits")
+    _add_network(errors)
+    errors.add_argument("--rounds", type=int, default=5, metavar="K", help="beside one shot (default: %(default)s)")
+    errors.add_argument("--text", type=Path, metavar="FILE", help="a text per line (default: Python's own docstrings)")
+    errors.add_argument(
+        "--output", type=Path, default=Path("runs/quantization"), metavar="DIR", help="(default: %(default)s)"
+    )
+    errors.set_defaults(run=_inspect_quantization)
     return parser
+
+
+def _add_network(parser: argparse.ArgumentParser) -> None:
+    """The options that make a DotaConfig."""
+    parser.add_argument("--r", type=int, default=16, metavar="R", help="largest bond dimension (default: %(default)s)")
+    parser.add_argument("--num-cores", type=int, default=5, metavar="N", help="cores (default: %(default)s)")
+    parser.add_argument(
+        "--target-modules",
+        nargs="+",
+        metavar="NAME",
+        help="endings of layers' names, one regular expression, or all-linear (default: PEFT's for the architecture)",
+    )
+    parser.add_argument("--no-double-quant", action="store_true", help="keep the blocks' scales in 32 bits")
+
+
+def _network(arguments: argparse.Namespace):  # -> DotaConfig
+    from tensorpeft import DotaConfig
+
+    targets = arguments.target_modules
+    if targets and len(targets) == 1 and not re.fullmatch(r"[\w.]+", targets[0]):
+        targets = targets[0]  # a regular expression, or all-linear
+    return DotaConfig(r=arguments.r, num_cores=arguments.num_cores, target_modules=targets)
+
+
+def _quantize(arguments: argparse.Namespace, command: str) -> None:
+    import torch
+
+    from tensorpeft.quantization.streamed import quantize_checkpoint
+
+    dtype = None if arguments.compute_dtype is None else getattr(torch, arguments.compute_dtype)
+    config = _network(arguments)
+    quantize_checkpoint(
+        arguments.model,
+        arguments.out,
+        config,
+        arguments.rounds,
+        not arguments.no_double_quant,
+        dtype,
+        arguments.skip,
+        progress=True,
+    )
+    print(
+        f"Residual base written to {arguments.out}. After `import tensorpeft`, from_pretrained loads it; adapt it with"
+    )
+    print(f"DotaConfig(r={config.r}, num_cores={config.num_cores}, target_modules={arguments.target_modules})")
+
+
+def _inspect_quantization(arguments: argparse.Namespace, command: str) -> None:
+    from tensorpeft.studies.quantization_report import inspect_quantization
+
+    inspect_quantization(
+        arguments.model,
+        _network(arguments),
+        arguments.rounds,
+        arguments.output,
+        arguments.text,
+        not arguments.no_double_quant,
+    )
+
+
+def _export_dense(arguments: argparse.Namespace, command: str) -> None:
+    import torch
+
+    from tensorpeft.export import to_dense
+
+    to_dense(arguments.adapter, arguments.out, getattr(torch, arguments.dtype), arguments.base)
+    print(f"Merged model in {arguments.dtype} written to {arguments.out}")
 
 
 def _demo(arguments: argparse.Namespace, command: str) -> None:

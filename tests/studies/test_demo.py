@@ -175,8 +175,10 @@ def test_adapters_sit_on_the_stated_weights_only():
 
 def test_one_seed_gives_every_method_the_same_start():
     rows = encode(TASK.test, max_tokens=16)
-    losses = [evaluate(build_model(method, num_labels=2, seed=3), rows, "cpu")[0] for method in METHODS]
-    assert losses == pytest.approx([losses[0]] * len(losses), abs=1e-5)
+    losses = {method.key: evaluate(build_model(method, num_labels=2, seed=3), rows, "cpu")[0] for method in METHODS}
+    exact = [loss for key, loss in losses.items() if not key.startswith("q")]
+    assert exact == pytest.approx([exact[0]] * len(exact), abs=1e-5)
+    assert 0 < abs(losses["qdota"] - exact[0]) < 0.05  # the 4-bit forms move it a little
 
 
 def test_training_repeats_and_learns():

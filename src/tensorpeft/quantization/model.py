@@ -26,7 +26,7 @@ Shapes = list[list[int]]  # of the cores of one weight
 @torch.no_grad()
 def quantize_residual(
     model: nn.Module,
-    config: TensorConfig,
+    config: TensorConfig | None,
     rounds: int = 1,
     double_quant: bool = True,
     compute_dtype: torch.dtype | None = None,
@@ -40,7 +40,7 @@ def quantize_residual(
 
     Args:
         model: in full or half precision.
-        config: a `DotaConfig`: the layers, the modes and the bond.
+        config: a `DotaConfig`: the layers, the modes and the bond. None: every layer is plain NF4, QLoRA's base.
         rounds: of decomposition and quantisation; 1 is the paper's one shot, more lower the error.
         double_quant: whether the scales of the blocks of 64 weights are quantised too, as in QLoRA.
         compute_dtype: what products run in; None: in the dtype of the input.
@@ -83,7 +83,7 @@ def quantize_residual(
 
 def plan_layers(
     model: nn.Module,  # may be on the meta device
-    config: TensorConfig,
+    config: TensorConfig | None,
     skip_modules: Sequence[str] = (),
 ) -> tuple[dict[str, Shapes], list[str]]:
     """The layers that get a residual, with their cores' shapes, and the names of those that get plain NF4.
@@ -96,14 +96,14 @@ def plan_layers(
             "the model is quantised or has adapters already. Load it in full or half precision, without "
             "quantization_config, and quantise it before get_peft_model."
         )
-    updates = plan_updates(model, config)
+    updates = {} if config is None else plan_updates(model, config)
     if other := next((update for update in updates.values() if not isinstance(update, MpoUpdate)), None):
         raise ValueError(
             f"a residual base needs a matrix product operator to subtract, but {type(config).__name__} makes "
             f"{type(other).__name__}. Pass a DotaConfig; other methods work on any quantised base as it is."
         )
     shapes = {name: _core_shapes(update) for name, update in updates.items()}  # type: ignore[arg-type]
-    kept = {*skip_modules, *(config.modules_to_save or ()), *_TASK_HEADS}
+    kept = {*skip_modules, *(getattr(config, "modules_to_save", None) or ()), *_TASK_HEADS}
     if isinstance(model, PreTrainedModel):
         kept |= {key.removesuffix(".bias") for key in get_keys_to_not_convert(model)}
     plain = [

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
 
 import bitsandbytes as bnb
 import torch
@@ -44,21 +44,55 @@ def split(
 
     Source: DoTA, section 3.3 (QDoTA).
     """
+
+    def by_mpo(matrix: Tensor) -> list[Tensor]:
+        return decompose(matrix, out_modes, in_modes, max_bond)
+
+    return Split(*alternate(weight, by_mpo, contract, rounds, double_quant))
+
+
+Low = TypeVar("Low")
+
+
+@torch.no_grad()
+def alternate(
+    weight: Tensor,  # (out, in), floating point
+    approximate: Callable[[Tensor], Low],  # a float32 matrix -> a form of it with few parameters
+    restore: Callable[[Low], Tensor],  # that form -> the matrix
+    rounds: int,
+    double_quant: bool,
+) -> tuple[bnb.nn.Params4bit, Low, list[float]]:
+    """The 4-bit residual, the form with few parameters, and the errors after each half-step: see `split`."""
     if rounds < 1:
         raise ValueError(f"rounds={rounds}: expected at least 1, the paper's one shot.")
     exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
     scale = exact.norm().clamp_min(torch.finfo(exact.dtype).tiny)
-    best, errors, quantised = None, [], None
-    for _ in range(rounds):
-        cores = decompose(exact if quantised is None else exact - dequantise(quantised), out_modes, in_modes, max_bond)
-        if quantised is not None:
-            errors.append(((exact - dequantise(quantised) - contract(cores)).norm() / scale).item())
-            best = (quantised, cores) if errors[-1] < min(errors[:-1]) else best
-        quantised = quantise((exact - contract(cores)).to(weight.dtype), double_quant)
-        errors.append(((exact - dequantise(quantised) - contract(cores)).norm() / scale).item())
-        best = (quantised, cores) if best is None or errors[-1] < min(errors[:-1]) else best
+    best, errors = None, []
+    for quantised, low in _half_steps(exact, weight.dtype, approximate, restore, rounds, double_quant):
+        error = ((exact - dequantise(quantised) - restore(low)).norm() / scale).item()
+        if best is None or error < min(errors):
+            best = (quantised, low)
+        errors.append(error)
     assert best is not None
-    return Split(best[0], best[1], errors)
+    return *best, errors
+
+
+def _half_steps(
+    exact: Tensor,
+    dtype: torch.dtype,
+    approximate: Callable[[Tensor], Low],
+    restore: Callable[[Low], Tensor],
+    rounds: int,
+    double_quant: bool,
+) -> Iterator[tuple[bnb.nn.Params4bit, Low]]:
+    low = approximate(exact)
+    quantised = quantise((exact - restore(low)).to(dtype), double_quant)
+    yield quantised, low
+    for _ in range(rounds - 1):
+        low = approximate(exact - dequantise(quantised))
+        yield quantised, low
+        quantised = quantise((exact - restore(low)).to(dtype), double_quant)
+        yield quantised, low
 
 
 def quantise(weight: Tensor, double_quant: bool = True) -> bnb.nn.Params4bit:

@@ -4,8 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from peft import LoraConfig, PeftConfig
+from torch import nn
 
 from tensorpeft import DotaConfig, LortaConfig, LotrConfig
+from tensorpeft.quantization import quantize_residual
 
 # BERT's query, key, value and both MLP weights. A list of suffixes cannot say it: "output.dense" is also the end of
 # the attention's output projection, "attention.output.dense".
@@ -25,6 +27,8 @@ class Method:
         make_config: a new PEFT configuration, or None to train every weight of the model.
         rates: the learning rates to choose from, ascending. Every method gets the same number.
         note: what a reader of its row must know.
+        quantise: what is done to the pretrained model before it is adapted; None: nothing.
+        is_default: whether it runs where no methods are named.
     """
 
     key: str
@@ -32,6 +36,12 @@ class Method:
     make_config: Callable[[], PeftConfig | None]
     rates: tuple[float, ...]
     note: str = ""
+    quantise: Callable[[nn.Module, PeftConfig], nn.Module] | None = None
+    is_default: bool = True
+
+
+def _to_residuals(model: nn.Module, config: PeftConfig) -> nn.Module:
+    return quantize_residual(model, config, rounds=5)  # pyright: ignore[reportArgumentType]
 
 
 METHODS = (
@@ -68,11 +78,29 @@ METHODS = (
         lambda: LotrConfig(r=16, target_modules=TARGETS, task_type="SEQ_CLS"),
         (3e-3, 1e-2, 3e-2),
     ),
+    Method(
+        "qlora",
+        "QLoRA r=8",
+        lambda: LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS, task_type="SEQ_CLS"),
+        (1e-3, 3e-3, 1e-2),
+        note="all linear weights of the model in 4 bits (NF4, double quantisation).",
+        quantise=lambda model, config: quantize_residual(model, None),
+        is_default=False,
+    ),
+    Method(
+        "qdota",
+        "QDoTA r=16",
+        lambda: DotaConfig(r=16, target_modules=TARGETS, task_type="SEQ_CLS"),
+        (1e-3, 3e-3, 1e-2),
+        note="the residuals of the adapted weights, and the other weights, in 4 bits (NF4), 5 rounds.",
+        quantise=_to_residuals,
+        is_default=False,
+    ),
 )
 
 
 def choose_methods(
-    keys: str | None,  # such as "lora,dota"; None: all
+    keys: str | None,  # such as "lora,dota"; "all"; None: those that run by default
     rate_scale: float = 1.0,
 ) -> tuple[Method, ...]:
     """The methods with these keys, in the order of ``METHODS``, their learning rates times ``rate_scale``.
@@ -81,7 +109,10 @@ def choose_methods(
         ValueError: a key is unknown.
     """
     known = [method.key for method in METHODS]
-    wanted = set(known) if keys is None else {key.strip() for key in keys.split(",")}
+    if keys is None:
+        wanted = {method.key for method in METHODS if method.is_default}
+    else:
+        wanted = set(known) if keys == "all" else {key.strip() for key in keys.split(",")}
     if unknown := sorted(wanted - set(known)):
         raise ValueError(f"--methods {keys}: no method {unknown[0]!r}. Choose from {', '.join(known)}.")
     chosen = [method for method in METHODS if method.key in wanted]

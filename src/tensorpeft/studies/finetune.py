@@ -78,7 +78,9 @@ def build_model(method: Method, num_labels: int, seed: int) -> nn.Module:
         find_model(), num_labels=num_labels, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
     )
     config = method.make_config()
-    return model if config is None else get_peft_model(model, config)
+    if config is None:
+        return model
+    return get_peft_model(model if method.quantise is None else method.quantise(model, config), config)
 
 
 def encode(split: Split, max_tokens: int) -> list[Row]:

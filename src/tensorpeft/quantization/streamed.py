@@ -1,0 +1,268 @@
+"""A checkpoint on disk becomes a residual base on disk, one weight in memory at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoConfig
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from tensorpeft.plugin.config import TensorConfig
+from tensorpeft.quantization.model import Shapes, network_of, plan_layers
+from tensorpeft.quantization.quantizer import ResidualConfig
+
+# What a shard of the output holds, about: a part of the work that an interruption can cost, and memory that is needed.
+_SHARD_BYTES = 2**28
+_STATE = "quantize_state.json"
+_COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*", "README.md")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """A tensor of the checkpoint, and what becomes of it."""
+
+    key: str
+    file: Path
+    num_bytes: int
+    layer: str | None = None  # the model's layer whose weight it is, if that is quantised
+    is_transposed: bool = False  # stored (in, out)
+
+
+@torch.no_grad()
+def quantize_checkpoint(
+    source: str | Path,
+    out: str | Path,
+    config: TensorConfig,
+    rounds: int = 1,
+    double_quant: bool = True,
+    compute_dtype: torch.dtype | None = None,
+    skip_modules: Sequence[str] = (),
+    progress: bool = False,
+) -> Path:
+    """The folder `out` with the residual base of a checkpoint: what `quantize_residual` and `save_pretrained` would
+    write, but never with the model in memory.
+
+    Each tensor is read, decomposed, quantised and freed before the next; shards of about 256 MB are written under
+    another name and renamed when they are complete. Interrupted in any way, the same call goes on after the last
+    complete shard, and the result is the same bytes (on one machine with one number of threads). Any
+    `from_pretrained` loads it after `import tensorpeft`, without decomposing anything.
+
+    Args:
+        source: folder or Hub name of a safetensors checkpoint in full or half precision.
+        out: folder to write; new, empty, or what an interrupted call with the same arguments left.
+        config: a `DotaConfig`: the layers, the modes and the bond.
+        rounds: of decomposition and quantisation.
+        double_quant: whether the blocks' scales are quantised too.
+        compute_dtype: what products run in; None: in the dtype of the input.
+        skip_modules: names (endings) of further linear layers to leave as they are.
+        progress: whether to show a progress bar.
+
+    Raises:
+        FileNotFoundError: `source` has no config.json or no safetensors.
+        ValueError: `out` holds something else, the model is quantised already, weights are missing or damaged, or
+            `config` does not fit (see `quantize_residual`).
+    """
+    source, out = _find_source(source), Path(out)
+    model_config, model = _empty_model(source)
+    shapes, plain = plan_layers(model, config, skip_modules)
+    jobs = _plan_jobs(source, model, {*shapes, *plain})
+    dtype = None if compute_dtype is None else str(compute_dtype).removeprefix("torch.")
+    residual_config = ResidualConfig(shapes, plain, dtype, double_quant, rounds)
+    shards = list(_cut_into_shards(jobs))
+    _claim(out, _fingerprint(jobs, residual_config))
+    with tqdm(total=len(jobs), desc="quantising", unit="tensor", disable=not progress) as bar:
+        for number, shard in enumerate(shards, 1):
+            path = out / f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            if path.exists():
+                bar.update(len(shard))
+                continue
+            tensors: dict[str, Tensor] = {}
+            for job in shard:
+                tensors.update(_convert(job, shapes, residual_config))
+                bar.update()
+            partial = path.with_suffix(".partial")
+            save_file(tensors, partial, metadata={"format": "pt"})
+            os.replace(partial, path)
+    _finish(source, out, model_config, residual_config)
+    return out
+
+
+def _find_source(source: str | Path) -> Path:
+    """The folder of a checkpoint; a Hub name is downloaded, or found in the cache when offline."""
+    if Path(source).is_dir():
+        return Path(source)
+    if Path(source).exists() or str(source).count("/") != 1:
+        raise FileNotFoundError(f"{source}: no folder of that name, and not a name of the Hub (owner/model) either.")
+    patterns = ["*.safetensors", SAFE_WEIGHTS_INDEX_NAME, *_COPIED]
+    return Path(snapshot_download(str(source), allow_patterns=patterns))
+
+
+def _empty_model(source: Path) -> tuple[Any, torch.nn.Module]:
+    """The model's configuration, and the model on the meta device."""
+    if not (source / "config.json").exists():
+        raise FileNotFoundError(f"{source}: no config.json, expected the folder of a transformers model.")
+    config = AutoConfig.from_pretrained(source)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"{source}: quantised already. Pass the checkpoint in full or half precision.")
+    name = (config.architectures or [""])[0]
+    model_cls = getattr(transformers, name, None)
+    if model_cls is None:
+        raise ValueError(
+            f"{source}: transformers has no class {name!r} (architectures in its config.json). Load the model with its "
+            "own code and call quantize_residual(model, config)."
+        )
+    with torch.device("meta"):
+        return config, model_cls(config)
+
+
+def _plan_jobs(source: Path, model: torch.nn.Module, layers: set[str]) -> list[_Job]:
+    """All tensors of the checkpoint in a fixed order."""
+    prefix = f"{model.base_model_prefix}."
+    modules = dict(model.named_modules())
+    jobs = []
+    for file in _weight_files(source):
+        with _open(file) as opened:
+            for key in sorted(opened.keys()):
+                part = opened.get_slice(key)
+                shape, dtype = part.get_shape(), part.get_dtype()
+                stem = key.removesuffix(".weight")
+                # With another head than it was saved with, a model has or lacks the prefix of its base model.
+                names = (stem, prefix + stem, stem.removeprefix(prefix)) if stem != key else ()
+                layer = next((name for name in names if name in layers), None)
+                if layer is not None and dtype not in ("F64", "F32", "F16", "BF16"):
+                    raise ValueError(f"{file}: {key} is {dtype}, expected a floating-point weight to quantise.")
+                transposed = layer is not None and type(modules[layer]) is Conv1D
+                bits = int("".join(filter(str.isdigit, dtype)) or 8)
+                jobs.append(_Job(key, file, prod(shape) * bits // 8, layer, transposed))
+    if missing := sorted(layers - {job.layer for job in jobs}):
+        raise ValueError(
+            f"{source}: no weight of {len(missing)} layers that are to be quantised, such as {missing[0]}. The "
+            "checkpoint is incomplete, or keeps them under other names: then load the model and call "
+            "quantize_residual(model, config)."
+        )
+    return jobs
+
+
+def _weight_files(source: Path) -> list[Path]:
+    index = source / SAFE_WEIGHTS_INDEX_NAME
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    else:
+        names = [SAFE_WEIGHTS_NAME]
+    if absent := [name for name in names if not (source / name).exists()]:
+        raise FileNotFoundError(
+            f"{source}: {absent[0]} is missing. Expected {SAFE_WEIGHTS_NAME}, or every shard that "
+            f"{SAFE_WEIGHTS_INDEX_NAME} names; a pickle (.bin) is never loaded."
+        )
+    return [source / name for name in names]
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{file}: not a complete safetensors file ({error}). Download it again.") from error
+
+
+def _cut_into_shards(jobs: Sequence[_Job]) -> Iterator[list[_Job]]:
+    """The jobs in groups of about `_SHARD_BYTES` of output; known before the first one is done."""
+    shard: list[_Job] = []
+    size = 0
+    for job in jobs:
+        # The bytes of a 4-bit weight with its scales and cores; exact ones are not needed, the same ones are.
+        size += job.num_bytes if job.layer is None else job.num_bytes // 3
+        shard.append(job)
+        if size >= _SHARD_BYTES:
+            yield shard
+            shard, size = [], 0
+    if shard:
+        yield shard
+
+
+def _fingerprint(jobs: Sequence[_Job], config: ResidualConfig) -> str:
+    """What tells one call's result from another's: sources, their sizes and times, and all settings."""
+    files = {str(job.file): os.stat(job.file) for job in jobs}
+    text = json.dumps(
+        [
+            config.to_dict(),
+            [(name, stat.st_size, stat.st_mtime_ns) for name, stat in sorted(files.items())],
+            _SHARD_BYTES,
+        ],
+        sort_keys=True,
+    )
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _claim(out: Path, fingerprint: str) -> None:
+    """Make the folder, or take over what an interrupted call of the same kind left in it."""
+    out.mkdir(parents=True, exist_ok=True)
+    state = out / _STATE
+    if state.exists():
+        if json.loads(state.read_text(encoding="utf-8"))["fingerprint"] != fingerprint:
+            raise ValueError(
+                f"{out}: holds part of a quantisation with other arguments, or of a checkpoint that has changed since. "
+                "Repeat that call, or remove the folder."
+            )
+    elif any(out.iterdir()):
+        raise ValueError(f"{out}: the folder is not empty. Name a new one, or remove what is in it.")
+    else:
+        state.write_text(json.dumps({"fingerprint": fingerprint}), encoding="utf-8")
+
+
+def _convert(job: _Job, shapes: Mapping[str, Shapes], config: ResidualConfig) -> dict[str, Tensor]:
+    """What a tensor of the checkpoint becomes, by key."""
+    from tensorpeft.quantization.residual import digest, quantise, split
+
+    with _open(job.file) as opened:
+        tensor = opened.get_tensor(job.key).clone()  # a copy: the file's pages can go
+    if job.layer is None:
+        return {job.key: tensor}
+    weight = tensor.t().contiguous() if job.is_transposed else tensor
+    stem = job.key.removesuffix("weight")
+    result: dict[str, Tensor] = {}
+    if job.layer in shapes:
+        try:
+            parts = split(weight, *network_of(shapes[job.layer]), config.rounds, config.double_quant)
+        except ValueError as error:
+            raise ValueError(f"{job.file}: {job.key}: {error}") from error
+        stored = parts.residual
+        result = {f"{stem}start.core_{k}": core.contiguous() for k, core in enumerate(parts.cores, 1)}
+        result[f"{stem}start.digest"] = digest(parts)
+    else:
+        stored = quantise(weight, config.double_quant)
+    state = stored.quant_state.as_dict(packed=True)
+    return {**result, job.key: stored.data, **{f"{job.key}.{name}": value for name, value in state.items()}}
+
+
+def _finish(source: Path, out: Path, model_config: Any, config: ResidualConfig) -> None:
+    """Write what is small; the state file goes last."""
+    weight_map, total = {}, 0
+    for path in sorted(out.glob("model-*.safetensors")):
+        with _open(path) as opened:
+            weight_map.update(dict.fromkeys(opened.keys(), path.name))
+        total += path.stat().st_size
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (out / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    written = {SAFE_WEIGHTS_INDEX_NAME, "config.json", _STATE}
+    for path in (path for pattern in _COPIED for path in source.glob(pattern)):
+        if path.name not in written and not path.name.endswith(".index.json"):
+            shutil.copyfile(path, out / path.name)
+    model_config.quantization_config = config
+    model_config.save_pretrained(out)
+    (out / _STATE).unlink()
