@@ -1,12 +1,12 @@
 """A training step, an evaluation forward and the start of each adapter, side by side with PEFT's LoRA in one process.
 
-    python benchmarks/step_time.py [--methods dota|cross-layer] [--rank 16] [--rounds 15] [--vocabulary 32000] [--bf16]
+    python benchmarks/step_time.py [--methods dota|cross-layer|quantised] [--rank 16] [--rounds 15] [--vocabulary 32000] [--bf16]
                                    [--device cuda] [--compile]
 
 The model is a Llama of hidden size 1024 with four layers and LLaMA's vocabulary of 32,000, the batch 4 x 256 tokens,
 the targets q, k, v, up and down. `--vocabulary 5376` gives the output head the share of the work that it has in a
-24-layer model. `--methods cross-layer` compares LoRTA, LoTR and FacT instead of DoTA, at LoRA's rank. All adapters run
-in turn, the order reversed every second round; medians, and the ratio to LoRA (or to the bare model). Memory is what
+24-layer model. `--methods cross-layer` compares LoRTA, LoTR and FacT instead of DoTA, at LoRA's rank; `--methods
+quantised` QLoRA and QDoTA, whose linear layers are all in 4 bits. All adapters run in turn, the order reversed every second round; medians, and the ratio to LoRA (or to the bare model). Memory is what
 fine-tuning takes above the frozen model: the adapter, AdamW's two moments, and the peak that a step allocates, by
 torch's allocator.
 
@@ -32,23 +32,31 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tensorpeft import DotaConfig, FactConfig, LortaConfig, LotrConfig
+from tensorpeft.quantization import quantize_residual
 from tensorpeft.studies.measure import median_step_times, peak_memory
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
-REFERENCE = "LoRA"
 ADAPTERS: dict[str, dict[str, Callable[[int], PeftConfig]]] = {
     "dota": {
-        REFERENCE: lambda r: LoraConfig(r=r, target_modules=TARGETS),
+        "LoRA": lambda r: LoraConfig(r=r, target_modules=TARGETS),
         "DoTA": lambda r: DotaConfig(r=r, target_modules=TARGETS),
         "DoRA": lambda r: LoraConfig(r=r, use_dora=True, target_modules=TARGETS),
     },
     "cross-layer": {
-        REFERENCE: lambda r: LoraConfig(r=r, target_modules=TARGETS),
+        "LoRA": lambda r: LoraConfig(r=r, target_modules=TARGETS),
         "LoRTA": lambda r: LortaConfig(r=r, target_modules=TARGETS),
         "LoTR": lambda r: LotrConfig(r=r, target_modules=TARGETS),
         "FacT-TT": lambda r: FactConfig(r=r, target_modules=TARGETS),
         "FacT-TK": lambda r: FactConfig(r=r, core="tk", target_modules=TARGETS),
     },
+    "quantised": {
+        "QLoRA": lambda r: LoraConfig(r=r, target_modules=TARGETS),
+        "QDoTA": lambda r: DotaConfig(r=r, target_modules=TARGETS),
+    },
+}
+BASES: dict[str, Callable[[nn.Module, PeftConfig], nn.Module]] = {
+    "QLoRA": lambda model, config: quantize_residual(model, None),
+    "QDoTA": quantize_residual,
 }
 STARTS: dict[str, Callable[[], PeftConfig]] = {
     "PiSSA, fast (niter 4)": lambda: LoraConfig(r=16, init_lora_weights="pissa_niter_4", target_modules=TARGETS),
@@ -78,6 +86,11 @@ def build_model(device: str, dtype: torch.dtype, vocabulary: int) -> LlamaForCau
         max_position_embeddings=512,
     )
     return LlamaForCausalLM(config).to(device=device, dtype=dtype)
+
+
+def adapt(name: str, model: nn.Module, config: PeftConfig) -> nn.Module:
+    """The model, quantised where the method wants that, with an adapter."""
+    return get_peft_model(BASES[name](model, config) if name in BASES else model, config)
 
 
 def training_step(model: nn.Module, tokens: torch.Tensor) -> Callable[[], object]:
@@ -134,7 +147,8 @@ def main() -> None:
     tokens = torch.randint(0, arguments.vocabulary, (4, 256), device=arguments.device)
 
     adapters = ADAPTERS[arguments.methods]
-    models = {name: get_peft_model(copy.deepcopy(base), make(arguments.rank)) for name, make in adapters.items()}
+    reference = next(iter(adapters))
+    models = {name: adapt(name, copy.deepcopy(base), make(arguments.rank)) for name, make in adapters.items()}
     if arguments.compile:
         for model in models.values():
             model.compile()
@@ -148,10 +162,12 @@ def main() -> None:
         memory[name] = 3 * trained + peak_memory(step, arguments.device)
     rows = []
     for name in adapters:
-        ratio, share = times[name] / times[REFERENCE], memory[name] / memory[REFERENCE]
+        ratio, share = times[name] / times[reference], memory[name] / memory[reference]
         rows.append((name, f"{times[name]:7.3f} s {ratio:6.2f} x {memory[name] / 2**20:9.0f} MiB {share:6.2f} x"))
     print_table(
-        f"Training step, 4 x 256 tokens, r = {arguments.rank}", "   median  /LoRA     extra memory  /LoRA", rows
+        f"Training step, 4 x 256 tokens, r = {arguments.rank}",
+        f"   median  /{reference:5s}    extra memory  /{reference}",
+        rows,
     )
 
     forwards = {name: evaluation(model, tokens) for name, model in {"no adapter": base, **models}.items()}

@@ -17,7 +17,10 @@ from tensorpeft.studies import finetune  # noqa: E402
         (["--task", "cola"], "--task cola: the data is not in the package. Pass its folder as --data DIR."),
         (["--task", "cola", "--data", "no/such/folder"], "no file no/such/folder/train.tsv"),
         (["--data", "folder"], "--data folder: the docstrings task reads this Python's own library"),
-        (["--methods", "lora,sora"], "no method 'sora'. Choose from full, lora, dota, dota-random, lorta, lotr, qlora, qdota."),
+        (
+            ["--methods", "lora,sora"],
+            "no method 'sora'. Choose from full, lora, dota, dota-random, lorta, lotr, qlora, qdota.",
+        ),
         (["--seeds", "0"], "seeds=0"),
         (["--steps", "0"], "steps=0: expected at least 4"),
     ],

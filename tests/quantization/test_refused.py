@@ -1,11 +1,13 @@
-"""What a residual base cannot do ends in an error that names the layer and the remedy, and leaves the model as it was."""
+"""What a residual base cannot do ends in an error that names the layer and the remedy, and changes nothing."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from residual_bases import adapted, base_of, config_of, trained
+from residual_bases import adapted, assert_same_state, base_of, config_of, fresh, state_of, trained
 from torch import nn
 
 from cases import MODELS, Model, logits, over_models, perturb
@@ -17,27 +19,19 @@ from tensorpeft.quantization import dequantize, quantize_residual  # needs bitsa
 LLAMA = MODELS[0]
 
 
-class Unchanged:
-    """A context after which a model has the modules, tensors, trainability and output that it had before."""
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Afterwards a model has the modules, tensors and output that it had before."""
 
-    def __init__(self, model: nn.Module):
-        self.model = model
+    def look():
+        modules = [(name, type(module), module.training) for name, module in model.named_modules()]
+        return modules, hasattr(model, "peft_config"), getattr(model, "hf_quantizer", None)
 
-    def look(self):
-        modules = [(name, type(module), module.training) for name, module in self.model.named_modules()]
-        trainable = [(name, parameter.requires_grad) for name, parameter in self.model.named_parameters()]
-        return modules, trainable, hasattr(self.model, "peft_config"), getattr(self.model, "hf_quantizer", None)
-
-    def __enter__(self):
-        self.before, self.logits = self.look(), logits(self.model)
-        self.state = {key: value.clone() for key, value in self.model.state_dict().items()}
-
-    def __exit__(self, *_):
-        assert self.look() == self.before
-        state = self.model.state_dict()
-        assert list(state) == list(self.state)
-        assert all(torch.equal(state[key], value) for key, value in self.state.items())
-        assert torch.equal(logits(self.model), self.logits)
+    before, state, output = look(), state_of(model), logits(model)
+    yield
+    assert look() == before
+    assert_same_state(model, state)
+    assert torch.equal(logits(model), output)
 
 
 def save(peft_model: PeftModel, folder: Path) -> Path:
@@ -47,7 +41,7 @@ def save(peft_model: PeftModel, folder: Path) -> Path:
 
 def first_target(model: Model) -> str:
     """The name of the first layer that an adapter is on."""
-    return next(name for name, _ in model.fresh().named_modules() if name.endswith(tuple(model.targets)))
+    return next(name for name, _ in fresh(model).named_modules() if name.endswith(tuple(model.targets)))
 
 
 @over_models
@@ -55,31 +49,31 @@ def first_target(model: Model) -> str:
 def test_adapter_of_another_residual_base(model: Model, low_cpu_mem_usage: bool, tmp_path: Path):
     folder, base = save(trained(model, base_of(model, rounds=3)), tmp_path), base_of(model)
     message = rf"{first_target(model)}: .*on the residual base \w+…, .*has the residual base .*Load it on the very base"
-    with Unchanged(base), pytest.raises(ValueError, match=message):
+    with unchanged(base), pytest.raises(ValueError, match=message):
         PeftModel.from_pretrained(base, folder, low_cpu_mem_usage=low_cpu_mem_usage)
 
 
 @over_models
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 def test_adapter_of_a_residual_base_on_the_plain_model(model: Model, low_cpu_mem_usage: bool, tmp_path: Path):
-    folder, plain = save(trained(model), tmp_path), model.fresh()
+    folder, plain = save(trained(model), tmp_path), fresh(model)
     message = rf"{first_target(model)}: .*on the residual base \w+…, .*has a base without a residual"
-    with Unchanged(plain), pytest.raises(ValueError, match=message):
+    with unchanged(plain), pytest.raises(ValueError, match=message):
         PeftModel.from_pretrained(plain, folder, low_cpu_mem_usage=low_cpu_mem_usage)
 
 
 @over_models
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 def test_adapter_of_the_plain_model_on_a_residual_base(model: Model, low_cpu_mem_usage: bool, tmp_path: Path):
-    folder, base = save(trained(model, model.fresh()), tmp_path), base_of(model)
+    folder, base = save(trained(model, fresh(model)), tmp_path), base_of(model)
     message = rf"{first_target(model)}: .*on a base without a residual, .*has the residual base"
-    with Unchanged(base), pytest.raises(ValueError, match=message):
+    with unchanged(base), pytest.raises(ValueError, match=message):
         PeftModel.from_pretrained(base, folder, low_cpu_mem_usage=low_cpu_mem_usage)
 
 
 def test_refused_second_adapter_leaves_the_first(tmp_path: Path):
     folder, peft_model = save(trained(LLAMA, base_of(LLAMA, rounds=3)), tmp_path), trained(LLAMA)
-    with Unchanged(peft_model), pytest.raises(ValueError, match=r"q_proj: .*Load it on the very base"):
+    with unchanged(peft_model), pytest.raises(ValueError, match=r"q_proj: .*Load it on the very base"):
         peft_model.load_adapter(folder, "second")
     assert list(peft_model.peft_config) == ["default"]
 
@@ -89,26 +83,26 @@ def test_refused_second_adapter_leaves_the_first(tmp_path: Path):
 def test_configuration_of_other_cores_than_the_base_has(model: Model, other: dict):
     base = base_of(model)
     message = rf"{first_target(model)}: .*\(1, .* but this configuration asks for .*Use the r, num_cores and modes"
-    with Unchanged(base), pytest.raises(ValueError, match=message):
+    with unchanged(base), pytest.raises(ValueError, match=message):
         get_peft_model(base, config_of(model, **other))
 
 
 def test_another_method_has_no_cores_to_subtract():
-    model = LLAMA.fresh()
-    with Unchanged(model), pytest.raises(ValueError, match=r"LortaConfig makes LortaUpdate. Pass a DotaConfig"):
+    model = fresh(LLAMA)
+    with unchanged(model), pytest.raises(ValueError, match=r"LortaConfig makes CpUpdate. Pass a DotaConfig"):
         quantize_residual(model, LortaConfig(r=4, target_modules=LLAMA.targets))
 
 
 @over_models
 def test_no_layer_matches(model: Model):
-    plain = model.fresh()
-    with Unchanged(plain), pytest.raises(ValueError, match="no layer of the model matches.*no_such_layer"):
+    plain = fresh(model)
+    with unchanged(plain), pytest.raises(ValueError, match=r"no layer of the model matches.*no_such_layer"):
         quantize_residual(plain, DotaConfig(target_modules=["no_such_layer"]))
 
 
 def test_target_that_is_not_linear():
-    model = LLAMA.fresh()
-    with Unchanged(model), pytest.raises(ValueError, match=r"embed_tokens: cannot adapt a Embedding"):
+    model = fresh(LLAMA)
+    with unchanged(model), pytest.raises(ValueError, match=r"embed_tokens: cannot adapt a Embedding"):
         quantize_residual(model, config_of(LLAMA, target_modules=["q_proj", "embed_tokens"]))
 
 
@@ -117,39 +111,39 @@ def test_quantised_models_and_those_with_adapters_are_not_quantised(model: Model
     for made in (
         base_of(model),
         trained(model),
-        trained(model, model.fresh()),
-        trained(model, model.fresh()).base_model,
+        trained(model, fresh(model)),
+        trained(model, fresh(model)).base_model,
     ):
         with (
-            Unchanged(made),
+            unchanged(made),
             pytest.raises(ValueError, match=r"quantised or has adapters already.*before get_peft_model"),
         ):
             quantize_residual(made, config_of(model))
 
 
 def test_no_rounds():
-    model = LLAMA.fresh()
-    with Unchanged(model), pytest.raises(ValueError, match="rounds=0: expected at least 1"):
+    model = fresh(LLAMA)
+    with unchanged(model), pytest.raises(ValueError, match="rounds=0: expected at least 1"):
         quantize_residual(model, config_of(LLAMA), rounds=0)
 
 
 def test_weight_that_is_not_finite():
-    model = LLAMA.fresh()
-    kept = model.get_submodule("model.layers.1.self_attn.q_proj").weight[3, 4].clone()
-    with Unchanged(model):
-        with torch.no_grad():
-            model.get_submodule("model.layers.1.self_attn.q_proj").weight[3, 4] = float("nan")
-        with pytest.raises(ValueError, match=r"model.layers.1.self_attn.q_proj: .*finite"):
+    model = fresh(LLAMA)
+    weight = model.get_submodule("model.layers.1.self_attn.q_proj").weight.data
+    kept = weight.clone()
+    with unchanged(model):
+        weight[3, 4] = float("nan")
+        with pytest.raises(ValueError, match=r"cannot decompose the weight.*finite") as raised:
             quantize_residual(model, config_of(LLAMA))
-        with torch.no_grad():
-            model.get_submodule("model.layers.1.self_attn.q_proj").weight[3, 4] = kept
+        weight.copy_(kept)
+    assert "model.layers.1.self_attn.q_proj: " in str(raised.value)
 
 
 @over_models
 def test_dequantising_under_adapters(model: Model):
     peft_model = trained(model)
     for made in (peft_model, peft_model.get_base_model()):
-        with Unchanged(made), pytest.raises(ValueError, match=r"has adapters. Call merge_and_unload\(\)"):
+        with unchanged(made), pytest.raises(ValueError, match=r"has adapters. Call merge_and_unload\(\)"):
             dequantize(made)
 
 
@@ -160,7 +154,7 @@ def test_broken_adapter_is_not_merged(model: Model):
     layer = peft_model.get_base_model().get_submodule(first_target(model))
     kept = layer.updates["default"].core_1[0, 0, 0, 0].clone()
     for merge in (peft_model.merge_adapter, peft_model.merge_and_unload):
-        with Unchanged(peft_model):
+        with unchanged(peft_model):
             layer.updates["default"].core_1.data[0, 0, 0, 0] = float("nan")
             with pytest.raises(ValueError, match=r"NaNs detected in the merged weights\. The adapter default"):
                 merge(safe_merge=True)

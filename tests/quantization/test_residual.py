@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from residual_bases import adapted, base_of, config_of, trained
+from residual_bases import adapted, base_of, config_of, fresh, trained
 from torch import Tensor, nn
 
 from cases import Model, logits, over_models, perturb, tokens
@@ -18,6 +18,14 @@ bitsandbytes = pytest.importorskip("bitsandbytes")
 from tensorpeft.quantization.residual import ResidualLinear4bit, Split, split  # noqa: E402  # needs bitsandbytes
 
 FORMULA_TOLERANCE = 2e-6  # of the largest entry: sums of some 50 float32 products
+# QLoRA, appendix E: the quantiles of a normal distribution that NF4 rounds to.
+CODE = torch.tensor(
+    [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453]
+    + [-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0]
+    + [0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224]
+    + [0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0],
+    dtype=torch.float64,
+)
 MODES = [(4, 3, 4), (2, 5, 4), 8]  # of a (48, 40) matrix, and the bond
 
 
@@ -31,16 +39,16 @@ def mpo(cores: list[Tensor]) -> Tensor:  # (out, in)
     return matrix.reshape(prod(matrix.shape[:3]), -1)
 
 
-def nf4(matrix: Tensor, code: Tensor) -> Tensor:  # both (out, in)
+def nf4(matrix: Tensor) -> Tensor:  # (out, in)
     """The nearest NF4 matrix (QLoRA, section 3): each block of 64 in row order is a scale times one of 16 values."""
     blocks = nn.functional.pad(matrix.flatten(), (0, -matrix.numel() % 64)).view(-1, 64)
     scale = blocks.abs().amax(1, keepdim=True)
-    nearest = code.double()[(blocks / scale).unsqueeze(-1).sub(code).abs().argmin(-1)]
+    nearest = CODE[(blocks / scale).unsqueeze(-1).sub(CODE).abs().argmin(-1)]
     return (nearest * scale).flatten()[: matrix.numel()].view_as(matrix)
 
 
 def plain_weight(model: Model, name: str) -> Tensor:  # (out, in)
-    layer = model.fresh().get_submodule(name)
+    layer = fresh(model).get_submodule(name)
     return (layer.weight if isinstance(layer, nn.Linear) else layer.weight.t()).detach().double()
 
 
@@ -54,7 +62,7 @@ def test_layer_multiplies_by_the_rounded_residual_and_the_cores(model: Model):
     assert {name.split(".")[-1] for name in layers} == {target.split(".")[-1] for target in model.targets}
     for name, layer in layers.items():
         start = mpo(layer.start.cores())
-        weight = nf4(plain_weight(model, name) - start, layer.weight.quant_state.code) + start
+        weight = nf4(plain_weight(model, name) - start) + start
         assert_near(layer.weight_with(()), weight)
         x = torch.randn(2, 5, layer.in_features, generator=torch.Generator().manual_seed(3))
         bias = 0 if layer.bias is None else layer.bias.double()
@@ -67,7 +75,7 @@ def test_gradients_are_those_of_the_formula(model: Model):
     for layer in (module for module in peft_model.modules() if isinstance(module, TensorLayer)):
         base, cores = layer.get_base_layer(), layer.updates["default"].cores()
         name = next(name for name, module in peft_model.get_base_model().named_modules() if module is layer)
-        rest = nf4(plain_weight(model, name) - mpo(base.start.cores()), base.weight.quant_state.code)
+        rest = nf4(plain_weight(model, name) - mpo(base.start.cores()))
         x = torch.randn(7, base.in_features, generator=torch.Generator().manual_seed(3), requires_grad=True)
         grad = torch.randn(7, base.out_features, generator=torch.Generator().manual_seed(4))
         found = torch.autograd.grad(layer(x), [x, *cores], grad)
@@ -106,7 +114,7 @@ def test_one_round_beats_rounding_the_whole_of_a_weight_with_structure():
     weight = mpo([torch.randn(shape, generator=generator) for shape in shapes])
     weight = (weight / weight.std() + 0.1 * torch.randn(48, 40, generator=generator)).float()
     parts = split(weight, *MODES)
-    rounded = nf4(weight.double(), parts.residual.quant_state.code)
+    rounded = nf4(weight.double())
     assert error(dense(parts), weight.double()) < 0.2 * error(rounded, weight.double())
 
 

@@ -28,7 +28,7 @@ from tensorpeft.quantization.model import Shapes, network_of, plan_layers
 from tensorpeft.quantization.quantizer import ResidualConfig
 
 # What a shard of the output holds, about: a part of the work that an interruption can cost, and memory that is needed.
-_SHARD_BYTES = 2**28
+_SHARD_BYTES = 2**26
 _STATE = "quantize_state.json"
 _COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*", "README.md")
 
@@ -58,7 +58,7 @@ def quantize_checkpoint(
     """The folder `out` with the residual base of a checkpoint: what `quantize_residual` and `save_pretrained` would
     write, but never with the model in memory.
 
-    Each tensor is read, decomposed, quantised and freed before the next; shards of about 256 MB are written under
+    Each tensor is read, decomposed, quantised and freed before the next; shards of about 64 MB are written under
     another name and renamed when they are complete. Interrupted in any way, the same call goes on after the last
     complete shard, and the result is the same bytes (on one machine with one number of threads). Any
     `from_pretrained` loads it after `import tensorpeft`, without decomposing anything.

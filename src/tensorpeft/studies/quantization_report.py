@@ -64,7 +64,7 @@ def inspect_quantization(
     plot(
         errors,
         rounds,
-        f"{Path(model).name}: NF4, bond {config.r}, {config.num_cores} cores",
+        f"{'/'.join(Path(model).parts[-2:])}: NF4, bond {config.r}, {config.num_cores} cores",
         output / "quantization.png",
     )
     # A pipe counts as 80 columns and a window may be smaller: better wrapped lines than numbers that are cut.
@@ -175,10 +175,8 @@ def plot(errors: Sequence[LayerErrors], rounds: int, title: str, path: Path) -> 
             range(len(errors)), [_short(layer.name) for layer in errors] if index == len(panels) - 1 else []
         )
         axes.tick_params(axis="x", rotation=90, labelsize=7)
-    figure.suptitle(title)
-    figure.legend(
-        *figure.axes[0].get_legend_handles_labels(), ncols=len(method_names(rounds)), loc="outside upper center"
-    )
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, title=title, ncols=len(labels), loc="outside upper center")
     figure.axes[-1].set_xlabel("layer")
     figure.savefig(path)
 
