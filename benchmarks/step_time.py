@@ -1,14 +1,14 @@
 """A training step, an evaluation forward and the start of each adapter, side by side with PEFT's LoRA in one process.
 
-    python benchmarks/step_time.py [--methods dota|cross-layer|quantised] [--rank 16] [--rounds 15] [--vocabulary 32000] [--bf16]
-                                   [--device cuda] [--compile]
+    python benchmarks/step_time.py [--methods dota|cross-layer|quantised] [--rank 16] [--rounds 15]
+                                   [--vocabulary 32000] [--bf16] [--device cuda] [--compile]
 
 The model is a Llama of hidden size 1024 with four layers and LLaMA's vocabulary of 32,000, the batch 4 x 256 tokens,
 the targets q, k, v, up and down. `--vocabulary 5376` gives the output head the share of the work that it has in a
 24-layer model. `--methods cross-layer` compares LoRTA, LoTR and FacT instead of DoTA, at LoRA's rank; `--methods
-quantised` QLoRA and QDoTA, whose linear layers are all in 4 bits. All adapters run in turn, the order reversed every second round; medians, and the ratio to LoRA (or to the bare model). Memory is what
-fine-tuning takes above the frozen model: the adapter, AdamW's two moments, and the peak that a step allocates, by
-torch's allocator.
+quantised` QLoRA and QDoTA, whose linear layers are all in 4 bits. All adapters run in turn, the order reversed every
+second round; medians, and the ratio to LoRA (or to the bare model). Memory is what fine-tuning takes above the frozen
+model: the adapter, AdamW's two moments, and the peak that a step allocates, by torch's allocator.
 
 The script starts itself anew with glibc told to keep freed memory, as CUDA's allocator does. Otherwise it hands large
 blocks back to the system after every use, and a step's time is to a tenth that of mapping them in again, which falls on

@@ -1,0 +1,79 @@
+"""An adapter and its base as one plain model, from the folders alone."""
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from cases import MODELS, Model, logits, over_models, perturb
+from tensorpeft import DotaConfig, LortaConfig
+from tensorpeft.cli import main
+from tensorpeft.export import to_dense
+
+
+def config_of(model: Model) -> DotaConfig:
+    return DotaConfig(r=6, num_cores=3, target_modules=model.targets, task_type=model.task_type)
+
+
+def saved(model: Model, config, folder, quantised: bool) -> torch.Tensor:
+    """Save a base and a trained adapter of it; the adapted model's output."""
+    base = model.fresh()
+    if quantised:
+        from tensorpeft.quantization import quantize_residual
+
+        base = quantize_residual(base, config_of(model))
+    base.save_pretrained(folder / "base")
+    base.name_or_path = str(folder / "base")
+    adapted = get_peft_model(base, config).eval()
+    perturb(adapted)
+    adapted.save_pretrained(folder / "adapter")
+    return logits(adapted)
+
+
+@over_models
+def test_a_residual_base_and_its_adapter_become_one_plain_model(model: Model, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    expected = saved(model, config_of(model), tmp_path, quantised=True)
+    to_dense(tmp_path / "adapter", tmp_path / "dense", torch.float32)
+    dense = type(model.fresh()).from_pretrained(tmp_path / "dense").eval()
+    assert [name for name, _ in dense.named_parameters()] == [name for name, _ in model.fresh().named_parameters()]
+    assert {parameter.dtype for parameter in dense.parameters()} == {torch.float32}
+    assert torch.allclose(logits(dense), expected, atol=2e-6)
+    assert not hasattr(dense.config, "quantization_config")
+
+
+@pytest.mark.parametrize("config", [LortaConfig, LoraConfig])
+def test_other_methods_on_a_plain_base(config, tmp_path):
+    model = MODELS[0]
+    expected = saved(model, config(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"), tmp_path, quantised=False)
+    to_dense(tmp_path / "adapter", tmp_path / "dense", torch.float32)
+    dense = type(model.fresh()).from_pretrained(tmp_path / "dense").eval()
+    assert torch.allclose(logits(dense), expected, atol=2e-6)
+
+
+def test_the_command_writes_sixteen_bits(tmp_path, capsys):
+    model = MODELS[0]
+    saved(model, config_of(model), tmp_path, quantised=False)
+    assert main(["export", "dense", str(tmp_path / "adapter"), str(tmp_path / "dense")]) == 0
+    dense = type(model.fresh()).from_pretrained(tmp_path / "dense")
+    assert {parameter.dtype for parameter in dense.parameters()} == {torch.bfloat16}
+    assert "bfloat16 written to" in capsys.readouterr().out
+
+
+def test_an_adapter_of_another_base_is_refused(tmp_path):
+    model = MODELS[0]
+    saved(model, config_of(model), tmp_path, quantised=False)
+    torch.manual_seed(5)
+    model.build().save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="another base model"):
+        to_dense(tmp_path / "adapter", tmp_path / "dense", base=str(tmp_path / "other"))
+    assert not (tmp_path / "dense").exists()
+
+
+def test_an_adapter_that_names_no_base_is_refused(tmp_path):
+    model = MODELS[0]
+    adapted = get_peft_model(model.fresh(), LortaConfig(target_modules=["q_proj"]))
+    assert isinstance(adapted, PeftModel)
+    adapted.peft_config["default"].base_model_name_or_path = None
+    adapted.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="names no base model"):
+        to_dense(tmp_path / "adapter", tmp_path / "dense")
