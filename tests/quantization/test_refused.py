@@ -133,7 +133,7 @@ def test_weight_that_is_not_finite():
     kept = weight.clone()
     with unchanged(model):
         weight[3, 4] = float("nan")
-        with pytest.raises(ValueError, match=r"cannot decompose the weight.*finite") as raised:
+        with pytest.raises(ValueError, match="the weight is not finite") as raised:
             quantize_residual(model, config_of(LLAMA))
         weight.copy_(kept)
     assert "model.layers.1.self_attn.q_proj: " in str(raised.value)

@@ -32,7 +32,7 @@ class FrozenCores(nn.Module):
         super().__init__()
         self.num_cores = len(cores)
         for k, core in enumerate(cores, 1):
-            self.register_buffer(f"core_{k}", core)
+            self.register_buffer(f"core_{k}", core.contiguous())
         self.register_buffer("digest", digest)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenCores:

@@ -77,7 +77,7 @@ class AbstractUpdatableLinear(nn.Module, ABC):
     def weight_with(
         self,
         cuts: Sequence[Cut],
-        dtype: torch.dtype | None = None,  # None: that of the weight which the layer was made from
+        dtype: torch.dtype | None = None,  # None: that of the model around it
     ) -> Tensor:  # (out, in)
         """`W + Σ ΔW` as a matrix."""
 

@@ -17,7 +17,7 @@ class UpdatableBackend(QuantizationBackend):
     """Reads a layer that adds updates by itself, and merges it into a plain layer: not quantised again.
 
     Args:
-        dtype: of the matrix; None: that of the weight which the layer was made from.
+        dtype: of the matrix; None: that of the model.
 
     Quantising a merged weight would round an update of a few percent away that was trained to repair rounding.
     """

@@ -112,11 +112,16 @@ class TensorModel(BaseTuner):
         adapter_names: list[str] | None = None,
         dtype: torch.dtype | None = None,
     ) -> nn.Module:
-        """As PEFT's. `dtype`: of the weights that a residual base (QDoTA) gets; None: what it was quantised from."""
-        for module in self.model.modules():
-            if isinstance(module, TensorLayer) and isinstance(module.quantization_backend, UpdatableBackend):
-                module.quantization_backend.dtype = dtype
-        return super().merge_and_unload(progressbar, safe_merge, adapter_names)
+        """As PEFT's.
+
+        Args:
+            progressbar: PEFT's.
+            safe_merge: PEFT's.
+            adapter_names: PEFT's.
+            dtype: of the weights that a residual base (QDoTA) gets; None: that of the model.
+        """
+        with _merging_in(self.model, dtype):
+            return super().merge_and_unload(progressbar, safe_merge, adapter_names)
 
     def _check_merged_weights(self, adapter_names: list[str] | None) -> None:
         for module in self.model.modules():
@@ -269,6 +274,27 @@ def _target_names(tuner: BaseTuner, config: TensorConfig) -> list[str]:
 
 def _innermost(target: nn.Module) -> nn.Module:
     return target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+
+
+@contextmanager
+def _merging_in(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    """While it is open, layers that are made plain by merging get this dtype; those merged before are merged anew."""
+    layers = [module for module in model.modules() if isinstance(module, TensorLayer)]
+    layers = [
+        layer for layer in layers if dtype is not None and isinstance(layer.quantization_backend, UpdatableBackend)
+    ]
+    backends = [layer.quantization_backend for layer in layers]
+    for layer, backend in zip(layers, backends):
+        backend.dtype = dtype  # type: ignore[union-attr]
+        if layer.merged:
+            names = list(layer.merged_adapters)
+            layer.unmerge()
+            layer.merge(adapter_names=names)
+    try:
+        yield
+    finally:
+        for backend in backends:
+            backend.dtype = None  # type: ignore[union-attr]
 
 
 def _encoder_modules(model: nn.Module) -> set[nn.Module]:

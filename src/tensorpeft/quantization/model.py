@@ -48,8 +48,8 @@ def quantize_residual(
         progress: whether to show a progress bar.
 
     Raises:
-        ValueError: the configuration is of another method or finds no layer, or the model is quantised or has adapters
-            already; nothing has been changed.
+        ValueError: the configuration is of another method or finds no layer, the model is quantised or has adapters
+            already, or a weight is not finite; nothing has been changed.
 
     Source: DoTA (arXiv 2412.20891), section 3.3.
 
@@ -64,6 +64,9 @@ def quantize_residual(
 
     shapes, plain = plan_layers(model, config, skip_modules)
     names = [*shapes, *plain]
+    for name in names:  # before the first one is replaced
+        if not torch.isfinite(model.get_submodule(name).weight).all():  # type: ignore[arg-type]
+            raise ValueError(f"{name}: the weight is not finite, expected finite numbers. Check the checkpoint.")
     for name in tqdm(names, desc="quantising", unit="weight", disable=not progress):
         old = model.get_submodule(name)
         weight = oriented(old, old.weight.detach())  # type: ignore[arg-type]
@@ -132,7 +135,7 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
 
     Args:
         model: a residual base, or any model with bitsandbytes' 4-bit layers, merged or without adapters.
-        dtype: of the whole model; None: the weights get the dtype they were quantised from, the rest stays.
+        dtype: of the whole model; None: the one that it has.
 
     Raises:
         ValueError: the model has adapters: they would be lost in it, or would no longer fit.
@@ -148,7 +151,9 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
 
 
 def dequantize_layers(model: nn.Module, dtype: torch.dtype | None = None) -> None:
-    """Replace every 4-bit layer by an `nn.Linear`, one at a time."""
+    """Replace every 4-bit layer by a plain one, one at a time; by default in the dtype of the rest of the model."""
+    if dtype is None:
+        dtype = next((tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()), None)
     import bitsandbytes as bnb
 
     from tensorpeft.quantization.residual import dequantise

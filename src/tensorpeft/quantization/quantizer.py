@@ -99,7 +99,11 @@ class ResidualHfQuantizer(Bnb4BitHfQuantizer):
         """
         from tensorpeft.quantization.residual import ResidualLinear4bit
 
-        residuals = {name for name, module in model.named_modules() if isinstance(module, ResidualLinear4bit)}
+        modules = dict(model.named_modules())
+        # Under an adapter that transformers itself has added, a layer is called base_layer.
+        residuals = {
+            name.replace(".base_layer", "") for name in modules if isinstance(modules[name], ResidualLinear4bit)
+        }
         gone = [name for name in self.quantization_config.residuals if _own_name(model, name) not in residuals]
         if gone:
             raise ValueError(

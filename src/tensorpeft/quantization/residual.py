@@ -96,7 +96,13 @@ def _half_steps(
 
 
 def quantise(weight: Tensor, double_quant: bool = True) -> bnb.nn.Params4bit:
-    """The NF4 form of a matrix, blocks of 64, on the matrix's device."""
+    """The NF4 form of a matrix, blocks of 64, on the matrix's device.
+
+    Raises:
+        ValueError: an entry is not finite; NF4 would spread it over its block.
+    """
+    if not torch.isfinite(weight).all():
+        raise ValueError("cannot quantise the weight: expected finite numbers. Check the checkpoint.")
     stored = bnb.nn.Params4bit(
         weight.contiguous(), requires_grad=False, quant_type="nf4", compress_statistics=double_quant
     )
@@ -125,6 +131,8 @@ class ResidualLinear4bit(bnb.nn.Linear4bit, AbstractUpdatableLinear):
     Source: DoTA, section 3.3 (QDoTA).
     """
 
+    dtype_of_model: Tensor  # (0,)
+
     def __init__(
         self,
         in_features: int,
@@ -137,6 +145,8 @@ class ResidualLinear4bit(bnb.nn.Linear4bit, AbstractUpdatableLinear):
     ):
         super().__init__(in_features, out_features, bias, compute_dtype, double_quant, "nf4", device=device)
         cores = [torch.empty(tuple(shape), dtype=torch.float32, device=device) for shape in core_shapes]
+        # Follows the model's dtype (`model.to`, `from_pretrained(dtype=…)`), which nothing else in this layer does.
+        self.register_buffer("dtype_of_model", torch.empty(0, device=device), persistent=False)
         # Named, because from_pretrained(dtype=…) changes torch's default meanwhile.
         self.start = FrozenCores(cores, torch.zeros(4, dtype=torch.int64, device=device))
 
@@ -149,6 +159,7 @@ class ResidualLinear4bit(bnb.nn.Linear4bit, AbstractUpdatableLinear):
         shapes = [core.shape for core in parts.cores]
         layer = cls(in_features, out_features, bias is not None, shapes, compute_dtype, device="meta")
         layer.start = FrozenCores(parts.cores, digest(parts))
+        layer.dtype_of_model = torch.empty(0, dtype=parts.residual.quant_state.dtype, device=parts.residual.device)
         fill(layer, parts.residual, bias)
         return layer
 
@@ -164,8 +175,8 @@ class ResidualLinear4bit(bnb.nn.Linear4bit, AbstractUpdatableLinear):
         return effective_linear(x, self._dequantised, self.bias, self._with_start(cuts)).to(dtype)
 
     def weight_with(self, cuts: Sequence[Cut], dtype: torch.dtype | None = None) -> Tensor:
-        """`deNF4(Q) + MPO(T_start) + Σ ΔW`, by default in the dtype of the weight that was split."""
-        dtype = self.weight.quant_state.dtype if dtype is None else dtype
+        """`deNF4(Q) + MPO(T_start) + Σ ΔW`, by default in the dtype of the model."""
+        dtype = self.dtype_of_model.dtype if dtype is None else dtype
         return effective_weight(self._dequantised(), self._with_start(cuts), dtype)
 
     def _dequantised(self) -> Tensor:

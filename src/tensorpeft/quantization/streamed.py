@@ -236,16 +236,16 @@ def _convert(job: _Job, shapes: Mapping[str, Shapes], config: ResidualConfig) ->
     weight = tensor.t().contiguous() if job.is_transposed else tensor
     stem = job.key.removesuffix("weight")
     result: dict[str, Tensor] = {}
-    if job.layer in shapes:
-        try:
+    try:
+        if job.layer in shapes:
             parts = split(weight, *network_of(shapes[job.layer]), config.rounds, config.double_quant)
-        except ValueError as error:
-            raise ValueError(f"{job.file}: {job.key}: {error}") from error
-        stored = parts.residual
-        result = {f"{stem}start.core_{k}": core.contiguous() for k, core in enumerate(parts.cores, 1)}
-        result[f"{stem}start.digest"] = digest(parts)
-    else:
-        stored = quantise(weight, config.double_quant)
+            stored = parts.residual
+            result = {f"{stem}start.core_{k}": core.contiguous() for k, core in enumerate(parts.cores, 1)}
+            result[f"{stem}start.digest"] = digest(parts)
+        else:
+            stored = quantise(weight, config.double_quant)
+    except ValueError as error:
+        raise ValueError(f"{job.file}: {job.key}: {error}") from error
     state = stored.quant_state.as_dict(packed=True)
     return {**result, job.key: stored.data, **{f"{job.key}.{name}": value for name, value in state.items()}}
 
