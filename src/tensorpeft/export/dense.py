@@ -54,12 +54,12 @@ def to_dense(
     merge: Any = model.merge_and_unload
     merged = merge(dtype=dtype) if hasattr(config, "registered_type") else merge()
     merged = dequantize(merged, dtype)
-    merged.save_pretrained(out_dir)
+    merged.save_pretrained(out_dir)  # type: ignore
     for source in (adapter, Path(base)):
         if (source / "tokenizer_config.json").exists():
             AutoTokenizer.from_pretrained(source).save_pretrained(out_dir)
             break
-    return merged
+    return merged  # type: ignore
 
 
 def _load_base(base: str, task_type: Any, adapter: Path) -> PreTrainedModel:

@@ -138,7 +138,7 @@ class _EffectiveLinear(torch.autograd.Function):
         if ctx.make_weight is not None:
             weight = ctx.make_weight()
         with torch.autocast(x.device.type, enabled=False):
-            effective = effective_weight(weight, _cuts(layout, tensors), x.dtype)
+            effective = effective_weight(weight, _cuts(layout, tensors), x.dtype)  # type: ignore
             return F.linear(x, effective, None if bias is None else bias.to(x.dtype))
 
     @staticmethod

@@ -68,9 +68,9 @@ def plain_layer(base: nn.Module, weight: Tensor) -> nn.Module:
 
 def set_innermost(layer: BaseTunerLayer, base: nn.Module) -> None:
     """Put `base` where the innermost layer under an adapter is."""
-    while isinstance(layer.base_layer, BaseTunerLayer):
-        layer = layer.base_layer
-    layer.base_layer = base
+    while isinstance(layer.base_layer, BaseTunerLayer):  # type: ignore
+        layer = layer.base_layer  # type: ignore
+    layer.base_layer = base  # type: ignore
 
 
 def linear_shape(

@@ -75,7 +75,9 @@ def quantize_residual(
             new = ResidualLinear4bit.from_split(parts, old.bias, compute_dtype)  # type: ignore[arg-type]
         else:
             new = fill(
-                nf4_linear(weight.shape, old.bias is not None, compute_dtype), quantise(weight, double_quant), old.bias
+                nf4_linear(weight.shape, old.bias is not None, compute_dtype),
+                quantise(weight, double_quant),
+                old.bias,  # type: ignore
             )
         new.source_cls = type(old)  # type: ignore[assignment]
         model.set_submodule(name, new.train(old.training))
@@ -154,14 +156,14 @@ def dequantize_layers(model: nn.Module, dtype: torch.dtype | None = None) -> Non
     """Replace every 4-bit layer by a plain one, one at a time; by default in the dtype of the rest of the model."""
     if dtype is None:
         dtype = next((tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()), None)
-    import bitsandbytes as bnb
+    from bitsandbytes.nn.modules import Linear4bit
 
     from tensorpeft.quantization.residual import dequantise
 
     layers: Mapping[str, nn.Module] = dict(model.named_modules())
     for name, layer in layers.items():
-        if isinstance(layer, bnb.nn.Linear4bit):
+        if isinstance(layer, Linear4bit):
             restore_row_order(layer)
             is_residual = isinstance(layer, AbstractUpdatableLinear)
-            weight = layer.weight_with((), dtype) if is_residual else dequantise(layer.weight)
+            weight = layer.weight_with((), dtype) if is_residual else dequantise(layer.weight)  # type: ignore
             model.set_submodule(name, plain_layer(layer, weight if dtype is None else weight.to(dtype)))

@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.quantizers import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 METHOD = "tensorpeft_residual_nf4"
 
 
-@register_quantization_config(METHOD)
 class ResidualConfig(QuantizationConfigMixin):
     """What a residual base is made of: `quantization_config` in its `config.json`.
 
@@ -48,7 +47,6 @@ class ResidualConfig(QuantizationConfigMixin):
         return None if self.compute_dtype is None else getattr(torch, self.compute_dtype)
 
 
-@register_quantizer(METHOD)
 class ResidualHfQuantizer(Bnb4BitHfQuantizer):
     """Loads a residual base: bitsandbytes' 4-bit weights, read as transformers reads them, and cores beside them."""
 
@@ -69,7 +67,7 @@ class ResidualHfQuantizer(Bnb4BitHfQuantizer):
                 "tensorpeft.quantization.quantize_residual(model, DotaConfig(...)), or run: tensorpeft quantize"
             )
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         self.modules_to_not_convert = []
         replace_layers(model, self.quantization_config)
         kept = (*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ()))  # type: ignore
@@ -79,7 +77,7 @@ class ResidualHfQuantizer(Bnb4BitHfQuantizer):
             if parameter.is_floating_point() and not any(part in kept for part in name.split("."))
         }
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
         # transformers hands every tensor called "weight" to bitsandbytes' reading, which leaves it in the file's dtype;
         # so a model loaded with another one would have both.
         for name, parameter in model.named_parameters():
@@ -176,3 +174,8 @@ def mark_quantised(model: nn.Module, config: ResidualConfig) -> None:
         model.quantization_method = METHOD  # type: ignore[assignment]
         model.is_quantized = model.is_loaded_in_4bit = True  # type: ignore[assignment]
         model.config._is_quantized = True  # type: ignore[attr-defined]
+
+
+# Called rather than written as decorators, which have no types: the classes would lose theirs.
+register_quantization_config(METHOD)(ResidualConfig)
+register_quantizer(METHOD)(ResidualHfQuantizer)

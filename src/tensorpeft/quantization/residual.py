@@ -6,8 +6,9 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
-import bitsandbytes as bnb
 import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn.modules import Linear4bit, Params4bit, fix_4bit_weight_quant_state_from_module
 from torch import Tensor, nn
 
 from tensorpeft.networks.effective import Cut, effective_linear, effective_weight
@@ -19,7 +20,7 @@ from tensorpeft.plugin.base_weight import restore_row_order
 class Split(NamedTuple):
     """A weight as NF4 residual and cores."""
 
-    residual: bnb.nn.Params4bit
+    residual: Params4bit
     cores: list[Tensor]  # each (bond_left, out_mode, in_mode, bond_right), float32
     errors: list[float]  # ‖W0 − (deNF4(Q) + MPO(T))‖ / ‖W0‖ after each half-step, the first that of one shot
 
@@ -61,7 +62,7 @@ def alternate(
     restore: Callable[[Low], Tensor],  # that form -> the matrix
     rounds: int,
     double_quant: bool,
-) -> tuple[bnb.nn.Params4bit, Low, list[float]]:
+) -> tuple[Params4bit, Low, list[float]]:
     """The 4-bit residual, the form with few parameters, and the errors after each half-step: see `split`."""
     if rounds < 1:
         raise ValueError(f"rounds={rounds}: expected at least 1, the paper's one shot.")
@@ -84,7 +85,7 @@ def _half_steps(
     restore: Callable[[Low], Tensor],
     rounds: int,
     double_quant: bool,
-) -> Iterator[tuple[bnb.nn.Params4bit, Low]]:
+) -> Iterator[tuple[Params4bit, Low]]:
     low = approximate(exact)
     quantised = quantise((exact - restore(low)).to(dtype), double_quant)
     yield quantised, low
@@ -95,7 +96,7 @@ def _half_steps(
         yield quantised, low
 
 
-def quantise(weight: Tensor, double_quant: bool = True) -> bnb.nn.Params4bit:
+def quantise(weight: Tensor, double_quant: bool = True) -> Params4bit:
     """The NF4 form of a matrix, blocks of 64, on the matrix's device.
 
     Raises:
@@ -103,18 +104,16 @@ def quantise(weight: Tensor, double_quant: bool = True) -> bnb.nn.Params4bit:
     """
     if not torch.isfinite(weight).all():
         raise ValueError("cannot quantise the weight: expected finite numbers. Check the checkpoint.")
-    stored = bnb.nn.Params4bit(
-        weight.contiguous(), requires_grad=False, quant_type="nf4", compress_statistics=double_quant
-    )
+    stored = Params4bit(weight.contiguous(), requires_grad=False, quant_type="nf4", compress_statistics=double_quant)  # type: ignore
     return stored._quantize(weight.device)
 
 
-def dequantise(stored: bnb.nn.Params4bit) -> Tensor:  # (out, in)
+def dequantise(stored: Params4bit) -> Tensor:  # (out, in)
     """The matrix of a 4-bit weight, in the dtype of the weight it was made from."""
-    return bnb.functional.dequantize_4bit(stored.data, stored.quant_state)
+    return dequantize_4bit(stored.data, stored.quant_state)
 
 
-class ResidualLinear4bit(bnb.nn.Linear4bit, AbstractUpdatableLinear):
+class ResidualLinear4bit(Linear4bit, AbstractUpdatableLinear):
     """`y = x (deNF4(Q) + MPO(T_start))ᵀ + b`: a linear layer that is a weight in 4 bits with a part of it in float32.
 
     To bitsandbytes, transformers and PEFT it is a `Linear4bit` whose 4-bit weight is the residual. An adapter that
@@ -155,7 +154,7 @@ class ResidualLinear4bit(bnb.nn.Linear4bit, AbstractUpdatableLinear):
         cls, parts: Split, bias: Tensor | None, compute_dtype: torch.dtype | None = None
     ) -> ResidualLinear4bit:
         """The layer of a weight that has been split."""
-        out_features, in_features = parts.residual.quant_state.shape
+        out_features, in_features = parts.residual.quant_state.shape  # type: ignore
         shapes = [core.shape for core in parts.cores]
         layer = cls(in_features, out_features, bias is not None, shapes, compute_dtype, device="meta")
         layer.start = FrozenCores(parts.cores, digest(parts))
@@ -181,8 +180,8 @@ class ResidualLinear4bit(bnb.nn.Linear4bit, AbstractUpdatableLinear):
 
     def _dequantised(self) -> Tensor:
         restore_row_order(self)
-        bnb.nn.modules.fix_4bit_weight_quant_state_from_module(self)
-        return dequantise(self.weight)
+        fix_4bit_weight_quant_state_from_module(self)
+        return dequantise(self.weight)  # type: ignore
 
     def _with_start(self, cuts: Sequence[Cut]) -> list[Cut]:
         """The start's network and the cuts; an update that begins by subtracting the start takes its place."""
@@ -203,19 +202,19 @@ def nf4_linear(
     has_bias: bool,
     compute_dtype: torch.dtype | None = None,
     double_quant: bool = True,
-) -> bnb.nn.Linear4bit:
+) -> Linear4bit:
     """A plain 4-bit layer on the meta device."""
     out, in_ = shape
-    layer = bnb.nn.Linear4bit(in_, out, has_bias, compute_dtype, double_quant, "nf4", device="meta")
+    layer = Linear4bit(in_, out, has_bias, compute_dtype, double_quant, "nf4", device="meta")
     # On AVX512 bitsandbytes repacks weights for its own kernel in the first evaluation: it asserts sizes that real
     # models do not have (out a multiple of 32), and rounds the blocks' scales to bfloat16 for good.
     layer.support_avx512bf16_for_cpu = False
     return layer
 
 
-def fill(layer: bnb.nn.Linear4bit, stored: bnb.nn.Params4bit, bias: Tensor | None) -> bnb.nn.Linear4bit:
+def fill(layer: Linear4bit, stored: Params4bit, bias: Tensor | None) -> Linear4bit:
     """The layer, with a weight that is quantised already, and a bias."""
-    layer.weight, layer.quant_state, stored.module = stored, stored.quant_state, layer
+    layer.weight, layer.quant_state, stored.module = stored, stored.quant_state, layer  # type: ignore
     if bias is not None:
         layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
     return layer

@@ -155,7 +155,7 @@ def _run_study(
                 method_costs,
                 on_run=lambda text: progress.update(bar, description=text),
                 on_step=lambda: progress.advance(bar),
-                on_widening=lambda: progress.update(bar, total=progress.tasks[bar].total + recipe.steps),
+                on_widening=lambda: progress.update(bar, total=(progress.tasks[bar].total or 0) + recipe.steps),
             )
             for method, method_costs in zip(methods, costs, strict=True)
         ]
