@@ -10,7 +10,7 @@ import transformers
 from peft import PeftConfig
 from torch import nn
 
-from tensorpeft import DotaConfig, FactConfig, LortaConfig, LotrConfig
+from tensorpeft import DotaConfig, FactConfig, FloraConfig, LorettaConfig, LortaConfig, LotrConfig, NolaConfig
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,10 @@ CASES = [
     Case("lotr", LotrConfig, {"r": 4}),
     Case("fact-tt", FactConfig, {"r": 4}),
     Case("fact-tk", FactConfig, {"r": 4, "core": "tk"}),
+    Case("loretta", LorettaConfig, {"r": 4, "tt_rank": 3}),
+    Case("loretta-no-start", LorettaConfig, {"r": 4, "init_weights": False}, starts_at_identity=False),
+    Case("flora", FloraConfig, {"r": 4}),
+    Case("nola", NolaConfig, {"r": 4, "num_bases": 16, "seed": 5}),
 ]
 over_cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 over_identity_cases = pytest.mark.parametrize(

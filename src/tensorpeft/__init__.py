@@ -2,10 +2,22 @@
 
 from tensorpeft.methods.dota import DotaConfig
 from tensorpeft.methods.fact import FactConfig
+from tensorpeft.methods.flora import FloraConfig
+from tensorpeft.methods.loretta import LorettaConfig
 from tensorpeft.methods.lorta import LortaConfig
 from tensorpeft.methods.lotr import LotrConfig
+from tensorpeft.methods.nola import NolaConfig
 from tensorpeft.plugin.tensor_map import print_tensor_map
 from tensorpeft.quantization import quantizer as _quantizer  # noqa: F401  # registers residual bases with transformers
 
-__all__ = ["DotaConfig", "FactConfig", "LortaConfig", "LotrConfig", "print_tensor_map"]
+__all__ = [
+    "DotaConfig",
+    "FactConfig",
+    "FloraConfig",
+    "LorettaConfig",
+    "LortaConfig",
+    "LotrConfig",
+    "NolaConfig",
+    "print_tensor_map",
+]
 __version__ = "0.1.0"

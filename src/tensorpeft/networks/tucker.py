@@ -47,6 +47,42 @@ class TuckerFactors(SharedFactors):
         )
 
 
+class TuckerMatrixUpdate(AbstractLowRankUpdate):
+    """A weight's own Tucker decomposition, `ΔW = scale · U G Vᵀ`; made without values worth keeping but a zero G.
+
+    Args:
+        out: rows of the weight.
+        in_: columns.
+        rank: r of both modes.
+        scale: s.
+
+    Source: FLoRA (arXiv 2405.14739), section 3.2, for a matrix.
+    """
+
+    def __init__(self, out: int, in_: int, rank: int, scale: float):
+        super().__init__()
+        self.scale = scale
+        self.U = nn.Parameter(torch.zeros(out, rank))
+        self.V = nn.Parameter(torch.zeros(in_, rank))
+        self.G = nn.Parameter(torch.zeros(rank, rank))
+
+    def factors_from(self, tensors: Mapping[str, Tensor]) -> Factors:
+        """Vᵀ, the scaled core and U."""
+        return Factors(tensors["V"].mT, tensors["G"] * self.scale, tensors["U"])
+
+    def place(self) -> tuple[object, ...]:
+        """The scale."""
+        return (self.scale,)
+
+    def tensor_name(self) -> str:
+        """A tensor of its own for every weight, told by its modes."""
+        return self.extra_repr()
+
+    def extra_repr(self) -> str:
+        """Modes and rank."""
+        return f"U {len(self.U)} · V {len(self.V)}, r {len(self.G)}"
+
+
 class TuckerUpdate(AbstractLowRankUpdate):
     """One weight of a stacked tensor.
 

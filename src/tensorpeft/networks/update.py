@@ -121,7 +121,7 @@ class AbstractLowRankUpdate(AbstractWeightUpdate):
 
     @abstractmethod
     def factors_from(self, tensors: Mapping[str, Tensor]) -> Factors:
-        """The three factors made of these tensors, named as the parameters (the shared ones, or its own) are.
+        """The three factors made of these tensors, named as the parameters (the shared ones, and its own) are.
 
         Where every tensor has one more leading axis, of adapters, so have the factors.
         """
@@ -132,7 +132,8 @@ class AbstractLowRankUpdate(AbstractWeightUpdate):
 
     def factors(self) -> Factors:
         """The three factors, in the parameters' dtype. Differentiable."""
-        return self.factors_from(dict((self.shared or self).named_parameters()))
+        shared = {} if self.shared is None else dict(self.shared.named_parameters())
+        return self.factors_from({**shared, **dict(self.named_parameters())})
 
     def forward(self, x: Tensor) -> Tensor:
         """`x downᵀ coreᵀ upᵀ`; under autocast in its dtype."""
@@ -147,15 +148,21 @@ class AbstractLowRankUpdate(AbstractWeightUpdate):
 def stacked_factors(updates: Sequence[AbstractWeightUpdate]) -> Factors | None:
     """The factors of one weight's updates in several adapters, each stacked along a leading axis.
 
-    None where they cannot be: not all of low rank with shared factors, of one method, one shape and one scale.
+    None where they cannot be: not all of low rank, of one method, one shape and one scale.
     """
     first = updates[0]
-    if not isinstance(first, AbstractLowRankUpdate) or first.shared is None:
+    if not isinstance(first, AbstractLowRankUpdate):
         return None
-    shapes = {name: tensor.shape for name, tensor in first.shared.named_parameters()}
     for update in updates[1:]:
-        if type(update) is not type(first) or update.shared is None or update.place() != first.place():
+        if type(update) is not type(first) or update.place() != first.place() or _shapes(update) != _shapes(first):
             return None
-        if {name: tensor.shape for name, tensor in update.shared.named_parameters()} != shapes:
-            return None
-    return first.factors_from(first.shared.stacked_with([update.shared for update in updates[1:] if update.shared]))
+    shared = {}
+    if first.shared is not None:
+        shared = first.shared.stacked_with([update.shared for update in updates[1:] if update.shared])
+    own = [dict(update.named_parameters()) for update in updates]
+    return first.factors_from({**shared, **{name: torch.stack([each[name] for each in own]) for name in own[0]}})
+
+
+def _shapes(update: AbstractWeightUpdate) -> dict[str, torch.Size]:
+    modules = [update] if update.shared is None else [update.shared, update]
+    return {name: tensor.shape for module in modules for name, tensor in module.named_parameters()}

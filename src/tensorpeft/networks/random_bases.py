@@ -1,0 +1,109 @@
+"""Weights as combinations of frozen random matrices that a seed stands for, and the update made of two of them.
+
+The entries come from Philox 4x64-10 (Salmon et al., 2011; numpy.random.Philox), a counter-based generator whose raw
+output is the same everywhere, made into numbers by exact operations only: the upper 24 bits of each 64-bit word w give
+`(w >> 40) · 2⁻²³ − 1`, uniform in [−1, 1). So a seed means the same bases on every machine and device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tensorpeft.networks.low_rank import Factors
+from tensorpeft.networks.update import AbstractLowRankUpdate, SharedFactors
+
+_SIDES = {"down": 0, "up": 1}
+
+
+def random_basis(
+    seed: int,  # from 0 to 2**64 - 1
+    side: str,  # "down" or "up"
+    size: int,
+    shape: tuple[int, ...],
+) -> Tensor:  # of that shape, float32, uniform in [-1, 1)
+    """The bases of one side and size: Philox with the key (seed, 2 · size + side), from its counter's start.
+
+    >>> random_basis(0, "down", 4, (1, 2, 4)).shape
+    torch.Size([1, 2, 4])
+    """
+    key = np.array([seed, 2 * size + _SIDES[side]], dtype=np.uint64)
+    words = np.random.Philox(key=key).random_raw(int(np.prod(shape)))
+    return torch.from_numpy((words >> np.uint64(40)).astype(np.float32) * np.float32(2**-23) - np.float32(1)).view(
+        shape
+    )
+
+
+class RandomBases(SharedFactors):
+    """The bases of all sizes that an adapter needs: made from the seed, shared by its layers, in no checkpoint.
+
+    Args:
+        seed: what they are made from.
+        num_bases: k, on each side.
+        rank: r.
+        shapes: (out, in) of the weights.
+    """
+
+    def __init__(self, seed: int, num_bases: int, rank: int, shapes: Iterable[tuple[int, int]]):
+        super().__init__()
+        self.seed = seed
+        self.num_bases = num_bases
+        self.rank = rank
+        outs, ins = zip(*shapes)
+        for size in sorted(set(ins)):
+            # The variance of LoRA's A for one basis; the coefficients keep it (see `NolaConfig`).
+            basis = random_basis(seed, "down", size, (num_bases, rank, size)) * size**-0.5
+            self.register_buffer(f"down_{size}", basis, persistent=False)
+        for size in sorted(set(outs)):
+            basis = random_basis(seed, "up", size, (num_bases, size, rank))
+            self.register_buffer(f"up_{size}", basis, persistent=False)
+
+    def extra_repr(self) -> str:
+        """Seed, number and rank."""
+        return f"seed {self.seed}, {self.num_bases} bases of rank {self.rank} per side"
+
+
+class RandomBasesUpdate(AbstractLowRankUpdate):
+    """`ΔW = scale · (Σ_i α_i A_i) (Σ_j β_j B_j)`: only the coefficients are trained, and saved.
+
+    Args:
+        shared: the bases A_i (out, r) and B_j (r, in).
+        out: rows of the weight.
+        in_: columns.
+        scale: s.
+    """
+
+    def __init__(self, shared: RandomBases, out: int, in_: int, scale: float):
+        super().__init__(shared)
+        self.out = out
+        self.in_ = in_
+        self.scale = scale
+        self.alpha = nn.Parameter(torch.zeros(shared.num_bases))
+        self.beta = nn.Parameter(torch.zeros(shared.num_bases))
+
+    def factors_from(self, tensors: Mapping[str, Tensor]) -> Factors:
+        """Both combinations, each a product of the coefficients with the bases, and the scale."""
+        shared = cast(RandomBases, self.shared)
+        down, up = getattr(shared, f"down_{self.in_}"), getattr(shared, f"up_{self.out}")
+        alpha, beta = tensors["alpha"], tensors["beta"]
+        combined = (beta @ down.flatten(1).to(beta.dtype)).unflatten(-1, down.shape[1:])
+        core = combined.new_full((*combined.shape[:-2], shared.rank), self.scale)
+        return Factors(combined, core, (alpha @ up.flatten(1).to(alpha.dtype)).unflatten(-1, up.shape[1:]))
+
+    def place(self) -> tuple[object, ...]:
+        """What the bases are made from, and the scale."""
+        shared = cast(RandomBases, self.shared)
+        return (shared.seed, shared.num_bases, shared.rank, self.out, self.in_, self.scale)
+
+    def tensor_name(self) -> str:
+        """The bases it combines."""
+        shared = cast(RandomBases, self.shared)
+        return f"{shared.num_bases} x ({self.out}, {shared.rank}) · {shared.num_bases} x ({shared.rank}, {self.in_})"
+
+    def extra_repr(self) -> str:
+        """Its shape."""
+        return f"out {self.out}, in {self.in_}"

@@ -1,0 +1,86 @@
+"""Tensor trains: a vector of many entries as a chain of small cores, and the update whose two factors are such chains.
+
+Core k has shape (b_{k-1}, m_k, b_k), b_0 = b_N = 1, and entry (m_1..m_N), row-major with the first mode slowest, is the
+product of the matrices `T1[:, m_1, :] · T2[:, m_2, :] · … · TN[:, m_N, :]`. Source: Oseledets (2011).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from tensorpeft.networks.low_rank import Factors
+from tensorpeft.networks.update import AbstractLowRankUpdate
+
+
+def contract(
+    cores: Sequence[Tensor],  # each (*adapters, bond_left, mode, bond_right)
+) -> Tensor:  # (*adapters, product of the modes)
+    """All entries of a train. Differentiable."""
+    chain = cores[0].squeeze(-3)  # (*adapters, entries so far, bond)
+    for core in cores[1:]:
+        chain = (chain @ core.flatten(-2)).unflatten(-1, core.shape[-2:]).flatten(-3, -2)
+    return chain.squeeze(-1)
+
+
+def train_bonds(num_modes: int, rank: int) -> list[int]:
+    """1, then `rank` between neighbouring cores, then 1."""
+    return [1, *[rank] * (num_modes - 1), 1]
+
+
+def random_train(
+    modes: Sequence[int],
+    rank: int,
+    std: float,
+) -> list[Tensor]:  # N cores, each (bond_left, mode, bond_right)
+    """Gaussian cores of a train whose entries have mean zero and that standard deviation.
+
+    Each core's is `bond_left^-½`, so that every product of cores keeps its scale; the first core carries `std`.
+    """
+    bonds = train_bonds(len(modes), rank)
+    cores = [torch.randn(bonds[k], mode, bonds[k + 1]) * bonds[k] ** -0.5 for k, mode in enumerate(modes)]
+    return [cores[0] * std, *cores[1:]]
+
+
+class TensorTrainUpdate(AbstractLowRankUpdate):
+    """`ΔW = scale · B A`, the two factors of a LoRA as tensor trains over the modes of all their entries.
+
+    Args:
+        down: the cores of A (r, in).
+        up: the cores of B (out, r).
+        rank: r.
+        scale: s.
+    """
+
+    def __init__(self, down: Sequence[Tensor], up: Sequence[Tensor], rank: int, scale: float):
+        super().__init__()
+        self.rank = rank
+        self.scale = scale
+        self.num_down, self.num_up = len(down), len(up)
+        for side, cores in (("down", down), ("up", up)):
+            for k, core in enumerate(cores, 1):
+                self.register_parameter(f"{side}_{k}", nn.Parameter(core))
+
+    def factors_from(self, tensors: Mapping[str, Tensor]) -> Factors:
+        """A, the scale and B: formed once per forward, and kept for backward."""
+        down = contract([tensors[f"down_{k}"] for k in range(1, self.num_down + 1)]).unflatten(-1, (self.rank, -1))
+        up = contract([tensors[f"up_{k}"] for k in range(1, self.num_up + 1)]).unflatten(-1, (-1, self.rank))
+        return Factors(down, down.new_full((*down.shape[:-2], self.rank), self.scale), up)
+
+    def place(self) -> tuple[object, ...]:
+        """Rank and scale."""
+        return (self.rank, self.scale)
+
+    def tensor_name(self) -> str:
+        """Two trains of its own for every weight, told by their modes."""
+        return self.extra_repr()
+
+    def extra_repr(self) -> str:
+        """Modes, as in `A 8·8·12·8, B 8·8·12·8`."""
+        modes = {
+            name: "·".join(str(getattr(self, f"{side}_{k}").shape[1]) for k in range(1, count + 1))
+            for name, side, count in (("A", "down", self.num_down), ("B", "up", self.num_up))
+        }
+        return ", ".join(f"{name} {text}" for name, text in modes.items())
