@@ -41,7 +41,7 @@ CASES = [
     Case("fact-tk", FactConfig, {"r": 4, "core": "tk"}),
     Case("loretta", LorettaConfig, {"r": 4, "tt_rank": 3}),
     Case("loretta-no-start", LorettaConfig, {"r": 4, "init_weights": False}, starts_at_identity=False),
-    Case("flora", FloraConfig, {"r": 4}),
+    Case("flora", FloraConfig, {"r": 4, "alpha": 64}),
     Case("nola", NolaConfig, {"r": 4, "num_bases": 16, "seed": 5}),
 ]
 over_cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -21,6 +21,10 @@ EXPECTED_FAILURES = {
     "test_save_pretrained_pickle": "loads a pickle; we refuse to",
     "test_save_pretrained_selected_adapters_pickle": "loads a pickle; we refuse to",
     "test_lora_conversion": "asks for a LoRA of low rank; an MPO has high rank",
+    # Log-probabilities near zero, compared to 2e-8: below the rounding of their logits, so that the alignment of buffers
+    # decides; alone, the test passes. DoTA adds to the weight before it multiplies, and a product's last digits depend on
+    # how many rows it has.
+    "test_mixed_adapter_batches_different_target_layers": "asks for less than rounding leaves",
     # PEFT skips these for its own methods with shared weights, for that reason.
     "test_training_decoders_layer_indexing": "counts tensors: one tensor for all layers has as many for one layer",
     "test_training_encoder_decoders_layer_indexing": "counts tensors, as above",
@@ -70,4 +74,4 @@ def test_peft_s_own_tests_pass(suite: str, peft_tests: Path):
     failed = re.findall(r"^FAILED \S+::(\w+)\[", result.stdout, flags=re.MULTILINE)
     assert len(failed) == int(summary.group(2)), result.stdout[-5000:]
     assert set(failed) <= set(EXPECTED_FAILURES), result.stdout[-5000:]
-    assert int(summary.group(1)) > {"custom": 1000, "models": 700, "quant": 25}[suite]
+    assert int(summary.group(1)) > {"custom": 1700, "models": 1200, "quant": 45}[suite]

@@ -65,6 +65,11 @@ class TensorLayer(UpdateHolder):
         if self.disable_adapters and self.merged:
             self.unmerge()
         updates = [] if self.disable_adapters or self.merged else self._named(self.active_adapters)
+        return self._adapted_forward(x, updates, *args, **kwargs)
+
+    def _adapted_forward(
+        self, x: Tensor, updates: Sequence[AbstractWeightUpdate], *args: Any, may_cache: bool = True, **kwargs: Any
+    ) -> Tensor:
         weight = addable_weight(self.base_layer) if updates else None
         fused = [update for update in updates if isinstance(update, AbstractFusedUpdate)]
         if fused and isinstance(self.base_layer, AbstractUpdatableLinear) and not has_own_forward(self.base_layer):
@@ -73,7 +78,7 @@ class TensorLayer(UpdateHolder):
         elif weight is None:
             result, added = self.base_layer(x, *args, **kwargs), updates
         elif fused:
-            result = self._fused_forward(x, weight, fused)
+            result = self._fused_forward(x, weight, fused, may_cache)
             added = [update for update in updates if not isinstance(update, AbstractFusedUpdate)]
         else:
             low_rank = [update for update in updates if isinstance(update, AbstractLowRankUpdate)]
@@ -86,10 +91,12 @@ class TensorLayer(UpdateHolder):
             result = result + update(x).to(result.dtype)
         return result
 
-    def _fused_forward(self, x: Tensor, weight: Tensor, updates: Sequence[AbstractFusedUpdate]) -> Tensor:
+    def _fused_forward(
+        self, x: Tensor, weight: Tensor, updates: Sequence[AbstractFusedUpdate], may_cache: bool
+    ) -> Tensor:
         bias: Tensor | None = self.base_layer.bias  # type: ignore[assignment]
         trains = torch.is_grad_enabled() and (weight.requires_grad or any(map(_is_trained, updates)))
-        if self.training or trains or torch.compiler.is_compiling():
+        if self.training or trains or not may_cache or torch.compiler.is_compiling():
             return effective_linear(x, weight, bias, [update.cut() for update in updates])
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -141,7 +148,10 @@ class TensorLayer(UpdateHolder):
             return result.index_add_(0, rows, low_rank_rows(x[rows], factors, adapters).to(result.dtype))
         for name in names:
             rows = torch.tensor([k for k, other in enumerate(adapter_names) if other == name], device=x.device)
-            for update in self._named([name]):
+            (update,) = self._named([name])
+            if isinstance(update, AbstractFusedUpdate):  # by the route that it takes when it is alone: equal results
+                result[rows] = self._adapted_forward(x[rows], [update], *args, may_cache=False, **kwargs)
+            else:
                 result.index_add_(0, rows, update(x[rows]).to(result.dtype))
         return result
 
