@@ -21,7 +21,16 @@ from transformers.pytorch_utils import Conv1D
 from cases import Model
 from tensorpeft import FloraConfig, LorettaConfig, NolaConfig
 
-__all__ = ["METHODS", "Method", "dense_updates", "philox_block", "random_bases", "shape_of", "trained"]
+__all__ = [
+    "METHODS",
+    "Method",
+    "bases_of",
+    "dense_updates",
+    "philox_block",
+    "random_bases",
+    "train_of",
+    "trained",
+]
 
 Array: TypeAlias = Any  # of numpy, or of torch where gradients are wanted
 
@@ -68,7 +77,7 @@ def nola_update(
     alpha: float,
     xp: ModuleType = np,
 ) -> Array:  # (out, in)
-    """`(alpha / r) (Σ_i α_i A_i) (Σ_j β_j B_j)`, A_i (out, r) and B_j (r, in); the B_j are divided by √in, in float32."""
+    """`(alpha / r) (Σ_i α_i A_i) (Σ_j β_j B_j)`, A_i (out, r), B_j (r, in); the B_j are divided by √in in float32."""
     (out, in_), k = shape, len(tensors["alpha"])
     up, down = random_bases(seed, "up", out, (k, out, r)), random_bases(seed, "down", in_, (k, r, in_))
     down = (down.astype(np.float32) * np.float32(in_**-0.5)).astype(np.float64)
@@ -170,3 +179,29 @@ def dense_updates(
             update = nola_update(tensors, shape, method.arguments["seed"], r, alpha, xp)
         updates[name] = update.T if isinstance(base.get_submodule(name), Conv1D) else update
     return updates
+
+
+def train_of(out: int, in_: int, **arguments: Any) -> tuple[dict[str, list[int]], dict[str, list[tuple[int, ...]]]]:
+    """LoRETTA's A and B for one weight: the printed modes (`A 8·8·12·8, B 8·8·12·8`) and the shapes of the cores."""
+    with torch.device("meta"):
+        model = nn.ModuleDict({"layer": nn.Linear(in_, out, bias=False)})
+    model = get_peft_model(model, LorettaConfig(target_modules=["layer"], **arguments)).base_model.model
+    printed = model.layer.updates["default"].extra_repr().split(", ")
+    modes = {text[0]: [int(mode) for mode in text[2:].split("·")] for text in printed}
+    cores = trained_cores(model.layer.updates["default"])
+    return modes, {"A": cores["down"], "B": cores["up"]}
+
+
+def trained_cores(update: nn.Module) -> dict[str, list[tuple[int, ...]]]:
+    """The shapes of `down_1, down_2, ...` and of `up_1, ...`."""
+    tensors = dict(update.named_parameters())
+    sides = {side: numbered(tensors, side) for side in ("down", "up")}
+    assert sorted(name for names in sides.values() for name in names) == sorted(tensors)
+    return {side: [tuple(tensors[name].shape) for name in names] for side, names in sides.items()}
+
+
+def bases_of(model: nn.Module, adapter: str = "default") -> dict[str, torch.Tensor]:
+    """Every mention of a frozen tensor of a NOLA adapter in a model."""
+    found = [item for item in model.named_buffers(remove_duplicate=False) if f"nola_update.{adapter}." in item[0]]
+    assert len({name.rpartition(".")[2] for name, _ in found}) == len(found)
+    return {name.rpartition(".")[2]: buffer for name, buffer in found}

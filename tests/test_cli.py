@@ -19,7 +19,7 @@ from tensorpeft.studies import finetune  # noqa: E402
         (["--data", "folder"], "--data folder: the docstrings task reads this Python's own library"),
         (
             ["--methods", "lora,sora"],
-            "no method 'sora'. Choose from full, lora, dota, dota-random, lorta, lotr, qlora, qdota.",
+            "no method 'sora'. Choose from full, lora, dota,",
         ),
         (["--seeds", "0"], "seeds=0"),
         (["--steps", "0"], "steps=0: expected at least 4"),

@@ -21,9 +21,9 @@ EXPECTED_FAILURES = {
     "test_save_pretrained_pickle": "loads a pickle; we refuse to",
     "test_save_pretrained_selected_adapters_pickle": "loads a pickle; we refuse to",
     "test_lora_conversion": "asks for a LoRA of low rank; an MPO has high rank",
-    # Log-probabilities near zero, compared to 2e-8: below the rounding of their logits, so that the alignment of buffers
-    # decides; alone, the test passes. DoTA adds to the weight before it multiplies, and a product's last digits depend on
-    # how many rows it has.
+    # Log-probabilities near zero, compared to 2e-8: below the rounding of their logits. Alone, the test passes; in the
+    # whole suite the alignment of buffers decides. DoTA adds to the weight before it multiplies, and the last digits of
+    # a product depend on how many rows it has.
     "test_mixed_adapter_batches_different_target_layers": "asks for less than rounding leaves",
     # PEFT skips these for its own methods with shared weights, for that reason.
     "test_training_decoders_layer_indexing": "counts tensors: one tensor for all layers has as many for one layer",

@@ -50,8 +50,10 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--methods",
         metavar="A,B",
-        help="of full, lora, dota, dota-random, lorta, lotr (these by default), qlora, qdota; or all",
+        help="of full, lora, dota, dota-random, lorta, lotr (these by default), loretta, flora, nola, pissa, dora, "
+        "vera, ia3, qlora, qdota",
     )
+    demo.add_argument("--all", action="store_true", help="every method")
     demo.add_argument("--quick", action="store_true", help="few steps, rows and seeds: shows that it runs, no more")
     demo.add_argument("--seeds", type=int, metavar="N", help="final runs per method (default: 3; quick: 2)")
     demo.add_argument(
@@ -194,7 +196,9 @@ def _demo(arguments: argparse.Namespace, command: str) -> None:
     from tensorpeft.studies.demo_methods import choose_methods
 
     plan = make_plan(arguments.quick, arguments.steps, arguments.seeds, arguments.task)
-    methods = choose_methods(arguments.methods, plan.rate_scale)
+    if arguments.all and arguments.methods:
+        raise ValueError(f"--all and --methods {arguments.methods}: pass one of the two.")
+    methods = choose_methods("all" if arguments.all else arguments.methods, plan.rate_scale)
     run_demo(_load_task(arguments.task, arguments.data), plan, methods, arguments.output, command)
 
 

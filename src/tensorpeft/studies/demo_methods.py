@@ -3,15 +3,16 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from peft import LoraConfig, PeftConfig
+from peft import IA3Config, LoraConfig, PeftConfig, VeraConfig
 from torch import nn
 
-from tensorpeft import DotaConfig, LortaConfig, LotrConfig
+from tensorpeft import DotaConfig, FloraConfig, LorettaConfig, LortaConfig, LotrConfig, NolaConfig
 from tensorpeft.quantization import quantize_residual
 
 # BERT's query, key, value and both MLP weights. A list of suffixes cannot say it: "output.dense" is also the end of
 # the attention's output projection, "attention.output.dense".
 TARGETS = r".*\.layer\.\d+\.(attention\.self\.(query|key|value)|intermediate\.dense|output\.dense)"
+MLP = r".*\.layer\.\d+\.(intermediate\.dense|output\.dense)"
 # What LoRTA's paper adapts: the attention's four projections.
 ATTENTION = r".*\.layer\.\d+\.attention\.(self\.(query|key|value)|output\.dense)"
 REFERENCE = "lora"
@@ -77,6 +78,56 @@ METHODS = (
         "LoTR r=16",
         lambda: LotrConfig(r=16, target_modules=TARGETS, task_type="SEQ_CLS"),
         (3e-3, 1e-2, 3e-2),
+    ),
+    Method(
+        "loretta",
+        "LoRETTA r=8",
+        lambda: LorettaConfig(r=8, target_modules=TARGETS, task_type="SEQ_CLS"),
+        (3e-3, 1e-2, 3e-2),
+        is_default=False,
+    ),
+    Method(
+        "flora",
+        "FLoRA r=8",
+        lambda: FloraConfig(r=8, target_modules=TARGETS, task_type="SEQ_CLS"),
+        (1e-3, 3e-3, 1e-2),
+        is_default=False,
+    ),
+    Method(
+        "nola",
+        "NOLA r=8 k=64",
+        lambda: NolaConfig(r=8, target_modules=TARGETS, task_type="SEQ_CLS"),
+        (1e-2, 3e-2, 1e-1),
+        is_default=False,
+    ),
+    Method(
+        "pissa",
+        "PiSSA r=8",
+        lambda: LoraConfig(r=8, lora_alpha=8, init_lora_weights="pissa", target_modules=TARGETS, task_type="SEQ_CLS"),
+        (3e-4, 1e-3, 3e-3),
+        is_default=False,
+    ),
+    Method(
+        "dora",
+        "DoRA r=8",
+        lambda: LoraConfig(r=8, lora_alpha=16, use_dora=True, target_modules=TARGETS, task_type="SEQ_CLS"),
+        (1e-3, 3e-3, 1e-2),
+        is_default=False,
+    ),
+    Method(
+        "vera",
+        "VeRA r=256",
+        lambda: VeraConfig(r=256, target_modules=TARGETS, task_type="SEQ_CLS"),
+        (3e-3, 1e-2, 3e-2),
+        note="its saved file holds its frozen projections too (PEFT's default).",
+        is_default=False,
+    ),
+    Method(
+        "ia3",
+        "IA3",
+        lambda: IA3Config(target_modules=TARGETS, feedforward_modules=MLP, task_type="SEQ_CLS"),
+        (1e-2, 3e-2, 1e-1),
+        is_default=False,
     ),
     Method(
         "qlora",
