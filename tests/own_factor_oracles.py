@@ -189,7 +189,12 @@ def train_of(out: int, in_: int, **arguments: Any) -> tuple[dict[str, list[int]]
     printed = model.layer.updates["default"].extra_repr().split(", ")
     modes = {text[0]: [int(mode) for mode in text[2:].split("·")] for text in printed}
     cores = trained_cores(model.layer.updates["default"])
-    return modes, {"A": cores["down"], "B": cores["up"]}
+    shapes = {"A": cores["down"], "B": cores["up"]}
+    for side, modes_of_side in modes.items():
+        lefts, modes_of_cores, rights = zip(*shapes[side], strict=True)
+        assert list(modes_of_cores) == modes_of_side
+        assert (*lefts, 1) == (1, *rights)  # the bonds of a train
+    return modes, shapes
 
 
 def trained_cores(update: nn.Module) -> dict[str, list[tuple[int, ...]]]:

@@ -1,4 +1,7 @@
-"""A real pretrained decoder, fine-tuned on real text: stories260K on TinyStories, from `$TENSORPEFT_DATA`."""
+"""A real pretrained decoder, fine-tuned on real text: stories260K on TinyStories, from `$TENSORPEFT_DATA`.
+
+As it is, and as QDoTA's base: quantised from disk, loaded by transformers, given to the same trainer.
+"""
 
 import math
 import os
@@ -6,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tensorpeft import DotaConfig
+from tensorpeft.quantization import quantize_checkpoint
 
 pytest.importorskip("trl")
 from datasets import Dataset
@@ -35,8 +39,20 @@ def stories():
     return [text for k, text in enumerate(texts) if k % 10], texts[::10]
 
 
-def base_model():
-    return AutoModelForCausalLM.from_pretrained(MODEL).eval()
+def config():
+    targets = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+    return DotaConfig(r=8, target_modules=targets, task_type="CAUSAL_LM")
+
+
+@pytest.fixture(scope="module", params=["float32", "4 bits"])
+def base_model(request, tmp_path_factory):
+    """A function that loads the base anew."""
+    folder = MODEL
+    if request.param == "4 bits":
+        pytest.importorskip("bitsandbytes")
+        folder = tmp_path_factory.mktemp("quantised") / "base"
+        quantize_checkpoint(MODEL, folder, config(), rounds=3)
+    return lambda: AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
 def held_out_loss(model, tokenizer, texts):
@@ -57,7 +73,7 @@ def tell(model, tokenizer, rows=1, **more):
 
 
 @pytest.fixture(scope="module")
-def trainer(tokenizer, stories, tmp_path_factory):
+def trainer(base_model, tokenizer, stories, tmp_path_factory):
     """DoTA after 40 steps of SFT. Larger rates than 1e-4 raise the loss: this model has converged on such stories."""
     arguments = SFTConfig(
         output_dir=str(tmp_path_factory.mktemp("stories")),
@@ -73,13 +89,12 @@ def trainer(tokenizer, stories, tmp_path_factory):
         save_strategy="no",
         seed=0,
     )
-    targets = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
     trainer = SFTTrainer(
         base_model(),
         arguments,
         train_dataset=Dataset.from_dict({"text": stories[0]}),
         processing_class=tokenizer,
-        peft_config=DotaConfig(r=8, target_modules=targets, task_type="CAUSAL_LM"),
+        peft_config=config(),
     )
     trainer.train()
     trainer.model.eval()
@@ -87,13 +102,13 @@ def trainer(tokenizer, stories, tmp_path_factory):
 
 
 @pytest.fixture
-def adapted(trainer, tmp_path):
+def adapted(base_model, trainer, tmp_path):
     """The trained model, saved and loaded again."""
     trainer.model.save_pretrained(tmp_path)
     return PeftModel.from_pretrained(base_model(), tmp_path).eval()
 
 
-def test_training_lowers_the_loss_on_stories_it_has_not_seen(trainer, tokenizer, stories):
+def test_training_lowers_the_loss_on_stories_it_has_not_seen(base_model, trainer, tokenizer, stories):
     before = held_out_loss(base_model(), tokenizer, stories[1])
     assert held_out_loss(trainer.model, tokenizer, stories[1]) < before - 0.01
     with trainer.model.disable_adapter():
@@ -101,7 +116,7 @@ def test_training_lowers_the_loss_on_stories_it_has_not_seen(trainer, tokenizer,
     assert all(math.isfinite(entry.get("loss", 0.0)) for entry in trainer.state.log_history)
 
 
-def test_a_reloaded_model_computes_and_tells_the_same_story(trainer, adapted, tokenizer):
+def test_a_reloaded_model_computes_and_tells_the_same_story(base_model, trainer, adapted, tokenizer):
     ids = tell(trainer.model, tokenizer)
     assert torch.equal(tell(adapted, tokenizer), ids)
     with torch.no_grad():
@@ -111,10 +126,17 @@ def test_a_reloaded_model_computes_and_tells_the_same_story(trainer, adapted, to
 
 def test_a_merged_model_tells_the_same_story(adapted, tokenizer):
     expected = tell(adapted, tokenizer)
-    assert torch.equal(tell(adapted.merge_and_unload(safe_merge=True), tokenizer), expected)
+    merged = adapted.merge_and_unload(safe_merge=True)
+    assert torch.equal(tell(merged, tokenizer), expected)
 
 
-def test_a_mixed_batch_tells_the_stories_of_the_adapter_and_of_the_base(adapted, tokenizer):
+def test_the_saved_adapter_names_its_base(adapted, trainer, tokenizer, tmp_path):
+    trainer.model.save_pretrained(tmp_path / "adapter")
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    assert torch.equal(tell(loaded, tokenizer), tell(adapted, tokenizer))
+
+
+def test_a_mixed_batch_tells_the_stories_of_the_adapter_and_of_the_base(base_model, adapted, tokenizer):
     names = ["default", "__base__", "default"]
     stories = tell(adapted, tokenizer, rows=3, adapter_names=names)
     expected = {"default": tell(adapted, tokenizer)[0], "__base__": tell(base_model(), tokenizer)[0]}
