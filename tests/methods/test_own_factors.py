@@ -95,7 +95,7 @@ def test_starts_as_the_base_and_leaves_it_in_any_dtype(model: Model, method: Met
     rounded, merged = copy.deepcopy(peft_model).to(dtype), copy.deepcopy(peft_model).merge_and_unload()
     for output in (logits(peft_model), logits(rounded), logits(merged)):
         assert output.dtype == dtype
-        assert (output - expected).norm() < tolerance < 0.3 * (expected - before).norm()
+        assert (output - expected).norm() < tolerance < 0.6 * (expected - before).norm()
 
 
 @over_methods

@@ -99,12 +99,16 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(tmp_path, small_sha
 def test_a_killed_process_leaves_what_the_next_one_finishes(tmp_path):
     """SIGKILL at a moment when some shards are complete."""
     source = tmp_path / "source"
-    tiny_llama(hidden_size=512, intermediate_size=1408, num_hidden_layers=24).save_pretrained(source)
-    command = [sys.executable, "-m", "tensorpeft", "quantize", str(source), "OUT", "--target-modules", "all-linear"]
+    tiny_llama(hidden_size=256, intermediate_size=704, num_hidden_layers=16).save_pretrained(source)
+    script = (
+        "import sys, tensorpeft.quantization.streamed as streamed; streamed._SHARD_BYTES = 2**20\n"
+        "from tensorpeft.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
 
     def start(out: str) -> subprocess.Popen:
-        arguments = [str(tmp_path / out) if word == "OUT" else word for word in command]
-        return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        arguments = ["quantize", str(source), str(tmp_path / out), "--target-modules", "all-linear"]
+        command = [sys.executable, "-c", script, *arguments]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
     killed = start("cut")
     deadline = time.monotonic() + 120
