@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
 from typing import Literal
 
 import torch
 
 from tensorpeft.modes import bond_dimensions, factor_modes
 from tensorpeft.networks.mpo import FrozenCores, MpoUpdate, decompose, random_cores
-from tensorpeft.plugin.config import Bases, TensorConfig, check_rank
+from tensorpeft.plugin.config import Bases, TensorConfig, check_modes, check_rank
 from tensorpeft.plugin.patterns import value_for
 from tensorpeft.plugin.registration import register
 from tensorpeft.sites import Site
@@ -59,14 +58,7 @@ class DotaConfig(TensorConfig):
             raise ValueError(f"num_cores={self.num_cores!r}: expected at least 2 cores, such as the paper's 5.")
         if self.init_weights not in (True, False, "random"):
             raise ValueError(f'init_weights={self.init_weights!r}: expected True, "random" or False.')
-        if self.modes is not None:
-            self.modes = {int(size): list(modes) for size, modes in self.modes.items()}  # JSON has no integer keys
-        for size, modes in (self.modes or {}).items():
-            if prod(modes) != size or len(modes) != self.num_cores:
-                raise ValueError(
-                    f"modes[{size}]={modes}: expected {self.num_cores} modes, one per core, with the product {size}; "
-                    f"got {len(modes)} with the product {prod(modes)}."
-                )
+        self.modes = check_modes(self.modes, self.num_cores)
 
     def build(self, sites: Sequence[Site], bases: Bases) -> Mapping[str, MpoUpdate]:
         """An MPO per site. Reads one weight at a time; where the base layer has a start of its own, none."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import log, prod, sqrt
+from math import log, sqrt
 
 from torch import Tensor
 
 from tensorpeft.modes import factor_modes
 from tensorpeft.networks.tensor_train import TensorTrainUpdate, random_train
-from tensorpeft.plugin.config import Bases, TensorConfig, check_is_bool, check_rank, check_scale
+from tensorpeft.plugin.config import Bases, TensorConfig, check_is_bool, check_modes, check_rank, check_scale
 from tensorpeft.plugin.registration import register
 from tensorpeft.sites import Site
 
@@ -27,12 +27,13 @@ class LorettaConfig(TensorConfig):
         r: rank of the update.
         tt_rank: bond dimension of both trains.
         alpha: the updates are scaled by alpha / r.
-        modes: {r · size: [mode, …]} for factors to be split otherwise than into modes near 8.
+        modes: {r · size: [mode, …]} for factors to be split otherwise than into modes near 8; at least 2 modes.
         init_weights: True: A's cores are Gaussian with the variance that LoRA's A has, B's last core is zero, so that
             the update is. False: B's last core is Gaussian too, which is *not* the identity.
 
     Raises:
-        ValueError: a rank or bond below 1, an alpha that is not positive, modes whose product is not their size.
+        ValueError: a rank or bond below 1, an alpha that is not positive, modes that are not at least 2 whole numbers
+            with the product that they are for.
 
     Source: LoRETTA, section 3.3 (rep). The paper's code starts away from the pretrained model; the start here, the
     variances and the modes of sizes that its tables lack are ours.
@@ -54,14 +55,7 @@ class LorettaConfig(TensorConfig):
         check_rank("tt_rank", self.tt_rank)
         check_is_bool("init_weights", self.init_weights)
         check_scale("alpha", self.alpha)
-        if self.modes is not None:
-            self.modes = {int(size): list(modes) for size, modes in self.modes.items()}  # JSON has no integer keys
-        for size, modes in (self.modes or {}).items():
-            if prod(modes) != size or len(modes) < 2:
-                raise ValueError(
-                    f"modes[{size}]={modes}: expected at least 2 modes with the product {size} (a factor's r times its "
-                    f"size); got the product {prod(modes)}."
-                )
+        self.modes = check_modes(self.modes)
 
     def build(self, sites: Sequence[Site], bases: Bases) -> Mapping[str, TensorTrainUpdate]:
         """Two trains per site. Reads no weight."""

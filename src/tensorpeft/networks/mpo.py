@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tensorpeft.modes import bond_dimensions
 from tensorpeft.networks.effective import Cut, Halves, Network, fold
-from tensorpeft.networks.update import BASE_DIGEST, AbstractFusedUpdate
+from tensorpeft.networks.update import BASE_DIGEST, AbstractFusedUpdate, keeping_dtype
 
 
 class FrozenCores(nn.Module):
@@ -37,12 +37,7 @@ class FrozenCores(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenCores:
         """As torch's, but the dtype stays: the residual is that of these very numbers."""
-
-        def move(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        return super()._apply(move, recurse)
+        return super()._apply(keeping_dtype(fn), recurse)
 
     def cores(self) -> tuple[Tensor, ...]:
         """First to last."""

@@ -2,12 +2,14 @@
 
 The entries come from Philox 4x64-10 (Salmon et al., 2011; numpy.random.Philox), a counter-based generator whose raw
 output is the same everywhere, made into numbers by exact operations only: the upper 24 bits of each 64-bit word w give
-`(w >> 40) · 2⁻²³ − 1`, uniform in [−1, 1). So a seed means the same bases on every machine and device.
+`(w >> 40) · 2⁻²³ − 1`, uniform in [−1, 1). So a seed means the same bases on every machine and device. The key is
+(seed, 2 · size) for the bases of A's side, `down`, which are then divided by √size in float32, and (seed, 2 · size + 1)
+for `up`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import cast
 
 import numpy as np
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tensorpeft.networks.low_rank import Factors
-from tensorpeft.networks.update import AbstractLowRankUpdate, SharedFactors
+from tensorpeft.networks.update import AbstractLowRankUpdate, SharedFactors, keeping_dtype
 
 _SIDES = {"down": 0, "up": 1}
 
@@ -61,6 +63,10 @@ class RandomBases(SharedFactors):
         for size in sorted(set(outs)):
             basis = random_basis(seed, "up", size, (num_bases, size, rank))
             self.register_buffer(f"up_{size}", basis, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RandomBases:
+        """As torch's, but the dtype stays: a loaded adapter makes these very numbers again."""
+        return super()._apply(keeping_dtype(fn), recurse)
 
     def extra_repr(self) -> str:
         """Seed, number and rank."""

@@ -7,6 +7,7 @@ product of the matrices `T1[:, m_1, :] · T2[:, m_2, :] · … · TN[:, m_N, :]`
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +26,9 @@ def contract(
     return chain.squeeze(-1)
 
 
-def train_bonds(num_modes: int, rank: int) -> list[int]:
-    """1, then `rank` between neighbouring cores, then 1."""
-    return [1, *[rank] * (num_modes - 1), 1]
+def train_bonds(modes: Sequence[int], rank: int) -> list[int]:
+    """1, then `rank` between neighbouring cores, or what the exact train has there if that is less, then 1."""
+    return [min(prod(modes[:k]), prod(modes[k:]), rank) for k in range(len(modes))] + [1]
 
 
 def random_train(
@@ -39,7 +40,7 @@ def random_train(
 
     Each core's is `bond_left^-½`, so that every product of cores keeps its scale; the first core carries `std`.
     """
-    bonds = train_bonds(len(modes), rank)
+    bonds = train_bonds(modes, rank)
     cores = [torch.randn(bonds[k], mode, bonds[k + 1]) * bonds[k] ** -0.5 for k, mode in enumerate(modes)]
     return [cores[0] * std, *cores[1:]]
 

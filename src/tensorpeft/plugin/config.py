@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -119,6 +120,31 @@ def check_rank(name: str, value: object) -> None:
     """Raise a `ValueError` that names the field unless its value is a whole number of at least 1."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name}={value!r}: expected a whole number of at least 1, such as 16.")
+
+
+def check_modes(modes: object, num_modes: int | None = None) -> dict[int, list[int]] | None:
+    """The field `modes`, {size: [mode, …]}, with integer keys (JSON has none).
+
+    Raises:
+        ValueError: not such a dictionary, a mode below 1, a product that is not the size, or another number of modes
+            than `num_modes` (None: any from 2).
+    """
+    if modes is None:
+        return None
+    if not isinstance(modes, Mapping):
+        raise ValueError(
+            f"modes={modes!r}: expected a dictionary from a size to its modes, such as {{384: [4, 12, 8]}}."
+        )
+    for size, factors in modes.items():
+        count = f"{num_modes} modes, one per core," if num_modes else "at least 2 modes"
+        is_whole = isinstance(factors, (list, tuple)) and all(type(mode) is int and mode > 0 for mode in factors)
+        if not is_whole or prod(factors) != int(size) or len(factors) != (num_modes or max(len(factors), 2)):
+            product = prod(factors) if is_whole else None
+            raise ValueError(
+                f"modes[{size}]={factors}: expected {count} that are whole numbers from 1 with the product {size}"
+                + (f"; got {len(factors)} with the product {product}." if is_whole else ".")
+            )
+    return {int(size): list(factors) for size, factors in modes.items()}
 
 
 def check_scale(name: str, value: object) -> None:
