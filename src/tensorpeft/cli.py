@@ -16,11 +16,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments, shlex.join(["tensorpeft", *argv]))
-    except (ValueError, FileNotFoundError) as error:
+    except ValueError as error:
         return _fail(str(error))
     except ModuleNotFoundError as error:
-        return _fail(f'{error}. The demo needs more libraries than the package. Run: pip install "tensorpeft[demo]"')
-    except ImportError as error:
+        extra = "4bit" if error.name == "bitsandbytes" else "demo"
+        return _fail(
+            f'{error}. This command needs more libraries than the package. Run: pip install "tensorpeft[{extra}]"'
+        )
+    except (ImportError, OSError) as error:
         return _fail(str(error))
     return 0
 
@@ -165,7 +168,8 @@ def _quantize(arguments: argparse.Namespace, command: str) -> None:
     print(
         f"Residual base written to {arguments.out}. After `import tensorpeft`, from_pretrained loads it; adapt it with"
     )
-    print(f"DotaConfig(r={config.r}, num_cores={config.num_cores}, target_modules={arguments.target_modules})")
+    targets = sorted(config.target_modules) if isinstance(config.target_modules, set) else config.target_modules
+    print(f"DotaConfig(r={config.r}, num_cores={config.num_cores}, target_modules={targets!r})")
 
 
 def _inspect_quantization(arguments: argparse.Namespace, command: str) -> None:

@@ -3,8 +3,9 @@
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModel
 
-from cases import MODELS, Model, logits, over_models, perturb
+from cases import MODELS, Model, logits, over_models, perturb, tokens
 from tensorpeft import DotaConfig, LortaConfig
 from tensorpeft.cli import main
 from tensorpeft.export import to_dense
@@ -77,3 +78,42 @@ def test_an_adapter_that_names_no_base_is_refused(tmp_path):
     adapted.save_pretrained(tmp_path / "adapter")
     with pytest.raises(ValueError, match="names no base model"):
         to_dense(tmp_path / "adapter", tmp_path / "dense")
+
+
+@pytest.mark.parametrize("config", [LortaConfig, LoraConfig])
+@pytest.mark.parametrize("has_residual", [False, True], ids=["nf4", "residual"])
+def test_another_method_is_not_quantised_with_the_base_again(config, has_residual, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    from tensorpeft.quantization import quantize_residual
+
+    model = MODELS[0]
+    base = quantize_residual(model.fresh(), config_of(model) if has_residual else None)
+    base.save_pretrained(tmp_path / "base")
+    base = type(base).from_pretrained(tmp_path / "base").eval()
+    before = logits(base)
+    adapted = get_peft_model(base, config(r=4, target_modules=["q_proj", "o_proj"], task_type="CAUSAL_LM")).eval()
+    perturb(adapted)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    adapted.save_pretrained(tmp_path / "adapter")
+    to_dense(tmp_path / "adapter", tmp_path / "dense", torch.float32)
+    dense = type(base).from_pretrained(tmp_path / "dense").eval()
+    effect, error = (logits(adapted) - before).norm(), (logits(dense) - logits(adapted)).norm()
+    assert effect > 0.05
+    assert error < 1e-4 * effect
+
+
+def test_an_adapter_of_the_base_class_is_not_lost_in_one_with_a_head(tmp_path):
+    """The folder's own class has other names for the same layers."""
+    model = MODELS[2]
+    model.fresh().save_pretrained(tmp_path / "base")
+    base = AutoModel.from_pretrained(tmp_path / "base").eval()
+    adapted = get_peft_model(base, DotaConfig(r=6, num_cores=3, target_modules=model.targets)).eval()
+    perturb(adapted)
+    adapted.save_pretrained(tmp_path / "adapter")
+    to_dense(tmp_path / "adapter", tmp_path / "dense", torch.float32)
+    dense = AutoModel.from_pretrained(tmp_path / "dense").eval()
+    with torch.no_grad():
+        expected, found = (each(input_ids=tokens()).last_hidden_state for each in (adapted, dense))
+    assert torch.allclose(found, expected, atol=2e-6)

@@ -95,7 +95,8 @@ class RandomBasesUpdate(AbstractLowRankUpdate):
         """Both combinations, each a product of the coefficients with the bases, and the scale."""
         shared = cast(RandomBases, self.shared)
         down, up = getattr(shared, f"down_{self.in_}"), getattr(shared, f"up_{self.out}")
-        alpha, beta = tensors["alpha"], tensors["beta"]
+        # Layers may lie on several devices: the few coefficients go to the bases, not the bases to them.
+        alpha, beta = tensors["alpha"].to(up.device), tensors["beta"].to(down.device)
         combined = (beta @ down.flatten(1).to(beta.dtype)).unflatten(-1, down.shape[1:])
         core = combined.new_full((*combined.shape[:-2], shared.rank), self.scale)
         return Factors(combined, core, (alpha @ up.flatten(1).to(alpha.dtype)).unflatten(-1, up.shape[1:]))

@@ -36,8 +36,9 @@ class UpdatableBackend(QuantizationBackend):
         return base_layer.weight.data  # type: ignore[return-value]  # merged already
 
     def set_base_weight(self, peft_layer: Any, weight_data: Tensor) -> None:
-        """Replace the innermost layer by a plain one with this weight (out, in)."""
-        set_innermost(peft_layer, plain_layer(peft_layer.get_base_layer(), weight_data))
+        """Replace the innermost layer by a plain one with this weight, laid out as that layer stores it."""
+        base = peft_layer.get_base_layer()
+        set_innermost(peft_layer, plain_layer(base, oriented(base, weight_data)))
 
 
 def find_backend(base: nn.Module, **quantization_kwargs: Any) -> QuantizationBackend | None:

@@ -185,7 +185,7 @@ class TensorLayer(UpdateHolder):
         cuts = [update.cut() for update in self._named(names)]
         source = base if self._unmerged is None else self._unmerged
         if isinstance(source, AbstractUpdatableLinear):
-            return source.weight_with(cuts, self.quantization_backend.dtype)  # type: ignore[union-attr]
+            return oriented(base, source.weight_with(cuts, self.quantization_backend.dtype))  # type: ignore[union-attr]
         weight = oriented(base, source) if isinstance(source, Tensor) else self.read_base_weight()
         return oriented(base, effective_weight(weight, cuts, weight.dtype))
 

@@ -65,8 +65,8 @@ def _other_residual_base(update: nn.Module, found: Mapping[str, Tensor], unmappe
         return None
     return (
         f"this adapter was trained on {_describe(theirs)}, but this model has {_describe(mine)} here. Load it on the "
-        "very base that it was trained on (base_model_name_or_path in adapter_config.json): its cores count only "
-        "together with that base's residual."
+        "very base that it was trained on: its cores count only together with that base's residual. A base that was "
+        "quantised in memory has to be saved (save_pretrained) to be loaded again."
     )
 
 

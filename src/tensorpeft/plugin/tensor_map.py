@@ -50,7 +50,7 @@ def tensor_map(model: nn.Module, config: TensorConfig) -> TensorMap:
 
 
 def plan_updates(model: nn.Module, config: TensorConfig) -> Mapping[str, AbstractWeightUpdate]:
-    """The updates that `get_peft_model(model, config)` would make, by the names of their weights, on the meta device.
+    """The updates that `get_peft_model(model, config)` would make, by the names of their weights; reads no weight.
 
     Raises:
         ValueError: see `tensor_map`.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -114,11 +114,23 @@ def plan_layers(
     plain = [
         name
         for name, module in model.named_modules()
-        if type(module) in (nn.Linear, Conv1D)
-        and name not in shapes
-        and not any(name == key or name.endswith(f".{key}") or name.startswith(f"{key}.") for key in kept)
+        if type(module) in (nn.Linear, Conv1D) and name not in shapes and not _is_in(name, kept)
     ]
+    for name in (*shapes, *plain):
+        dtype = model.get_submodule(name).weight.dtype
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"{name}: cannot quantise a weight in {dtype}, expected float32, bfloat16 or float16. Load the model "
+                "in one of these, without quantization_config."
+            )
     return shapes, plain
+
+
+def _is_in(name: str, keys: Iterable[str]) -> bool:
+    """Whether a layer is, or lies in, a module whose name ends like one of these: PEFT's rule for modules_to_save."""
+    parts = name.split(".")
+    paths = [".".join(parts[: k + 1]) for k in range(len(parts))]
+    return any(path.endswith(key) for path in paths for key in keys)
 
 
 def _core_shapes(update: MpoUpdate) -> Shapes:

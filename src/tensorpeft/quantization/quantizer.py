@@ -57,10 +57,17 @@ class ResidualHfQuantizer(Bnb4BitHfQuantizer):
 
         Raises:
             ImportError: bitsandbytes is missing.
-            ValueError: the checkpoint is not quantised.
+            ValueError: the checkpoint is not quantised, or layers are to be offloaded.
         """
         if find_spec("bitsandbytes") is None:
             raise ImportError('a residual base is stored by bitsandbytes. Run: pip install "tensorpeft[4bit]"')
+        device_map = kwargs.get("device_map")
+        places = set(device_map.values()) if isinstance(device_map, dict) else set()
+        if "disk" in places or ("cpu" in places and len(places) > 1):
+            raise ValueError(
+                f"device_map puts layers on {sorted(map(str, places))}: a 4-bit layer cannot be offloaded. Put all of "
+                'the model on one or more GPUs, or all of it on the CPU (device_map="cpu").'
+            )
         if not self.pre_quantized:
             raise ValueError(
                 "a ResidualConfig describes a checkpoint that is quantised already. To quantise a model, call "
@@ -169,6 +176,8 @@ def _linear_at(model: nn.Module, name: str) -> Any:
 def mark_quantised(model: nn.Module, config: ResidualConfig) -> None:
     """Tell transformers, PEFT and trainers what the model is now; a plain module has nobody to tell."""
     if isinstance(model, PreTrainedModel):
+        # It is no longer what lies there, and an adapter's configuration would name it as its base.
+        model.name_or_path = model.config._name_or_path = ""
         model.hf_quantizer = ResidualHfQuantizer(config)  # type: ignore[assignment]
         model.config.quantization_config = config  # type: ignore[assignment]
         model.quantization_method = METHOD  # type: ignore[assignment]

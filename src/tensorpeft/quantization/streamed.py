@@ -30,7 +30,8 @@ from tensorpeft.quantization.quantizer import ResidualConfig
 # What a shard of the output holds, about: a part of the work that an interruption can cost, and memory that is needed.
 _SHARD_BYTES = 2**26
 _STATE = "quantize_state.json"
-_COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*", "README.md")
+_COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README.md")
+_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8, "I64": 8, "I32": 4, "I16": 2}  # of an element; others: 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,10 +108,14 @@ def _find_source(source: str | Path) -> Path:
     """The folder of a checkpoint; a Hub name is downloaded, or found in the cache when offline."""
     if Path(source).is_dir():
         return Path(source)
-    if Path(source).exists() or str(source).count("/") != 1:
-        raise FileNotFoundError(f"{source}: no folder of that name, and not a name of the Hub (owner/model) either.")
-    patterns = ["*.safetensors", SAFE_WEIGHTS_INDEX_NAME, *_COPIED]
-    return Path(snapshot_download(str(source), allow_patterns=patterns))
+    try:
+        # Not "*.safetensors": many repositories hold the same weights in other forms beside these.
+        return Path(snapshot_download(str(source), allow_patterns=["model*.safetensors", *_COPIED]))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise FileNotFoundError(
+            f"{source}: no folder of that name, and not to be had from the Hub ({reason})."
+        ) from error
 
 
 def _empty_model(source: Path) -> tuple[Any, torch.nn.Module]:
@@ -145,11 +150,10 @@ def _plan_jobs(source: Path, model: torch.nn.Module, layers: set[str]) -> list[_
                 # With another head than it was saved with, a model has or lacks the prefix of its base model.
                 names = (stem, prefix + stem, stem.removeprefix(prefix)) if stem != key else ()
                 layer = next((name for name in names if name in layers), None)
-                if layer is not None and dtype not in ("F64", "F32", "F16", "BF16"):
-                    raise ValueError(f"{file}: {key} is {dtype}, expected a floating-point weight to quantise.")
+                if layer is not None and dtype not in ("F32", "F16", "BF16"):
+                    raise ValueError(f"{file}: {key} is {dtype}, expected F32, F16 or BF16 to quantise.")
                 transposed = layer is not None and type(modules[layer]) is Conv1D
-                bits = int("".join(filter(str.isdigit, dtype)) or 8)
-                jobs.append(_Job(key, file, prod(shape) * bits // 8, layer, transposed))
+                jobs.append(_Job(key, file, prod(shape) * _BYTES.get(dtype, 1), layer, transposed))
     if missing := sorted(layers - {job.layer for job in jobs}):
         raise ValueError(
             f"{source}: no weight of {len(missing)} layers that are to be quantised, such as {missing[0]}. The "
@@ -219,10 +223,12 @@ def _claim(out: Path, fingerprint: str) -> None:
                 f"{out}: holds part of a quantisation with other arguments, or of a checkpoint that has changed since. "
                 "Repeat that call, or remove the folder."
             )
-    elif any(out.iterdir()):
+    elif any(path.suffix != ".partial" for path in out.iterdir()):
         raise ValueError(f"{out}: the folder is not empty. Name a new one, or remove what is in it.")
     else:
-        state.write_text(json.dumps({"fingerprint": fingerprint}), encoding="utf-8")
+        partial = state.with_suffix(".partial")
+        partial.write_text(json.dumps({"fingerprint": fingerprint}), encoding="utf-8")
+        os.replace(partial, state)
 
 
 def _convert(job: _Job, shapes: Mapping[str, Shapes], config: ResidualConfig) -> dict[str, Tensor]:
@@ -263,6 +269,8 @@ def _finish(source: Path, out: Path, model_config: Any, config: ResidualConfig) 
     for path in (path for pattern in _COPIED for path in source.glob(pattern)):
         if path.name not in written and not path.name.endswith(".index.json"):
             shutil.copyfile(path, out / path.name)
+    if hasattr(model_config, "auto_map"):
+        del model_config.auto_map  # code that was not needed, and is not copied
     model_config.quantization_config = config
     model_config.save_pretrained(out)
     (out / _STATE).unlink()

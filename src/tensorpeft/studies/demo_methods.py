@@ -26,7 +26,7 @@ class Method:
         key: how ``--methods`` calls it.
         name: how tables and plots call it.
         make_config: a new PEFT configuration, or None to train every weight of the model.
-        rates: the learning rates to choose from, ascending. Every method gets the same number.
+        rates: the learning rates to choose from, ascending; every method starts with the same number (`rates_beyond`).
         note: what a reader of its row must know.
         quantise: what is done to the pretrained model before it is adapted; None: nothing.
         is_default: whether it runs where no methods are named.
