@@ -100,7 +100,7 @@ def test_another_method_is_not_quantised_with_the_base_again(config, has_residua
     to_dense(tmp_path / "adapter", tmp_path / "dense", torch.float32)
     dense = type(base).from_pretrained(tmp_path / "dense").eval()
     effect, error = (logits(adapted) - before).norm(), (logits(dense) - logits(adapted)).norm()
-    assert effect > 0.05
+    assert effect > 0.02
     assert error < 1e-4 * effect
 
 
