@@ -17,13 +17,14 @@ from tensorpeft import DotaConfig, FactConfig, FloraConfig, LorettaConfig, Lorta
 class Case:
     """A way to configure a method.
 
-    `starts_at_identity`: a fresh adapter changes nothing, bit for bit.
+    `starts_at_identity`: a fresh adapter changes nothing, bit for bit. `rate`: the learning rate of short trainings.
     """
 
     name: str
     config: type[PeftConfig]
     arguments: dict[str, Any]
     starts_at_identity: bool = True
+    rate: float = 3e-2
 
     def make(self, **more: Any) -> PeftConfig:
         return self.config(**{**self.arguments, **more})
@@ -39,10 +40,10 @@ CASES = [
     Case("lotr", LotrConfig, {"r": 4}),
     Case("fact-tt", FactConfig, {"r": 4}),
     Case("fact-tk", FactConfig, {"r": 4, "core": "tk"}),
-    Case("loretta", LorettaConfig, {"r": 4, "tt_rank": 3}),
-    Case("loretta-no-start", LorettaConfig, {"r": 4, "init_weights": False}, starts_at_identity=False),
+    Case("loretta", LorettaConfig, {"r": 4}, rate=1e-2),
+    Case("loretta-no-start", LorettaConfig, {"r": 4, "init_weights": False}, starts_at_identity=False, rate=1e-2),
     Case("flora", FloraConfig, {"r": 4, "alpha": 64}),
-    Case("nola", NolaConfig, {"r": 4, "num_bases": 16, "seed": 5}),
+    Case("nola", NolaConfig, {"r": 4, "num_bases": 16, "seed": 5}, rate=1e-2),
 ]
 over_cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 over_identity_cases = pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def assert_only_cores_moved(adapted, before):
 def test_the_trainer_lowers_the_loss_and_moves_only_the_cores(model, case, tmp_path):
     adapted = adapt(model, case)
     before, loss_before = snapshot(adapted), loss_of(adapted, model)
-    trainer = train(adapted, model, tmp_path, max_steps=40)
+    trainer = train(adapted, model, tmp_path, max_steps=40, learning_rate=case.rate)
     assert all(math.isfinite(loss) for loss in losses(trainer))
     assert loss_of(adapted, model) < 0.99 * loss_before
     assert_only_cores_moved(adapted, before)

@@ -86,7 +86,9 @@ def test_the_command_writes_table_plot_and_numbers(tmp_path, capsys):
     targets = r".*\.layer\.0\.attention\.self\.(query|value)"
     inspect_quantization(str(find_model()), DotaConfig(r=8, target_modules=targets), 2, tmp_path / "out", text)
     printed = capsys.readouterr().out
-    assert max(map(len, printed.splitlines())) <= 100
+    table, _, path = printed.rpartition("Table, plot and raw results: ")
+    assert max(map(len, table.splitlines())) <= 100
+    assert path.strip() == str(tmp_path / "out")
     assert "0.self.query" in printed
     assert "…" not in printed
     found = json.loads((tmp_path / "out" / "quantization.json").read_text())
