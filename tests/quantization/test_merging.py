@@ -14,7 +14,8 @@ from transformers.pytorch_utils import Conv1D
 from cases import MODELS, Model, logits, over_models, perturb
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
-from tensorpeft.quantization import dequantize  # noqa: E402  # needs bitsandbytes
+from tensorpeft import DotaConfig  # noqa: E402
+from tensorpeft.quantization import dequantize, quantize_residual  # noqa: E402  # needs bitsandbytes
 from tensorpeft.quantization.residual import ResidualLinear4bit  # noqa: E402
 
 LLAMA = MODELS[0]
@@ -168,3 +169,18 @@ def test_copy_of_a_merged_model_unmerges(model: Model):
         copied.unmerge_adapter()
         assert_same_state(copied, state)
         assert torch.equal(logits(copied), before)
+
+
+def test_a_mixed_model_on_conv1d_merges_and_unmerges():
+    """The plain layer that takes the residual one's place stores its weight the other way round."""
+    gpt2 = next(model for model in MODELS if model.name == "gpt2-conv1d")
+    config = DotaConfig(r=6, num_cores=3, target_modules=["c_attn", "c_proj"])  # c_proj is square
+    base = quantize_residual(gpt2.fresh(), config)
+    mixed = get_peft_model(base, config, mixed=True).eval()
+    perturb(mixed)
+    before = logits(mixed)
+    for _ in range(2):
+        mixed.merge_adapter()
+        assert torch.allclose(logits(mixed), before, atol=MERGED_TOLERANCE)
+        mixed.unmerge_adapter()
+        assert torch.allclose(logits(mixed), before, atol=MERGED_TOLERANCE)

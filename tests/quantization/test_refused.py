@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from peft import PeftModel, get_peft_model
 from residual_bases import adapted, assert_same_state, base_of, config_of, fresh, state_of, trained
 from torch import nn
@@ -159,3 +160,25 @@ def test_broken_adapter_is_not_merged(model: Model):
             with pytest.raises(ValueError, match=r"NaNs detected in the merged weights\. The adapter default"):
                 merge(safe_merge=True)
             layer.updates["default"].core_1.data[0, 0, 0, 0] = kept
+
+
+def test_layers_are_not_offloaded(tmp_path):
+    base_of(LLAMA).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"\['0', 'disk'\]: a 4-bit layer cannot be offloaded"):
+        transformers.LlamaForCausalLM.from_pretrained(tmp_path, device_map={"model": "disk", "lm_head": 0})
+
+
+def test_a_weight_in_double_precision_is_named():
+    model = fresh(LLAMA).double()
+    with unchanged(model), pytest.raises(ValueError, match=r"q_proj: cannot quantise a weight in torch.float64"):
+        quantize_residual(model, config_of(LLAMA))
+
+
+def test_what_peft_trains_in_full_is_not_quantised():
+    """PEFT compares the ends of names: DistilBERT's `pre_classifier` counts as a `classifier`."""
+    torch.manual_seed(0)
+    small = {"dim": 24, "hidden_dim": 44, "n_layers": 1, "n_heads": 4, "vocab_size": 96}
+    model = transformers.DistilBertForSequenceClassification(transformers.DistilBertConfig(**small))
+    config = DotaConfig(r=4, num_cores=3, target_modules=["q_lin"], task_type="SEQ_CLS")
+    adapted = get_peft_model(quantize_residual(model, config), config)
+    assert any(p.requires_grad for name, p in adapted.named_parameters() if "pre_classifier" in name)
