@@ -75,7 +75,7 @@ def quantize_residual(
             new = ResidualLinear4bit.from_split(parts, old.bias, compute_dtype)  # type: ignore[arg-type]
         else:
             new = fill(
-                nf4_linear(weight.shape, old.bias is not None, compute_dtype),
+                nf4_linear(weight.shape, old.bias is not None, compute_dtype, double_quant),
                 quantise(weight, double_quant),
                 old.bias,  # type: ignore
             )

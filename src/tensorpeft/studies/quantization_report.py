@@ -17,12 +17,12 @@ from transformers import AutoConfig, AutoTokenizer
 
 from tensorpeft import DotaConfig
 from tensorpeft.quantization.errors import LayerErrors, method_names, quantization_errors
+from tensorpeft.studies.report import TABLE_WIDTH, markdown_table
 from tensorpeft.tasks.docstrings import load_docstrings
 
 # Texts whose activations the output's error is taken on, and tokens of each.
 _NUM_TEXTS, _MAX_TOKENS = 32, 128
 _MARKERS = "osD^v"
-_TABLE_WIDTH = 100
 
 
 def inspect_quantization(
@@ -68,7 +68,7 @@ def inspect_quantization(
         output / "quantization.png",
     )
     # A pipe counts as 80 columns and a window may be smaller: better wrapped lines than numbers that are cut.
-    wide = Console(width=max(console.width, _TABLE_WIDTH))
+    wide = Console(width=max(console.width, TABLE_WIDTH))
     wide.print(_table(errors, rounds))
     wide.print(f"Table, plot and raw results: {output}", soft_wrap=True)
     return errors
@@ -155,9 +155,7 @@ def _table(errors: Sequence[LayerErrors], rounds: int) -> Table:
 def markdown(errors: Sequence[LayerErrors], rounds: int) -> str:
     """The table and its legend."""
     headers, rows = _cells(errors, rounds)
-    lines = [[" ".join(header.split()) for header in headers], ["---"] * len(headers), *rows]
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return table + "\n\n" + "\n".join(_legend(errors, rounds)) + "\n"
+    return markdown_table(headers, rows) + "\n\n" + "\n".join(_legend(errors, rounds)) + "\n"
 
 
 def plot(errors: Sequence[LayerErrors], rounds: int, title: str, path: Path) -> None:

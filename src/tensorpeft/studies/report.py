@@ -41,7 +41,7 @@ def markdown_report(
         f"# tensorpeft demo: {study.task.name}",
         f"{_summary(study)}\n\n    {study.command}",
         "## Result",
-        _markdown_table([header.replace("\n", " ").strip() for header in headers], rows),
+        markdown_table(headers, rows),
         "\n".join(f"- {line}" for line in _legend(study)),
         f"![Validation loss along training]({figure})",
         "## Choice of the learning rate",
@@ -134,7 +134,7 @@ def _search_table(study: Study) -> str:
         for result in study.results
         for run in result.search
     ]
-    return _markdown_table(["method", "learning rate", "validation loss", ""], rows)
+    return markdown_table(["method", "learning rate", "validation loss", ""], rows)
 
 
 def _seed_table(study: Study) -> str:
@@ -144,7 +144,7 @@ def _seed_table(study: Study) -> str:
         for result in study.results
         for run in result.final
     ]
-    return _markdown_table(["method", "seed", "validation loss", *(f"test {name}" for name in metrics)], rows)
+    return markdown_table(["method", "seed", "validation loss", *(f"test {name}" for name in metrics)], rows)
 
 
 def _scores(run: Run, metrics: list[str]) -> list[str]:
@@ -167,6 +167,8 @@ def _settings(study: Study) -> list[str]:
     ]
 
 
-def _markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the parts of a header that a terminal puts on several lines stand on one."""
+    headers = [" ".join(header.split()) for header in headers]
     lines = [headers, ["---"] * len(headers), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
