@@ -10,14 +10,25 @@ import transformers
 from peft import PeftConfig
 from torch import nn
 
-from tensorpeft import DotaConfig, FactConfig, FloraConfig, LorettaConfig, LortaConfig, LotrConfig, NolaConfig
+from tensorpeft import (
+    DotaConfig,
+    FactConfig,
+    FloraConfig,
+    LorettaAdapterConfig,
+    LorettaConfig,
+    LortaConfig,
+    LotrConfig,
+    NolaConfig,
+    QuantaConfig,
+)
 
 
 @dataclass(frozen=True)
 class Case:
     """A way to configure a method.
 
-    `starts_at_identity`: a fresh adapter changes nothing, bit for bit. `rate`: the learning rate of short trainings.
+    `starts_at_identity`: a fresh adapter changes nothing, bit for bit. `merges`: it is an update of the weight.
+    `rate`: the learning rate of short trainings; `dpo_steps`: of those with pairs.
     """
 
     name: str
@@ -25,6 +36,8 @@ class Case:
     arguments: dict[str, Any]
     starts_at_identity: bool = True
     rate: float = 3e-2
+    dpo_steps: int = 12
+    merges: bool = True
 
     def make(self, **more: Any) -> PeftConfig:
         return self.config(**{**self.arguments, **more})
@@ -44,8 +57,14 @@ CASES = [
     Case("loretta-no-start", LorettaConfig, {"r": 4, "init_weights": False}, starts_at_identity=False, rate=1e-2),
     Case("flora", FloraConfig, {"r": 4, "alpha": 64}),
     Case("nola", NolaConfig, {"r": 4, "num_bases": 16, "seed": 5}, rate=1e-2),
+    Case("quanta", QuantaConfig, {"num_axes": 3}, rate=1e-2),
+    Case("quanta-no-start", QuantaConfig, {"num_axes": 3, "init_weights": False}, starts_at_identity=False, rate=1e-2),
+    Case("loretta-adapter", LorettaAdapterConfig, {"bottleneck": 32, "tt_rank": 16}, dpo_steps=30, merges=False),
 ]
 over_cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+over_merging_cases = pytest.mark.parametrize(
+    "case", [case for case in CASES if case.merges], ids=lambda case: case.name
+)
 over_identity_cases = pytest.mark.parametrize(
     "case", [case for case in CASES if case.starts_at_identity], ids=lambda case: case.name
 )

@@ -231,8 +231,13 @@ def preferences(tokenizer):
     )
 
 
-def make_dpo_trainer(model, tokenizer, folder, **more):
-    arguments = {"max_steps": 12, "learning_rate": 3e-2, "per_device_train_batch_size": 8, "save_strategy": "no"}
+def make_dpo_trainer(model, tokenizer, folder, case, **more):
+    arguments = {
+        "max_steps": case.dpo_steps,
+        "learning_rate": 3e-2,
+        "per_device_train_batch_size": 8,
+        "save_strategy": "no",
+    }
     return DPOTrainer(
         model,
         args=DPOConfig(output_dir=str(folder), beta=0.5, bf16=False, **QUIET, **arguments),
@@ -245,7 +250,7 @@ def make_dpo_trainer(model, tokenizer, folder, **more):
 @over_identity_cases
 def test_dpo_prefers_the_chosen_answers_to_those_of_the_base(case, tokenizer, tmp_path):
     config = case.make(target_modules=LLAMA.targets, task_type="CAUSAL_LM")
-    trainer = make_dpo_trainer(LLAMA.fresh(), tokenizer, tmp_path, peft_config=config)
+    trainer = make_dpo_trainer(LLAMA.fresh(), tokenizer, tmp_path, case, peft_config=config)
     assert trainer.ref_model is None  # the reference is the model with its adapter disabled
     before = snapshot(trainer.model)
     trainer.train()
@@ -257,7 +262,7 @@ def test_dpo_prefers_the_chosen_answers_to_those_of_the_base(case, tokenizer, tm
 @over_identity_cases
 def test_dpos_reference_is_the_base_after_training_too(case, tokenizer, tmp_path):
     config = case.make(target_modules=LLAMA.targets, task_type="CAUSAL_LM")
-    trainer = make_dpo_trainer(LLAMA.fresh(), tokenizer, tmp_path, peft_config=config)
+    trainer = make_dpo_trainer(LLAMA.fresh(), tokenizer, tmp_path, case, peft_config=config)
     batch = next(iter(trainer.get_train_dataloader()))
     expected = torch.cat(trainer.compute_ref_log_probs(trainer.model, batch))
     trainer.train()
@@ -279,7 +284,7 @@ def test_dpo_of_a_trained_adapter_starts_from_a_copy_of_it(case, from_elsewhere,
     for name, buffer in adapted.named_buffers():
         if from_elsewhere and ".start_" in name:
             buffer += 1e-3  # as of a checkpoint whose start was decomposed from the weight in another precision
-    trainer = make_dpo_trainer(adapted, tokenizer, tmp_path)
+    trainer = make_dpo_trainer(adapted, tokenizer, tmp_path, case)
     copied = get_peft_model_state_dict(trainer.model, adapter_name="ref")
     assert_equal_tensors(copied, get_peft_model_state_dict(trainer.model, adapter_name="default"))
     trainer.train()

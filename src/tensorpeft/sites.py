@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any, Literal
 
 Kind = Literal["attention", "mlp", "plain"]
@@ -34,13 +35,29 @@ _FUSED: dict[tuple[str, str], Literal["stacked", "interleaved"]] = {
 
 
 @dataclass(frozen=True)
+class Convolution:
+    """What makes a layer a convolution.
+
+    Args:
+        kernel: sizes of the kernel's axes, one to three.
+        geometry: `stride`, `padding`, `dilation` and `groups`, as `torch.nn.functional.conv2d` takes them.
+        border: what the input is padded with first, where not with zeros: as `torch.nn.functional.pad` takes it, and
+            its mode.
+    """
+
+    kernel: tuple[int, ...]
+    geometry: dict[str, Any]
+    border: tuple[tuple[int, ...], Any] | None = None
+
+
+@dataclass(frozen=True)
 class Site:
     """One weight (out, in) that an adapter adapts.
 
     Args:
         name: full name of the linear layer in the model, such as `model.layers.0.self_attn.q_proj`.
-        out: output features, the rows of its weight.
-        in_: input features, the columns.
+        out: output features (channels), the rows of its weight.
+        in_: input features (channels), the columns.
         kind: the sort of block that it stands in. "plain": a weight of a model that is not a transformer (no
             configuration) and has no list of layers there. None: a transformer's weight outside its layers.
         block: full name of that block, such as `model.layers.0.self_attn`. Cross attention is a block of its own.
@@ -50,6 +67,7 @@ class Site:
         inner_is_out: whether the heads (in an MLP: the hidden units) are on the output side.
         heads: the number of heads of each projection; None where the configuration does not say it.
         head_dim: features of a head, from the configuration; None where that does not say it.
+        convolution: of a convolution; None: the layer is linear. Only methods that say so get any.
     """
 
     name: str
@@ -62,6 +80,14 @@ class Site:
     inner_is_out: bool = True
     heads: tuple[int, ...] | None = None
     head_dim: int | None = None
+    convolution: Convolution | None = None
+
+    @property
+    def num_columns(self) -> int:
+        """The columns of its weight as a matrix: of a convolution, input channels of a group times the kernel."""
+        if self.convolution is None:
+            return self.in_
+        return self.in_ // self.convolution.geometry["groups"] * prod(self.convolution.kernel)
 
     @property
     def model_dim(self) -> int:

@@ -8,7 +8,19 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from cases import CASES, MODELS, Case, Model, logits, over_cases, over_identity_cases, over_models, perturb, tokens
+from cases import (
+    CASES,
+    MODELS,
+    Case,
+    Model,
+    logits,
+    over_cases,
+    over_identity_cases,
+    over_merging_cases,
+    over_models,
+    perturb,
+    tokens,
+)
 from tensorpeft.networks.update import AbstractFusedUpdate
 
 MERGED_TOLERANCE = 2e-6  # absolute, of float32 logits of order one
@@ -42,12 +54,19 @@ def test_start_without_a_start_is_not_the_base_model(model: Model):
 
 @over_models
 @over_cases
-def test_disabled_is_the_base_model_after_training_and_after_merging(model: Model, case: Case):
+def test_disabled_is_the_base_model_after_training(model: Model, case: Case):
     peft_model, expected = adapted(model, case), logits(model.fresh())
     perturb(peft_model)
     assert not torch.allclose(logits(peft_model), expected)
     with peft_model.disable_adapter():
         assert torch.equal(logits(peft_model), expected)
+
+
+@over_models
+@over_merging_cases
+def test_disabled_is_the_base_model_after_merging(model: Model, case: Case):
+    peft_model, expected = adapted(model, case), logits(model.fresh())
+    perturb(peft_model)
     peft_model.merge_adapter()
     with peft_model.disable_adapter():
         assert torch.equal(logits(peft_model), expected)
@@ -65,7 +84,7 @@ def test_reloaded_adapter_is_the_saved_one(model: Model, case: Case, low_cpu_mem
 
 
 @over_models
-@over_cases
+@over_merging_cases
 def test_merging_keeps_the_output_and_unmerging_the_base(model: Model, case: Case):
     peft_model = adapted(model, case)
     perturb(peft_model)
@@ -84,7 +103,8 @@ def test_merging_keeps_the_output_and_unmerging_the_base(model: Model, case: Cas
 def test_unloading_without_merging_gives_the_base_back(model: Model, case: Case):
     peft_model = adapted(model, case)
     perturb(peft_model)
-    peft_model.merge_adapter()
+    if case.merges:
+        peft_model.merge_adapter()
     assert torch.equal(logits(peft_model.unload()), logits(model.fresh()))
 
 
@@ -107,7 +127,7 @@ def test_two_adapters_do_not_touch_each_other(model: Model, case: Case):
     assert torch.equal(logits(peft_model), second)
 
 
-@over_cases
+@over_merging_cases
 def test_several_active_adapters_add_up(case: Case):
     model = MODELS[0]
     peft_model = adapted(model, case)
@@ -180,6 +200,8 @@ def test_half_precision_bases_start_exactly_too(case: Case, dtype: torch.dtype):
     trained = {name: p for name, p in peft_model.named_parameters() if p.requires_grad}
     assert {parameter.dtype for parameter in trained.values()} == {torch.float32}
     perturb(peft_model)
+    if not case.merges:
+        return
     before = logits(peft_model)
     peft_model.merge_adapter()
     if any(isinstance(module, AbstractFusedUpdate) for module in peft_model.modules()):

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from tensorpeft.export.skeleton import load_on_skeleton
-from tensorpeft.networks.update import AbstractLowRankUpdate, AbstractWeightUpdate
+from tensorpeft.networks.update import AbstractFactoredUpdate, AbstractUpdate
 from tensorpeft.plugin.config import TensorConfig
 from tensorpeft.plugin.layer import TensorLayer
 
@@ -81,14 +82,18 @@ def to_lora(
             f"no layer has an adapter {name!r} of tensorpeft; loaded are {sorted(model.peft_config)}. Pass a PeftModel "
             "or a folder with one, and the adapter's name."
         )
-    updates: dict[str, AbstractWeightUpdate] = {key: layer.updates[name] for key, layer in layers.items()}  # type: ignore[misc]
+    updates: dict[str, AbstractUpdate] = {key: layer.updates[name] for key, layer in layers.items()}  # type: ignore[misc]
     _check_rank(updates, rank)
+    for key, layer in layers.items():
+        _check_geometry(key, layer.get_base_layer())
     tensors: dict[str, Tensor] = {}
     exported = []
     for key, update in tqdm(updates.items(), "Exporting", disable=not progress):
         down, up, error = _two_factors(update, rank)
         exported.append(ExportedLayer(key, len(down), error))
-        tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = down, up
+        kernel = getattr(layers[key].get_base_layer(), "kernel_size", ())
+        tensors[f"{key}.lora_A.weight"] = down.unflatten(1, (-1, *kernel)) if kernel else down
+        tensors[f"{key}.lora_B.weight"] = up[(..., *(None for _ in kernel))]
     padded = next(size for size in RANKS if size >= max(layer.rank for layer in exported))
     tensors = {f"base_model.model.{key}": _pad(tensor, key, padded) for key, tensor in tensors.items()}
     prefix = next(iter(layers.values())).adapter_layer_names[0]
@@ -103,9 +108,11 @@ def _active_adapter(model: PeftModel) -> str:
     return model.active_adapters[0]
 
 
-def _check_rank(updates: dict[str, AbstractWeightUpdate], rank: int | None) -> None:
+def _check_rank(updates: dict[str, AbstractUpdate], rank: int | None) -> None:
     """Raise a `ValueError` unless a rank is given exactly where there is something to cut."""
-    high = [key for key, update in updates.items() if not isinstance(update, AbstractLowRankUpdate)]
+    high = [key for key, update in updates.items() if not isinstance(update, AbstractFactoredUpdate)]
+    for key in high:
+        updates[key].cut()  # raises where there is no weight update to cut
     if high and rank is None:
         raise ValueError(
             f"{high[0]}: its update has a high rank, so that a LoRA of it has an error. Pass the rank to cut it to, "
@@ -118,9 +125,24 @@ def _check_rank(updates: dict[str, AbstractWeightUpdate], rank: int | None) -> N
         raise ValueError(f"rank {largest}: expected 1 to {RANKS[-1]}, the largest that LoRA servers have kernels for.")
 
 
-def _two_factors(update: AbstractWeightUpdate, rank: int | None) -> tuple[Tensor, Tensor, float]:
+def _check_geometry(key: str, base: nn.Module) -> None:
+    """Raise a `ValueError` for a convolution that PEFT's LoRA layer, made of its kernel and stride, does not match."""
+    plain: dict[str, Any] = {
+        "groups": 1,
+        "padding_mode": "zeros",
+        "dilation": (1,) * len(getattr(base, "kernel_size", ())),
+    }
+    for name, value in plain.items():
+        if (found := getattr(base, name, value)) != value:
+            raise ValueError(
+                f"{key}: a convolution with {name}={found}, but LoRA's, as PEFT builds it, has {name}={value}. Merge "
+                "the adapter instead (merge_and_unload)."
+            )
+
+
+def _two_factors(update: AbstractUpdate, rank: int | None) -> tuple[Tensor, Tensor, float]:
     """A (r, in), B (out, r), and the relative error of B A."""
-    if isinstance(update, AbstractLowRankUpdate):
+    if isinstance(update, AbstractFactoredUpdate):
         down, core, up = update.factors()
         return down, up * core if core.ndim == 1 else up @ core, 0.0
     assert rank is not None

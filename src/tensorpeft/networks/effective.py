@@ -150,7 +150,8 @@ class _EffectiveLinear(torch.autograd.Function):
             weight = ctx.make_weight()
         needs_x, needs_weight, needs_bias, _, *needs_tensors = ctx.needs_input_grad
         with torch.autocast(x.device.type, enabled=False):
-            rows_x, rows_y = x.flatten(0, -2), grad_output.flatten(0, -2)
+            rows_x = x.reshape(-1, x.shape[-1])
+            rows_y = grad_output.reshape(-1, grad_output.shape[-1])
             cuts = _cuts(ctx.layout, tensors)
             grad_x, grad_weight, grad_halves = _block_gradients(
                 rows_x, rows_y, weight, [_Update(cut) for cut in cuts], needs_x, needs_weight, any(needs_tensors)

@@ -1,4 +1,4 @@
-"""The whole contract of an update at one weight: what it adds to the layer's output, and the matrix it is."""
+"""The whole contract of an update at one layer: what it adds to the output, and the matrix it is, if it is one."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def keeping_dtype(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Te
     return move
 
 
-class AbstractWeightUpdate(nn.Module, ABC):
-    """ΔW of one weight (out, in), added to a frozen W0: `y = x W0ᵀ + update(x)`.
+class AbstractUpdate(nn.Module, ABC):
+    """What an adapter adds at one layer.
 
     Parameters are trained; buffers are saved beside them and frozen. Both are registered under plain names
     (`core_1`, not `cores.0`): PEFT takes the adapter's name out of a checkpoint key one level above the tensor.
@@ -44,28 +44,64 @@ class AbstractWeightUpdate(nn.Module, ABC):
         object.__setattr__(self, "shared", shared)
 
     @abstractmethod
+    def cut(self) -> Cut:
+        """ΔW as a network that can be cut in two.
+
+        A matrix product A B of rank r has the halves (out, 1, r) and (r, 1, in).
+
+        Raises:
+            ValueError: what is added is not a product with a weight.
+        """
+
+    @abstractmethod
+    def tensor_name(self) -> str:
+        """What tells a person which tensor the layer belongs to: equal for layers of one, or of equal ones."""
+
+    def weight(self) -> Tensor:  # (out, in)
+        """ΔW: the matrix that `forward` multiplies by, by the plain formula. Differentiable.
+
+        Raises:
+            ValueError: as `cut`.
+        """
+        network, cores, start = self.cut()
+        update = fold(network.halves(cores))
+        return update - fold(network.halves(start)) if start else update
+
+
+class AbstractWeightUpdate(AbstractUpdate):
+    """ΔW of one weight (out, in), added to a frozen W0: `y = x W0ᵀ + update(x)`.
+
+    The weight of a convolution is read as a matrix too: (out, in · kernel).
+    """
+
+    @abstractmethod
     def forward(
         self,
         x: Tensor,  # (*batch, in)
     ) -> Tensor:  # (*batch, out)
         """`x ΔWᵀ`, in the dtype of x."""
 
+
+class AbstractOutputUpdate(AbstractUpdate):
+    """A small network behind a frozen layer: `y = z + update(z)` for the layer's output z. Not linear: it has no ΔW."""
+
     @abstractmethod
+    def forward(
+        self,
+        z: Tensor,  # (*batch, out)
+    ) -> Tensor:  # (*batch, out)
+        """What is added to the layer's output, in its dtype."""
+
     def cut(self) -> Cut:
-        """ΔW as a network that can be cut in two.
+        """None.
 
-        A matrix product A B of rank r has the halves (out, 1, r) and (r, 1, in).
+        Raises:
+            ValueError: always.
         """
-
-    @abstractmethod
-    def tensor_name(self) -> str:
-        """What tells a person which tensor the weight belongs to: equal for weights of one, or of equal ones."""
-
-    def weight(self) -> Tensor:  # (out, in)
-        """ΔW: the matrix that `forward` multiplies by, by the plain formula. Differentiable."""
-        network, cores, start = self.cut()
-        update = fold(network.halves(cores))
-        return update - fold(network.halves(start)) if start else update
+        raise ValueError(
+            "this adapter is a non-linear network behind the layer, not an update of its weight: it cannot be merged, "
+            "exported or converted, and there is no delta weight. Keep it beside the model (save_pretrained)."
+        )
 
 
 class AbstractUpdatableLinear(nn.Module, ABC):
@@ -121,13 +157,29 @@ class SharedFactors(nn.Module):
 class AbstractFusedUpdate(AbstractWeightUpdate):
     """An update of high rank: a layer adds it to the base weight and multiplies once (`networks.effective`)."""
 
+    def is_cheaper_apart(self, rows: int) -> bool:
+        """Whether training on so many rows is faster with `forward` beside the base than with the fused map."""
+        return False
+
     def forward(self, x: Tensor) -> Tensor:
         """`x ΔWᵀ` through the fused map, for a base whose weight cannot be added to."""
         return effective_linear(x, None, None, [self.cut()])
 
 
-class AbstractLowRankUpdate(AbstractWeightUpdate):
-    """A LoRA with structured factors: two thin products beside the base weight's (`networks.low_rank`)."""
+class AbstractFactoredUpdate(AbstractWeightUpdate):
+    """A LoRA with structured factors: what can be exported as one."""
+
+    @abstractmethod
+    def factors(self) -> Factors:
+        """The three factors, in the parameters' dtype. Differentiable."""
+
+    def cut(self) -> Cut:
+        """The halves `up · core` and `down`."""
+        return Cut(MATRIX_PRODUCT, self.factors())
+
+
+class AbstractLowRankUpdate(AbstractFactoredUpdate):
+    """A factored update of a linear layer: two thin products beside the base weight's (`networks.low_rank`)."""
 
     @abstractmethod
     def factors_from(self, tensors: Mapping[str, Tensor]) -> Factors:
@@ -141,7 +193,7 @@ class AbstractLowRankUpdate(AbstractWeightUpdate):
         """What, besides the tensors, the factors depend on: equal for updates whose tensors may be stacked."""
 
     def factors(self) -> Factors:
-        """The three factors, in the parameters' dtype. Differentiable."""
+        """Those of its own tensors and the shared ones."""
         shared = {} if self.shared is None else dict(self.shared.named_parameters())
         return self.factors_from({**shared, **dict(self.named_parameters())})
 
@@ -149,13 +201,9 @@ class AbstractLowRankUpdate(AbstractWeightUpdate):
         """`x downᵀ coreᵀ upᵀ`; under autocast in its dtype."""
         return low_rank_linear(x, None, None, [self.factors()])
 
-    def cut(self) -> Cut:
-        """The halves `up · core` and `down`."""
-        return Cut(MATRIX_PRODUCT, self.factors())
-
 
 @torch.no_grad()
-def stacked_factors(updates: Sequence[AbstractWeightUpdate]) -> Factors | None:
+def stacked_factors(updates: Sequence[AbstractUpdate]) -> Factors | None:
     """The factors of one weight's updates in several adapters, each stacked along a leading axis.
 
     None where they cannot be: not all of low rank, of one method, one shape and one scale.
@@ -173,6 +221,6 @@ def stacked_factors(updates: Sequence[AbstractWeightUpdate]) -> Factors | None:
     return first.factors_from({**shared, **{name: torch.stack([each[name] for each in own]) for name in own[0]}})
 
 
-def _shapes(update: AbstractWeightUpdate) -> dict[str, torch.Size]:
+def _shapes(update: AbstractUpdate) -> dict[str, torch.Size]:
     modules = [update] if update.shared is None else [update.shared, update]
     return {name: tensor.shape for module in modules for name, tensor in module.named_parameters()}

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tensorpeft.networks.update import AbstractUpdatableLinear
+from tensorpeft.sites import Convolution
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class UpdatableBackend(QuantizationBackend):
@@ -38,7 +41,7 @@ class UpdatableBackend(QuantizationBackend):
     def set_base_weight(self, peft_layer: Any, weight_data: Tensor) -> None:
         """Replace the innermost layer by a plain one with this weight, laid out as that layer stores it."""
         base = peft_layer.get_base_layer()
-        set_innermost(peft_layer, plain_layer(base, oriented(base, weight_data)))
+        set_innermost(peft_layer, plain_layer(base, as_matrix(base, weight_data)))
 
 
 def find_backend(base: nn.Module, **quantization_kwargs: Any) -> QuantizationBackend | None:
@@ -61,7 +64,7 @@ def plain_layer(base: nn.Module, weight: Tensor) -> nn.Module:
             plain: nn.Module = Conv1D(out, in_)
     else:
         plain = nn.Linear(in_, out, bias=base.bias is not None, device="meta")
-    plain.weight = nn.Parameter(oriented(plain, weight).contiguous(), requires_grad=False)
+    plain.weight = nn.Parameter(as_stored(plain, weight).contiguous(), requires_grad=False)
     if base.bias is not None:
         plain.bias = nn.Parameter(base.bias.detach().to(weight.dtype), requires_grad=False)  # type: ignore[operator]
     return plain.train(base.training)
@@ -74,13 +77,16 @@ def set_innermost(layer: BaseTunerLayer, base: nn.Module) -> None:
     layer.base_layer = base  # type: ignore
 
 
-def linear_shape(
+def layer_shape(
     base: nn.Module,
     name: str,
     parent: nn.Module | None = None,
     backend: QuantizationBackend | None = None,
+    may_be_convolution: bool = False,
 ) -> tuple[int, int]:  # (out, in)
-    """The size of a linear layer: `nn.Linear`, GPT-2's `Conv1D`, or a quantised layer that PEFT has a backend for.
+    """The features of a linear layer: `nn.Linear`, GPT-2's `Conv1D`, or a quantised layer that PEFT has a backend for.
+
+    Or the channels of a convolution, for a method that adapts them.
 
     Raises:
         ValueError: any other layer, or the output projection of `nn.MultiheadAttention`, whose forward is never called.
@@ -95,10 +101,25 @@ def linear_shape(
         return out, in_
     if isinstance(base, nn.Linear) or (backend is not None and hasattr(base, "in_features")):
         return int(base.out_features), int(base.in_features)  # type: ignore[arg-type]
+    if may_be_convolution and isinstance(base, _CONVOLUTIONS):
+        return base.out_channels, base.in_channels
+    others = ", or a convolution (torch.nn.Conv1d, Conv2d, Conv3d)" if may_be_convolution else ""
     raise ValueError(
         f"{name}: cannot adapt a {type(base).__name__}, expected a linear layer (torch.nn.Linear, transformers' "
-        "Conv1D, or a quantised linear layer that PEFT supports). Narrow target_modules, or name it in exclude_modules."
+        f"Conv1D, or a quantised linear layer that PEFT supports){others}. Narrow target_modules, or name it in "
+        "exclude_modules."
     )
+
+
+def convolution_of(base: nn.Module) -> Convolution | None:
+    """What makes the layer a convolution; None if it is none."""
+    if not isinstance(base, _CONVOLUTIONS):
+        return None
+    geometry = {name: getattr(base, name) for name in ("stride", "padding", "dilation", "groups")}
+    if base.padding_mode == "zeros":
+        return Convolution(tuple(base.kernel_size), geometry)
+    border = (tuple(base._reversed_padding_repeated_twice), base.padding_mode)
+    return Convolution(tuple(base.kernel_size), {**geometry, "padding": (0,) * len(base.kernel_size)}, border)
 
 
 def addable_weight(base: nn.Module) -> Tensor | None:
@@ -121,9 +142,18 @@ def has_own_forward(base: nn.Module) -> bool:
     return "forward" in base.__dict__ or any(hooks)
 
 
-def oriented(base: nn.Module, weight: Tensor) -> Tensor:
-    """A base layer's stored weight as (out, in), or (out, in) as stored: the same transposition both ways."""
-    return weight.t() if isinstance(base, Conv1D) else weight
+def as_matrix(base: nn.Module, stored: Tensor) -> Tensor:
+    """A layer's weight, or one laid out like it, as (out, in); a convolution's as (out, in / groups · kernel)."""
+    if isinstance(base, Conv1D):
+        return stored.t()
+    return stored.flatten(1) if isinstance(base, _CONVOLUTIONS) else stored
+
+
+def as_stored(base: nn.Module, matrix: Tensor) -> Tensor:
+    """The inverse of `as_matrix`."""
+    if isinstance(base, Conv1D):
+        return matrix.t()
+    return matrix.view(base.weight.shape) if isinstance(base, _CONVOLUTIONS) else matrix
 
 
 def restore_row_order(base: nn.Module) -> None:

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from peft import PeftConfig
-from peft.utils import PeftType
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, PeftType
 from torch import Tensor
 
 from tensorpeft.networks.mpo import FrozenCores
-from tensorpeft.networks.update import AbstractWeightUpdate
+from tensorpeft.networks.update import AbstractUpdate
 from tensorpeft.plugin.checkpoint import add_loading_hint, check_file
 from tensorpeft.sites import Site
 
@@ -23,7 +23,7 @@ class Bases(Protocol):
     """What a model has at the sites that an adapter adapts."""
 
     def read_weight(self, site: Site) -> Tensor:
-        """The pretrained weight (out, in), dequantised if need be.
+        """The pretrained weight (out, in), dequantised if need be; of a convolution (out, in / groups · kernel).
 
         On the meta device where there is none to read, or where a checkpoint's tensors will replace whatever is built:
         allocate only.
@@ -59,6 +59,9 @@ class TensorConfig(PeftConfig, ABC):
 
     # Set by `plugin.registration.register`.
     registered_type: ClassVar[PeftType]
+    # What `target_modules=None` means: {model type: names of layers}.
+    default_targets: ClassVar[Mapping[str, list[str]]] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    adapts_convolutions: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check what PEFT would silently ignore."""
@@ -84,7 +87,7 @@ class TensorConfig(PeftConfig, ABC):
         self,
         sites: Sequence[Site],
         bases: Bases,
-    ) -> Mapping[str, AbstractWeightUpdate]:
+    ) -> Mapping[str, AbstractUpdate]:
         """An update for every site, by the site's name. Updates that share factors name one module as `shared`.
 
         Args:

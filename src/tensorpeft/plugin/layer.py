@@ -14,14 +14,23 @@ from torch import Tensor, nn
 from tensorpeft.networks.effective import effective_linear, effective_weight
 from tensorpeft.networks.low_rank import low_rank_linear, low_rank_rows
 from tensorpeft.networks.update import (
+    AbstractFactoredUpdate,
     AbstractFusedUpdate,
     AbstractLowRankUpdate,
+    AbstractOutputUpdate,
     AbstractUpdatableLinear,
-    AbstractWeightUpdate,
+    AbstractUpdate,
     stacked_factors,
 )
 from tensorpeft.networks.versions import version_of
-from tensorpeft.plugin.base_weight import addable_weight, has_own_forward, oriented, restore_row_order, set_innermost
+from tensorpeft.plugin.base_weight import (
+    addable_weight,
+    as_matrix,
+    as_stored,
+    has_own_forward,
+    restore_row_order,
+    set_innermost,
+)
 from tensorpeft.plugin.holder import UpdateHolder
 
 # From so many adapters in a batch on, their factors are gathered per row instead of looping over the adapters.
@@ -68,35 +77,51 @@ class TensorLayer(UpdateHolder):
         return self._adapted_forward(x, updates, *args, **kwargs)
 
     def _adapted_forward(
-        self, x: Tensor, updates: Sequence[AbstractWeightUpdate], *args: Any, may_cache: bool = True, **kwargs: Any
+        self, x: Tensor, updates: Sequence[AbstractUpdate], *args: Any, may_cache: bool = True, **kwargs: Any
     ) -> Tensor:
         weight = addable_weight(self.base_layer) if updates else None
-        fused = [update for update in updates if isinstance(update, AbstractFusedUpdate)]
-        if fused and isinstance(self.base_layer, AbstractUpdatableLinear) and not has_own_forward(self.base_layer):
-            result = self.base_layer.forward_with(x, [update.cut() for update in fused])
-            added = [update for update in updates if not isinstance(update, AbstractFusedUpdate)]
-        elif weight is None:
-            result, added = self.base_layer(x, *args, **kwargs), updates
+        is_updatable = isinstance(self.base_layer, AbstractUpdatableLinear) and not has_own_forward(self.base_layer)
+        fused = self._updates_to_fuse(x, updates, weight) if weight is not None or is_updatable else []
+        low_rank = [] if weight is None or fused else [u for u in updates if isinstance(u, AbstractLowRankUpdate)]
+        if is_updatable and fused:
+            result = self.base_layer.forward_with(x, [update.cut() for update in fused])  # type: ignore[operator]
         elif fused:
-            result = self._fused_forward(x, weight, fused, may_cache)
-            added = [update for update in updates if not isinstance(update, AbstractFusedUpdate)]
-        else:
-            low_rank = [update for update in updates if isinstance(update, AbstractLowRankUpdate)]
+            result = self._fused_forward(x, weight, fused, may_cache)  # type: ignore[arg-type]
+        elif low_rank:
             factors = [update.factors() for update in low_rank]
             result = low_rank_linear(x, weight, self.base_layer.bias, factors)  # type: ignore[arg-type]
-            added = [update for update in updates if not isinstance(update, AbstractLowRankUpdate)]
-        if added and self.quantization_backend is not None:
+        else:
+            result = self.base_layer(x, *args, **kwargs)
+        return self._add(result, x, [update for update in updates if update not in (*fused, *low_rank)])
+
+    def _updates_to_fuse(
+        self, x: Tensor, updates: Sequence[AbstractUpdate], weight: Tensor | None
+    ) -> list[AbstractFusedUpdate]:
+        """Those to add to the base weight: all that can be, unless in training another way is cheaper."""
+        fused = [update for update in updates if isinstance(update, AbstractFusedUpdate)]
+        if not fused or not (self.training or _trains(weight, fused)):
+            return fused
+        rows = x.numel() // x.shape[-1]
+        return [] if all(update.is_cheaper_apart(rows) for update in fused) else fused
+
+    def _add(self, result: Tensor, x: Tensor, updates: Sequence[AbstractUpdate]) -> Tensor:
+        """The base's result with what these updates add: first all that read the layer's input."""
+        if updates and self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
-        for update in added:
-            result = result + update(x).to(result.dtype)
+        for update in updates:
+            if not isinstance(update, AbstractOutputUpdate):
+                result = result + update(x).to(result.dtype)
+        output = result
+        for update in updates:
+            if isinstance(update, AbstractOutputUpdate):
+                result = result + update(output).to(result.dtype)
         return result
 
     def _fused_forward(
         self, x: Tensor, weight: Tensor, updates: Sequence[AbstractFusedUpdate], may_cache: bool
     ) -> Tensor:
         bias: Tensor | None = self.base_layer.bias  # type: ignore[assignment]
-        trains = torch.is_grad_enabled() and (weight.requires_grad or any(map(_is_trained, updates)))
-        if self.training or trains or not may_cache or torch.compiler.is_compiling():
+        if self.training or _trains(weight, updates) or not may_cache or torch.compiler.is_compiling():
             return effective_linear(x, weight, bias, [update.cut() for update in updates])
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -149,10 +174,10 @@ class TensorLayer(UpdateHolder):
         for name in names:
             rows = torch.tensor([k for k, other in enumerate(adapter_names) if other == name], device=x.device)
             (update,) = self._named([name])
-            if isinstance(update, AbstractFusedUpdate):  # by the route that it takes when it is alone: equal results
-                result[rows] = self._adapted_forward(x[rows], [update], *args, may_cache=False, **kwargs)
-            else:
+            if isinstance(update, AbstractFactoredUpdate):
                 result.index_add_(0, rows, update(x[rows]).to(result.dtype))
+            else:  # by the route that it takes when it is alone: equal results
+                result[rows] = self._adapted_forward(x[rows], [update], *args, may_cache=False, **kwargs)
         return result
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -185,15 +210,15 @@ class TensorLayer(UpdateHolder):
         cuts = [update.cut() for update in self._named(names)]
         source = base if self._unmerged is None else self._unmerged
         if isinstance(source, AbstractUpdatableLinear):
-            return oriented(base, source.weight_with(cuts, self.quantization_backend.dtype))  # type: ignore[union-attr]
-        weight = oriented(base, source) if isinstance(source, Tensor) else self.read_base_weight()
-        return oriented(base, effective_weight(weight, cuts, weight.dtype))
+            return as_stored(base, source.weight_with(cuts, self.quantization_backend.dtype))  # type: ignore[union-attr]
+        weight = as_matrix(base, source) if isinstance(source, Tensor) else self.read_base_weight()
+        return as_stored(base, effective_weight(weight, cuts, weight.dtype))
 
     def read_base_weight(self) -> Tensor:  # (out, in)
         """The base weight as it is now, dequantised if need be; a view where it can be."""
         base = self.get_base_layer()
         restore_row_order(base)
-        return oriented(base, self.get_base_weight())
+        return as_matrix(base, self.get_base_weight())
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -208,20 +233,20 @@ class TensorLayer(UpdateHolder):
             weight = self.read_base_weight()
             for name in self.merged_adapters:
                 weight = weight - self.updates[name].weight().to(weight.dtype)  # type: ignore[operator]
-            self.set_base_weight(oriented(self.get_base_layer(), weight))
+            self.set_base_weight(as_stored(self.get_base_layer(), weight))
         object.__setattr__(self, "_unmerged", None)
         self.merged_adapters.clear()
         self._cached = None
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW of an adapter in float32, laid out as the base layer stores its weight."""
-        return oriented(self.get_base_layer(), self.updates[adapter].weight())  # type: ignore[operator]
+        return as_stored(self.get_base_layer(), self.updates[adapter].weight())  # type: ignore[operator]
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """True: W' = W + ΔW. A ΔW of high rank converts with an error, by the rank given to PEFT."""
-        return True
+        """Whether W' = W + ΔW. A ΔW of high rank converts with an error, by the rank given to PEFT."""
+        return not isinstance(self.updates[adapter_name], AbstractOutputUpdate)
 
-    def _named(self, adapter_names: Sequence[str]) -> list[AbstractWeightUpdate]:
+    def _named(self, adapter_names: Sequence[str]) -> list[AbstractUpdate]:
         return [self.updates[name] for name in adapter_names if name in self.updates]  # type: ignore[misc]
 
     def extra_repr(self) -> str:
@@ -238,5 +263,7 @@ def check_finite(weight: Tensor, adapter_names: Sequence[str]) -> None:
         )
 
 
-def _is_trained(update: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in update.parameters())
+def _trains(weight: Tensor | None, updates: Sequence[nn.Module]) -> bool:
+    """Whether a gradient of the weight or of the updates will be asked for."""
+    parameters = [parameter for update in updates for parameter in update.parameters()]
+    return torch.is_grad_enabled() and any(t.requires_grad for t in (*parameters, weight) if t is not None)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tensorpeft.networks.effective import fold
-from tensorpeft.networks.update import BASE_DIGEST
+from tensorpeft.networks.update import BASE_DIGEST, AbstractWeightUpdate
 from tensorpeft.plugin.holder import UpdateHolder
 from tensorpeft.plugin.layer import TensorLayer
 
@@ -111,7 +111,7 @@ def _foreign_start(layer: TensorLayer, update: nn.Module, found: Mapping[str, Te
     A start S that was decomposed from W0 is an orthogonal projection of it, so that ⟨W0, S⟩ = ‖S‖²; for an unrelated
     weight the product is near 0. Another dtype, quantisation or a bit of training of the base hardly move it.
     """
-    if set(found) != set(update.state_dict()):
+    if set(found) != set(update.state_dict()) or not isinstance(update, AbstractWeightUpdate):
         return None
     if BASE_DIGEST in found:
         return None  # its start is the base layer's own

@@ -44,7 +44,12 @@ def register(name: str) -> Callable[[ConfigClass], ConfigClass]:
             layer=_subclass((TensorLayer, holder_cls), f"{title}Layer", config_cls),
             shared=_subclass((SharedHolder, holder_cls), f"{title}SharedHolder", config_cls),
         )
-        fields = {"prefix": f"{name}_", "tuner_layer_cls": holder_cls, "classes": classes}
+        fields = {
+            "prefix": f"{name}_",
+            "tuner_layer_cls": holder_cls,
+            "target_module_mapping": config_cls.default_targets,
+            "classes": classes,
+        }
         model_cls = _subclass((TensorModel,), f"{title}Model", config_cls, **fields)
         register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls, is_mixed_compatible=True)
         _admit_to_mixed_models(peft_type, config_cls, holder_cls, classes, f"{name}_")

@@ -13,7 +13,7 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from torch import nn
 
-from tensorpeft.networks.update import AbstractWeightUpdate
+from tensorpeft.networks.update import AbstractUpdate
 from tensorpeft.plugin.config import TensorConfig
 from tensorpeft.plugin.tuner import TensorModel, build_updates
 
@@ -49,7 +49,7 @@ def tensor_map(model: nn.Module, config: TensorConfig) -> TensorMap:
     return TensorMap(tensors, num_tensors, sum(p.numel() for module in modules.values() for p in module.parameters()))
 
 
-def plan_updates(model: nn.Module, config: TensorConfig) -> Mapping[str, AbstractWeightUpdate]:
+def plan_updates(model: nn.Module, config: TensorConfig) -> Mapping[str, AbstractUpdate]:
     """The updates that `get_peft_model(model, config)` would make, by the names of their weights; reads no weight.
 
     Raises:

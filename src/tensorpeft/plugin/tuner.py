@@ -4,20 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, _get_submodules
+from peft.utils import _get_submodules
 from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from tensorpeft.networks.mpo import FrozenCores
-from tensorpeft.networks.update import AbstractWeightUpdate
-from tensorpeft.plugin.base_weight import UpdatableBackend, find_backend, linear_shape, oriented, restore_row_order
+from tensorpeft.networks.update import AbstractUpdate
+from tensorpeft.plugin.base_weight import (
+    UpdatableBackend,
+    as_matrix,
+    convolution_of,
+    find_backend,
+    layer_shape,
+    restore_row_order,
+)
 from tensorpeft.plugin.config import TensorConfig
 from tensorpeft.plugin.holder import SharedHolder, UpdateHolder
 from tensorpeft.plugin.layer import TensorLayer, check_finite
@@ -37,7 +44,6 @@ class TensorModel(BaseTuner):
 
     tuner_layer_cls = UpdateHolder
     classes = MethodClasses(TensorLayer, SharedHolder)
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def inject_adapter(
         self,
@@ -175,7 +181,7 @@ def wrap_layer(
         ValueError: a target is not linear, or the method cannot serve it.
     """
     key = key.removeprefix("base_model.model.")  # PeftMixedModel adds its second adapter from its own root
-    planned: tuple[Any, dict[str, AbstractWeightUpdate]] | None = getattr(tuner, "_planned", None)
+    planned: tuple[Any, dict[str, AbstractUpdate]] | None = getattr(tuner, "_planned", None)
     if planned is None or planned[0] is not config or key not in planned[1]:
         planned = (config, dict(build_updates(tuner, config)))
         tuner._planned = planned  # type: ignore[assignment]
@@ -187,9 +193,9 @@ def wrap_layer(
     else:
         base = _innermost(target)
         backend = find_backend(base, **get_quantization_kwargs(tuner.model))
-        shape = linear_shape(base, key, parent, backend)
+        shape = layer_shape(base, key, parent, backend, config.adapts_convolutions)
         owns_base = isinstance(tuner, TensorModel) and not isinstance(target, BaseTunerLayer)
-        layer = classes.layer(target, shape, backend, owns_base)
+        layer = classes.layer(target, shape, backend, owns_base).train(target.training)
         layer._active_adapter = adapter_name
         layer.hold(adapter_name, update, config.inference_mode)
         tuner._replace_module(parent, target_name, layer, target)
@@ -221,7 +227,7 @@ def remove_shared_factors(model: nn.Module) -> None:
             delattr(model, name)
 
 
-def build_updates(tuner: BaseTuner, config: TensorConfig) -> Mapping[str, AbstractWeightUpdate]:
+def build_updates(tuner: BaseTuner, config: TensorConfig) -> Mapping[str, AbstractUpdate]:
     """The method's updates for all targets of a config. Changes nothing in the model."""
     quantization = get_quantization_kwargs(tuner.model)
     layers: dict[str, tuple[nn.Module, Any]] = {}
@@ -230,10 +236,13 @@ def build_updates(tuner: BaseTuner, config: TensorConfig) -> Mapping[str, Abstra
         parent, target, _ = _get_submodules(tuner.model, name)
         base = _innermost(target)
         backend = find_backend(base, **quantization)
-        out, in_ = linear_shape(base, name, parent, backend)
+        out, in_ = layer_shape(base, name, parent, backend, config.adapts_convolutions)
         layers[name] = (base, backend)
         shapes.append((name, out, in_))
-    sites = find_sites(shapes, getattr(tuner.model, "config", None))
+    sites = [
+        replace(site, convolution=convolution_of(layers[site.name][0]))
+        for site in find_sites(shapes, getattr(tuner.model, "config", None))
+    ]
     return config.build(sites, _Bases(layers, getattr(tuner, "_allocates_only", False)))
 
 
@@ -247,10 +256,10 @@ class _Bases:
     def read_weight(self, site: Site) -> Tensor:
         base, backend = self.layers[site.name]
         if self.allocates_only:
-            return torch.empty(site.out, site.in_, device="meta")
+            return torch.empty(site.out, site.num_columns, device="meta")
         restore_row_order(base)
         weight = base.weight.data if backend is None else backend.get_base_weight(base)
-        return oriented(base, weight)  # type: ignore[arg-type]
+        return as_matrix(base, weight)  # type: ignore[arg-type]
 
     def start(self, site: Site) -> FrozenCores | None:
         start = getattr(self.layers[site.name][0], "start", None)

@@ -13,7 +13,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 
 from tensorpeft.networks.mpo import MpoUpdate
 from tensorpeft.networks.update import AbstractUpdatableLinear
-from tensorpeft.plugin.base_weight import oriented, plain_layer, restore_row_order
+from tensorpeft.plugin.base_weight import as_matrix, plain_layer, restore_row_order
 from tensorpeft.plugin.config import TensorConfig
 from tensorpeft.plugin.tensor_map import plan_updates
 from tensorpeft.quantization.quantizer import ResidualConfig, mark_quantised
@@ -69,7 +69,7 @@ def quantize_residual(
             raise ValueError(f"{name}: the weight is not finite, expected finite numbers. Check the checkpoint.")
     for name in tqdm(names, desc="quantising", unit="weight", disable=not progress):
         old = model.get_submodule(name)
-        weight = oriented(old, old.weight.detach())  # type: ignore[arg-type]
+        weight = as_matrix(old, old.weight.detach())  # type: ignore[arg-type]
         if name in shapes:
             parts = split(weight, *network_of(shapes[name]), rounds=rounds, double_quant=double_quant)
             new = ResidualLinear4bit.from_split(parts, old.bias, compute_dtype)  # type: ignore[arg-type]

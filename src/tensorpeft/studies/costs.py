@@ -42,7 +42,12 @@ def measure_costs(
     """The costs of each method, on one batch, with all the models alive at the same time."""
     batch = collate(rows, recipe.device)
     models = {method.key: build_model(method, num_labels, seed=0).to(recipe.device) for method in methods}
-    steps = {method.key: partial(TrainingStep(models[method.key], method.rates[0]), batch) for method in methods}
+    steps = {
+        method.key: partial(
+            TrainingStep(models[method.key], method.rates[0], make_optimizer=method.make_optimizer), batch
+        )
+        for method in methods
+    }
     seconds = median_step_times(steps, rounds)
     return [_costs(models[key], peak_memory(steps[key], recipe.device), seconds[key]) for key in models]
 

@@ -208,7 +208,9 @@ class _Runner:
             on_run(f"{method.name}, rate {rate:g}, seed {seed}")
             model = build_model(method, len(self.task.label_names), seed)
             rows, recipe = self.rows, self.plan.recipe
-            curve = finetune(model, rows["train"], rows["validation"], recipe, rate, seed, on_step)
+            curve = finetune(
+                model, rows["train"], rows["validation"], recipe, rate, seed, on_step, method.make_optimizer
+            )
             return model, Run(rate, seed, tuple(curve))
 
         best_model, best = train(method.rates[0], 0)

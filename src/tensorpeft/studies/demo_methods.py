@@ -6,8 +6,18 @@ from dataclasses import dataclass, replace
 from peft import IA3Config, LoraConfig, PeftConfig, VeraConfig
 from torch import nn
 
-from tensorpeft import DotaConfig, FloraConfig, LorettaConfig, LortaConfig, LotrConfig, NolaConfig
+from tensorpeft import (
+    DotaConfig,
+    FloraConfig,
+    LorettaAdapterConfig,
+    LorettaConfig,
+    LortaConfig,
+    LotrConfig,
+    NolaConfig,
+    QuantaConfig,
+)
 from tensorpeft.quantization import quantize_residual
+from tensorpeft.studies.optimizers import MakeOptimizer, adamw, lora_fa
 
 # BERT's query, key, value and both MLP weights. A list of suffixes cannot say it: "output.dense" is also the end of
 # the attention's output projection, "attention.output.dense".
@@ -30,6 +40,7 @@ class Method:
         note: what a reader of its row must know.
         quantise: what is done to the pretrained model before it is adapted; None: nothing.
         is_default: whether it runs where no methods are named.
+        make_optimizer: what it is trained with.
     """
 
     key: str
@@ -39,6 +50,7 @@ class Method:
     note: str = ""
     quantise: Callable[[nn.Module, PeftConfig], nn.Module] | None = None
     is_default: bool = True
+    make_optimizer: MakeOptimizer = adamw
 
 
 def _to_residuals(model: nn.Module, config: PeftConfig) -> nn.Module:
@@ -87,6 +99,14 @@ METHODS = (
         is_default=False,
     ),
     Method(
+        "loretta-adapter",
+        "LoRETTA-adp w=64",
+        lambda: LorettaAdapterConfig(task_type="SEQ_CLS"),
+        (3e-3, 1e-2, 3e-2),
+        note="bottlenecks behind the attention and MLP blocks; not linear, so it cannot be merged.",
+        is_default=False,
+    ),
+    Method(
         "flora",
         "FLoRA r=8",
         lambda: FloraConfig(r=8, target_modules=TARGETS, task_type="SEQ_CLS"),
@@ -99,6 +119,22 @@ METHODS = (
         lambda: NolaConfig(r=8, target_modules=TARGETS, task_type="SEQ_CLS"),
         (1e-2, 3e-2, 1e-1),
         is_default=False,
+    ),
+    Method(
+        "quanta",
+        "QuanTA 4 axes",
+        lambda: QuantaConfig(target_modules=TARGETS, task_type="SEQ_CLS"),
+        (3e-4, 1e-3, 3e-3),
+        is_default=False,
+    ),
+    Method(
+        "lora-fa",
+        "LoRA-FA r=8",
+        lambda: LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS, task_type="SEQ_CLS"),
+        (1e-3, 3e-3, 1e-2),
+        note="a LoRA with PEFT's optimiser of that name: A is frozen.",
+        is_default=False,
+        make_optimizer=lora_fa,
     ),
     Method(
         "pissa",

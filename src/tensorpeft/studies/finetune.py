@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_cosine_schedule_with_warmup
 
 from tensorpeft.studies.demo_methods import Method
+from tensorpeft.studies.optimizers import MakeOptimizer, adamw
 from tensorpeft.tasks.classification import Split
 
 Row = tuple[list[int], int]  # (token ids, label)
@@ -133,10 +134,11 @@ def finetune(
     rate: float,
     seed: int,
     on_step: Callable[[], object],  # called after every step
+    make_optimizer: MakeOptimizer = adamw,
 ) -> list[tuple[int, float]]:  # (step, validation loss)
     """The validation losses along a training run that changes ``model`` in place."""
     model.to(recipe.device)
-    step = TrainingStep(model, rate, recipe.head_rate)
+    step = TrainingStep(model, rate, recipe.head_rate, make_optimizer)
     warmup = math.ceil(recipe.warmup_ratio * recipe.steps)
     schedule = get_cosine_schedule_with_warmup(step.optimizer, warmup, recipe.steps)
     curve = []
@@ -150,23 +152,24 @@ def finetune(
 
 
 class TrainingStep:
-    """Forward, backward and AdamW's update on one batch; frees the gradients at its end.
+    """Forward, backward and the optimiser's update on one batch; frees the gradients at its end.
 
     Args:
         model: trained in place, its parameters with ``requires_grad``.
         rate: the learning rate.
         head_rate: that of the new classification head; None: the same.
+        make_optimizer: of the model and the two rates.
     """
 
-    def __init__(self, model: nn.Module, rate: float, head_rate: float | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        rate: float,
+        head_rate: float | None = None,
+        make_optimizer: MakeOptimizer = adamw,
+    ) -> None:
         self.model = model
-        groups: dict[bool, list[nn.Parameter]] = {False: [], True: []}
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                groups["classifier." in name].append(parameter)
-        rates = {False: rate, True: rate if head_rate is None else head_rate}
-        parameters = [{"params": group, "lr": rates[is_head]} for is_head, group in groups.items()]
-        self.optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
+        self.optimizer = make_optimizer(model, rate, rate if head_rate is None else head_rate)
 
     def __call__(self, batch: dict[str, Tensor]) -> None:
         """Train on the batch, as ``collate`` makes it."""

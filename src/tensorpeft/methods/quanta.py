@@ -1,0 +1,71 @@
+"""QuanTA (arXiv 2406.00132): every update a circuit of tensors that each act on two axes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import sqrt
+
+from torch import nn
+
+from tensorpeft.modes import factor_modes
+from tensorpeft.networks.circuit import CircuitUpdate, circuit_shapes
+from tensorpeft.plugin.config import Bases, TensorConfig, check_is_bool, check_modes
+from tensorpeft.plugin.registration import register
+from tensorpeft.sites import Site
+
+# The paper's axes for LLaMA-2-7B.
+_AXES_OF_THE_PAPER = {(4096, 4): (16, 8, 8, 4)}
+
+
+@register("quanta")
+@dataclass
+class QuantaConfig(TensorConfig):
+    """`ΔW = C(T) − C(I)`: the features as axes, and one trained tensor T for every two of them, one after the other.
+
+    The update has a high rank. A 4096 x 4096 weight at the defaults, 16·8·8·4, has 43,008 parameters; LoRA of rank 8
+    has 65,536.
+
+    Args:
+        num_axes: axes that the features of each side are reshaped to, at least 2.
+        modes: {size: [mode, …]}, the axes of sizes to be reshaped otherwise; one mode per axis.
+        init_weights: True: every tensor starts as the identity, and their circuit's is subtracted, so that the update
+            is zero. False: at the identity plus Gaussian noise, which is *not* the identity.
+
+    Raises:
+        ValueError: fewer than 2 axes, modes that do not multiply to their size or are not one per axis.
+
+    Source: QuanTA (arXiv 2406.00132). The tensors are kept as their deviations from the start (`networks.circuit`), so
+    that weight decay pulls to the pretrained model and no frozen copy need be saved; the axes of other sizes, and how a
+    rectangular weight changes from those of one side to the other's, are ours.
+
+    >>> QuantaConfig(target_modules=["q_proj", "v_proj"]).num_axes
+    4
+    """
+
+    num_axes: int = field(default=4, metadata={"help": "Axes that the features of each side are reshaped to."})
+    modes: dict[int, list[int]] | None = field(default=None, metadata={"help": "{size: axes} that override ours."})
+    init_weights: bool = field(default=True, metadata={"help": "Whether the adapter starts as the identity."})
+
+    def __post_init__(self) -> None:
+        """Check all that can be known without a model."""
+        super().__post_init__()
+        if not isinstance(self.num_axes, int) or isinstance(self.num_axes, bool) or self.num_axes < 2:
+            raise ValueError(f"num_axes={self.num_axes!r}: expected a whole number of at least 2, such as 4.")
+        check_is_bool("init_weights", self.init_weights)
+        self.modes = check_modes(self.modes, self.num_axes)
+
+    def build(self, sites: Sequence[Site], bases: Bases) -> Mapping[str, CircuitUpdate]:
+        """A circuit per site. Reads no weight."""
+        return {site.name: self._build_one(site) for site in sites}
+
+    def _build_one(self, site: Site) -> CircuitUpdate:
+        update = CircuitUpdate(circuit_shapes(self._axes(site.out), self._axes(site.in_)))
+        if not self.init_weights:
+            for deviation in update.deviations():
+                nn.init.normal_(deviation, std=0.5 / sqrt(deviation[0, 0].numel()))
+        return update
+
+    def _axes(self, size: int) -> Sequence[int]:
+        axes = (self.modes or {}).get(size) or _AXES_OF_THE_PAPER.get((size, self.num_axes))
+        return axes or sorted(factor_modes(size, self.num_axes), reverse=True)
