@@ -1,13 +1,13 @@
 """A training step, an evaluation forward and the start of each adapter, side by side with PEFT's LoRA in one process.
 
-    python benchmarks/step_time.py [--methods dota|cross-layer|low-rank|quantised] [--rank 16] [--rounds 15]
-                                   [--vocabulary 32000] [--bf16] [--device cuda] [--compile]
+    python benchmarks/step_time.py [--methods dota|cross-layer|low-rank|others|quantised] [--rank 16]
+                                   [--rounds 15] [--vocabulary 32000] [--bf16] [--device cuda] [--compile]
 
 The model is a Llama of hidden size 1024 with four layers and LLaMA's vocabulary of 32,000, the batch 4 x 256 tokens,
 the targets q, k, v, up and down. `--vocabulary 5376` gives the output head the share of the work that it has in a
 24-layer model. `--methods cross-layer` compares LoRTA, LoTR and FacT instead of DoTA, at LoRA's rank; `--methods
-low-rank` FLoRA, NOLA and LoRETTA; `--methods quantised` QLoRA and QDoTA, whose linear layers are all in 4 bits. All
-adapters run in turn, the order reversed every second round; medians, and the ratio to LoRA (or to the bare model).
+low-rank` FLoRA, NOLA and LoRETTA; `--methods others` QuanTA, with three and with four axes, and LoRETTA's adapters
+behind the blocks; `--methods quantised` QLoRA and QDoTA, whose linear layers are all in 4 bits. All adapters run in turn, the order reversed every second round; medians, and the ratio to LoRA (or to the bare model).
 Memory is what fine-tuning takes above the frozen model: the adapter, AdamW's two moments, and the peak that a step
 allocates, by torch's allocator.
 
@@ -32,7 +32,17 @@ from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tensorpeft import DotaConfig, FactConfig, FloraConfig, LorettaConfig, LortaConfig, LotrConfig, NolaConfig
+from tensorpeft import (
+    DotaConfig,
+    FactConfig,
+    FloraConfig,
+    LorettaAdapterConfig,
+    LorettaConfig,
+    LortaConfig,
+    LotrConfig,
+    NolaConfig,
+    QuantaConfig,
+)
 from tensorpeft.quantization import quantize_residual
 from tensorpeft.studies.measure import median_step_times, peak_memory
 
@@ -55,6 +65,12 @@ ADAPTERS: dict[str, dict[str, Callable[[int], PeftConfig]]] = {
         "FLoRA": lambda r: FloraConfig(r=r, target_modules=TARGETS),
         "NOLA": lambda r: NolaConfig(r=r, target_modules=TARGETS),
         "LoRETTA": lambda r: LorettaConfig(r=r, target_modules=TARGETS),
+    },
+    "others": {
+        "LoRA": lambda r: LoraConfig(r=r, target_modules=TARGETS),
+        "QuanTA 4 axes": lambda r: QuantaConfig(target_modules=TARGETS),
+        "QuanTA 3 axes": lambda r: QuantaConfig(num_axes=3, target_modules=TARGETS),
+        "LoRETTA-adp": lambda r: LorettaAdapterConfig(),
     },
     "quantised": {
         "QLoRA": lambda r: LoraConfig(r=r, target_modules=TARGETS),

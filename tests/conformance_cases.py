@@ -1,9 +1,19 @@
 """Our methods as rows of PEFT's own tests (read by the harness that `test_peft_conformance.py` runs)."""
 
-from tensorpeft import DotaConfig, FactConfig, FloraConfig, LorettaConfig, LortaConfig, LotrConfig, NolaConfig
+from tensorpeft import (
+    DotaConfig,
+    FactConfig,
+    FloraConfig,
+    LorettaAdapterConfig,
+    LorettaConfig,
+    LortaConfig,
+    LotrConfig,
+    NolaConfig,
+    QuantaConfig,
+)
 
 
-def _low_rank_cases(name, config, arguments):
+def _cases(name, config, arguments):
     return [
         (f"{name} one layer", "MLP", config, {"target_modules": ["lin0"], **arguments}),
         (f"{name} two layers", "MLP", config, {"target_modules": ["lin0", "lin1"], **arguments}),
@@ -24,14 +34,30 @@ CASES = [
         {"target_modules": ["lin0"], "modules_to_save": ["lin1"], "r": 4, "num_cores": 2},
     ),
     ("DoTA Conv1D", "EmbConv1D", DotaConfig, {"target_modules": ["conv1d"], "r": 4, "num_cores": 3}),
-    *_low_rank_cases("LoRTA", LortaConfig, {"r": 4}),
+    *_cases("LoRTA", LortaConfig, {"r": 4}),
     # PEFT trains at rates of 0.5 and more: at the usual scale these diverge on layers this small.
-    *_low_rank_cases("LoTR", LotrConfig, {"r": 4, "alpha": 1}),
-    *_low_rank_cases("FacT-TT", FactConfig, {"r": 4, "scale": 0.25}),
+    *_cases("LoTR", LotrConfig, {"r": 4, "alpha": 1}),
+    *_cases("FacT-TT", FactConfig, {"r": 4, "scale": 0.25}),
     ("FacT-TK", "MLP", FactConfig, {"target_modules": ["lin0"], "r": 4, "core": "tk"}),
-    *_low_rank_cases("LoRETTA", LorettaConfig, {"r": 4, "alpha": 0.3}),
-    *_low_rank_cases("FLoRA", FloraConfig, {"r": 4, "alpha": 1}),
-    *_low_rank_cases("NOLA", NolaConfig, {"r": 4, "num_bases": 16, "alpha": 1}),
+    *_cases("LoRETTA", LorettaConfig, {"r": 4, "alpha": 0.3}),
+    *_cases("FLoRA", FloraConfig, {"r": 4, "alpha": 1}),
+    *_cases("NOLA", NolaConfig, {"r": 4, "num_bases": 16, "alpha": 1}),
+    *_cases("QuanTA", QuantaConfig, {"num_axes": 2}),
+    *_cases("LoRETTA adapter", LorettaAdapterConfig, {"bottleneck": 8}),
+    *(
+        (f"FLoRA {model}", model, FloraConfig, {"target_modules": targets, "r": 4, "alpha": 1})
+        for model, targets in [
+            ("Conv1d", ["conv1d"]),
+            ("Conv2d", ["conv2d"]),
+            ("Conv2d", ["conv2d", "lin0"]),
+            ("Conv2d1x1", ["conv2d"]),
+            ("Conv2dGroups", ["conv2d"]),
+            ("Conv2dGroups2", ["conv2d"]),
+            ("Conv3d", ["conv3d"]),
+        ]
+    ),
 ]
-MIXED_BATCH = [DotaConfig, LortaConfig, LotrConfig, FactConfig, LorettaConfig, FloraConfig, NolaConfig]
+MIXED_BATCH = [DotaConfig, LortaConfig, LotrConfig, FactConfig, LorettaConfig, FloraConfig, NolaConfig, QuantaConfig]
+MIXED_BATCH += [LorettaAdapterConfig]
 CONV1D = MIXED_BATCH
+NO_MERGE = [LorettaAdapterConfig]

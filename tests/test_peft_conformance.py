@@ -30,6 +30,11 @@ EXPECTED_FAILURES = {
     "test_training_encoder_decoders_layer_indexing": "counts tensors, as above",
     "test_training_layer_indexing": "counts tensors, as above",
 }
+# Only where a LoRETTA adapter is tested.
+NO_MERGE_FAILURES = {
+    "test_merge_unmerge_unload": "merges, which it cannot be",
+    "test_mixed_adapter_batches_merged_raises": "merges it first",
+}
 
 pytestmark = [
     pytest.mark.slow,
@@ -71,7 +76,8 @@ def test_peft_s_own_tests_pass(suite: str, peft_tests: Path):
     summary = re.search(r"EXTERNAL METHODS .*: (\d+) passed, (\d+) failed.*", result.stdout)
     assert summary, result.stdout[-3000:] + result.stderr[-3000:]
     print(summary.group())
-    failed = re.findall(r"^FAILED \S+::(\w+)\[", result.stdout, flags=re.MULTILINE)
+    failed = re.findall(r"^FAILED \S+::(\w+)\[(.*)", result.stdout, flags=re.MULTILINE)
     assert len(failed) == int(summary.group(2)), result.stdout[-5000:]
-    assert set(failed) <= set(EXPECTED_FAILURES), result.stdout[-5000:]
+    failed = [(name, of) for name, of in failed if "lorettaadapter" not in of.lower() or name not in NO_MERGE_FAILURES]
+    assert {name for name, _ in failed} <= set(EXPECTED_FAILURES), result.stdout[-5000:]
     assert int(summary.group(1)) > {"custom": 1700, "models": 1200, "quant": 45}[suite]

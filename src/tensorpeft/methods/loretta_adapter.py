@@ -21,14 +21,15 @@ _LAST_LAYERS = {
     model: names.split()
     for models, names in {
         "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text olmo2 phi3": "o_proj down_proj",
-        "bert roberta xlm-roberta electra deberta deberta-v2 vit esm": "output.dense",
-        "opt bart mbart pegasus": "attn.out_proj fc2",
+        "bert roberta xlm-roberta electra deberta deberta-v2 esm": "output.dense",
+        "opt bart mbart pegasus": "self_attn.out_proj encoder_attn.out_proj fc2",
         "gpt_neox bloom falcon": "dense dense_4h_to_h",
         "t5 mt5 umt5": "o wo",
         "distilbert": "out_lin lin2",
         "gpt2": "c_proj",
         "gptj": "out_proj fc_out",
         "modernbert": "Wo",
+        "vit": "output.dense o_proj fc2",
         "phi": "dense fc2",
     }.items()
     for model in models.split()

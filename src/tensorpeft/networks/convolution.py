@@ -83,8 +83,9 @@ class TuckerConvolutionUpdate(AbstractFactoredUpdate):
     def factors(self) -> Factors:
         """`down`: the core times all factors but U; the scale; and U."""
         down = self.G
-        for factor in (self.V, *self.kernel_factors()):
-            down = torch.tensordot(down, factor, dims=([1], [1]))  # type: ignore[arg-type]  # its axis goes to the end
+        with torch.autocast(down.device.type, enabled=False):
+            for factor in (self.V, *self.kernel_factors()):
+                down = torch.tensordot(down, factor, dims=([1], [1]))  # type: ignore[arg-type]  # its axis goes last
         return Factors(down.flatten(1), self.U.new_full((len(down),), self.scale), self.U)
 
     def forward(self, x: Tensor) -> Tensor:

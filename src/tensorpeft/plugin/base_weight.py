@@ -13,8 +13,6 @@ from transformers.pytorch_utils import Conv1D
 from tensorpeft.networks.update import AbstractUpdatableLinear
 from tensorpeft.sites import Convolution
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
 
 class UpdatableBackend(QuantizationBackend):
     """Reads a layer that adds updates by itself, and merges it into a plain layer: not quantised again.
@@ -101,8 +99,8 @@ def layer_shape(
         return out, in_
     if isinstance(base, nn.Linear) or (backend is not None and hasattr(base, "in_features")):
         return int(base.out_features), int(base.in_features)  # type: ignore[arg-type]
-    if may_be_convolution and isinstance(base, _CONVOLUTIONS):
-        return base.out_channels, base.in_channels
+    if may_be_convolution and is_convolution(base):
+        return base.out_channels, base.in_channels  # type: ignore[return-value]
     others = ", or a convolution (torch.nn.Conv1d, Conv2d, Conv3d)" if may_be_convolution else ""
     raise ValueError(
         f"{name}: cannot adapt a {type(base).__name__}, expected a linear layer (torch.nn.Linear, transformers' "
@@ -111,9 +109,14 @@ def layer_shape(
     )
 
 
-def convolution_of(base: nn.Module) -> Convolution | None:
+def is_convolution(base: nn.Module) -> bool:
+    """Whether it is one of torch's own: a subclass may compute something else with its weight."""
+    return type(base) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def convolution_of(base: Any) -> Convolution | None:
     """What makes the layer a convolution; None if it is none."""
-    if not isinstance(base, _CONVOLUTIONS):
+    if not is_convolution(base):
         return None
     geometry = {name: getattr(base, name) for name in ("stride", "padding", "dilation", "groups")}
     if base.padding_mode == "zeros":
@@ -146,14 +149,14 @@ def as_matrix(base: nn.Module, stored: Tensor) -> Tensor:
     """A layer's weight, or one laid out like it, as (out, in); a convolution's as (out, in / groups · kernel)."""
     if isinstance(base, Conv1D):
         return stored.t()
-    return stored.flatten(1) if isinstance(base, _CONVOLUTIONS) else stored
+    return stored.flatten(1) if is_convolution(base) else stored
 
 
 def as_stored(base: nn.Module, matrix: Tensor) -> Tensor:
     """The inverse of `as_matrix`."""
     if isinstance(base, Conv1D):
         return matrix.t()
-    return matrix.view(base.weight.shape) if isinstance(base, _CONVOLUTIONS) else matrix
+    return matrix.view(base.weight.shape) if is_convolution(base) else matrix  # type: ignore[arg-type]
 
 
 def restore_row_order(base: nn.Module) -> None:

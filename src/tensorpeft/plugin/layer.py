@@ -28,6 +28,7 @@ from tensorpeft.plugin.base_weight import (
     as_matrix,
     as_stored,
     has_own_forward,
+    is_convolution,
     restore_row_order,
     set_innermost,
 )
@@ -66,6 +67,11 @@ class TensorLayer(UpdateHolder):
         # While adapters are merged: the base's own tensor, or the layer itself where a plain one stands in its place.
         self._unmerged: Tensor | AbstractUpdatableLinear | None = None
         self._cached: tuple[object, Tensor] | None = None  # what it was made of, and the effective weight
+        # What a model, or another adapter, reads of a convolution.
+        if is_convolution(base := self.get_base_layer()):
+            for name in base.__constants__:
+                if hasattr(base, name) and not hasattr(self, name):
+                    setattr(self, name, getattr(base, name))
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """(*batch, in) -> (*batch, out). `adapter_names`: one per row of the batch, "__base__" for none."""
@@ -244,7 +250,8 @@ class TensorLayer(UpdateHolder):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether W' = W + ΔW. A ΔW of high rank converts with an error, by the rank given to PEFT."""
-        return not isinstance(self.updates[adapter_name], AbstractOutputUpdate)
+        is_linear = not isinstance(self.updates[adapter_name], AbstractOutputUpdate)
+        return is_linear and not is_convolution(self.get_base_layer())  # PEFT's conversion knows matrices only
 
     def _named(self, adapter_names: Sequence[str]) -> list[AbstractUpdate]:
         return [self.updates[name] for name in adapter_names if name in self.updates]  # type: ignore[misc]

@@ -9,12 +9,13 @@ from typing import Any, TypeVar, Union
 import peft.tuners.mixed
 import peft.tuners.mixed.model as mixed_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import PeftType, register_peft_method
 
 from tensorpeft.plugin.config import TensorConfig
 from tensorpeft.plugin.holder import SharedHolder, UpdateHolder
 from tensorpeft.plugin.layer import TensorLayer
-from tensorpeft.plugin.tuner import MethodClasses, TensorModel, remove_shared_factors, wrap_layer
+from tensorpeft.plugin.tuner import MethodClasses, TensorModel, check_mergeable, remove_shared_factors, wrap_layer
 
 ConfigClass = TypeVar("ConfigClass", bound=type[TensorConfig])
 
@@ -85,16 +86,39 @@ def _add_peft_type(name: str) -> PeftType:
 
 
 _unload_mixed_model = mixed_model.MixedModel._unload_and_optionally_merge
+_prepare_mixed_config = mixed_model.MixedModel._prepare_adapter_config
 
 
-def _unload_and_remove_shared_factors(self: Any, *args: Any, **kwargs: Any) -> Any:
+def _unload_and_remove_shared_factors(
+    self: Any,
+    merge: bool = True,
+    progressbar: bool = False,
+    safe_merge: bool = False,
+    adapter_names: list[str] | None = None,
+) -> Any:
     """PeftMixedModel's unload hands back a model with the layers of all methods replaced; ours have more to remove."""
-    model = _unload_mixed_model(self, *args, **kwargs)
+    if merge:
+        check_mergeable(self.model, adapter_names)
+    model = _unload_mixed_model(self, merge, progressbar, safe_merge, adapter_names)
     remove_shared_factors(self.model)
     return model
 
 
+def _merge_all_or_none(self: Any, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+    check_mergeable(self.model, adapter_names)
+    BaseTuner.merge_adapter(self, adapter_names=adapter_names, safe_merge=safe_merge)
+
+
+def _prepare_with_our_defaults(config: Any, model_config: dict[str, Any]) -> Any:
+    """PeftMixedModel takes LoRA's default targets for every method."""
+    if isinstance(config, TensorConfig) and config.target_modules is None:
+        config.target_modules = config.default_targets.get(model_config.get("model_type", ""))
+    return _prepare_mixed_config(config, model_config)
+
+
 mixed_model.MixedModel._unload_and_optionally_merge = _unload_and_remove_shared_factors  # type: ignore[method-assign]
+mixed_model.MixedModel.merge_adapter = _merge_all_or_none  # type: ignore[method-assign]
+mixed_model.MixedModel._prepare_adapter_config = staticmethod(_prepare_with_our_defaults)  # type: ignore[method-assign]
 
 
 def _admit_to_mixed_models(

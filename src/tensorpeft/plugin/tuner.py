@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,7 +16,7 @@ from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from tensorpeft.networks.mpo import FrozenCores
-from tensorpeft.networks.update import AbstractUpdate
+from tensorpeft.networks.update import AbstractOutputUpdate, AbstractUpdate
 from tensorpeft.plugin.base_weight import (
     UpdatableBackend,
     as_matrix,
@@ -92,6 +92,7 @@ class TensorModel(BaseTuner):
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """As PEFT's; with `safe_merge` every layer is checked before the first one is changed."""
+        check_mergeable(self.model, adapter_names)
         if safe_merge:
             self._check_merged_weights(adapter_names)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
@@ -103,6 +104,8 @@ class TensorModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
+        if merge:
+            check_mergeable(self.model, adapter_names)
         if merge and safe_merge:
             self._check_merged_weights(adapter_names)
         if not merge:
@@ -207,6 +210,18 @@ def wrap_layer(
         if adapter_name not in owner.updates or owner.updates[adapter_name] is not update.shared:
             owner.hold(adapter_name, update.shared, config.inference_mode)
             update.shared.requires_grad_(is_active and not config.inference_mode)
+
+
+def check_mergeable(model: nn.Module, adapter_names: Iterable[str] | None = None) -> None:
+    """Raise a `ValueError` if one of these adapters, or an active one, is no update of a weight.
+
+    One that is active and not to be merged counts too: what it adds depends on what the others have added before.
+    """
+    for module in model.modules():
+        if isinstance(module, TensorLayer):
+            for name in {*(adapter_names or ()), *module.active_adapters} & set(module.updates):
+                if isinstance(update := module.updates[name], AbstractOutputUpdate):
+                    update.cut()
 
 
 def _owner_of_shared(model: nn.Module, layer: TensorLayer, classes: MethodClasses) -> SharedHolder:
