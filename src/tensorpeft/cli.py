@@ -53,8 +53,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--methods",
         metavar="A,B",
-        help="of full, lora, dota, dota-random, lorta, lotr (these by default), loretta, flora, nola, pissa, dora, "
-        "vera, ia3, qlora, qdota",
+        help="of full, lora, dota, dota-random, lorta, lotr (these by default), loretta, loretta-adapter, flora, nola, "
+        "quanta, lora-fa, pissa, dora, vera, ia3, qlora, qdota",
     )
     demo.add_argument("--all", action="store_true", help="every method")
     demo.add_argument("--quick", action="store_true", help="few steps, rows and seeds: shows that it runs, no more")
@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     lora = forms.add_parser(
         "lora",
         help="a plain LoRA checkpoint, for PEFT, vLLM, SGLang and llama.cpp",
-        description="Write a saved adapter as a plain LoRA. Exact for LoRTA, LoTR and FacT; DoTA is cut to --rank.",
+        description="Write a saved adapter as a plain LoRA. Exact for all but DoTA and QuanTA, which are cut to --rank.",
     )
     lora.add_argument("adapter", type=Path, metavar="ADAPTER", help="folder of the saved adapter")
     lora.add_argument("out", type=Path, metavar="OUT", help="folder to write")
