@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     lora = forms.add_parser(
         "lora",
         help="a plain LoRA checkpoint, for PEFT, vLLM, SGLang and llama.cpp",
-        description="Write a saved adapter as a plain LoRA. Exact for all but DoTA and QuanTA, which are cut to --rank.",
+        description="Write a saved adapter as a plain LoRA. Exact, but for DoTA and QuanTA, which are cut to --rank.",
     )
     lora.add_argument("adapter", type=Path, metavar="ADAPTER", help="folder of the saved adapter")
     lora.add_argument("out", type=Path, metavar="OUT", help="folder to write")
@@ -91,6 +91,24 @@ def _parser() -> argparse.ArgumentParser:
     dense.add_argument("--base", metavar="MODEL", help="the base model, if it is not where the adapter says")
     dense.add_argument("--dtype", choices=_DTYPES, default="bfloat16", help="of the weights (default: %(default)s)")
     dense.set_defaults(run=_export_dense)
+    plan = commands.add_parser(
+        "plan",
+        help="what every method would be on a model: parameters, files, memory, operations; from config.json alone",
+        description="Trained parameters, size of the file, memory of training and operations of every method on a "
+        "model, counted on tensors without numbers. Only the model's config.json is read.",
+    )
+    plan.add_argument("model", metavar="MODEL", help="folder or Hub name of a model")
+    plan.add_argument("--gpu", metavar="SIZE", help="say what fits, such as 24GB")
+    plan.add_argument("--rank", type=int, metavar="R", help="of every method that has one (default: 16)")
+    plan.add_argument("--budget", metavar="N", help="trained parameters to come closest to, such as 1M, instead")
+    plan.add_argument("--methods", metavar="A,B", help="only these (default: all)")
+    _add_targets(plan)
+    plan.add_argument("--batch", type=int, default=1, metavar="N", help="texts of a step (default: %(default)s)")
+    plan.add_argument("--length", type=int, default=512, metavar="N", help="tokens of a text (default: %(default)s)")
+    plan.add_argument("--gradient-checkpointing", action="store_true", help="keep only the states between the layers")
+    plan.add_argument("--maps", action="store_true", help="print which weights form which tensor, with which modes")
+    plan.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
+    plan.set_defaults(run=_plan)
     quantize = commands.add_parser(
         "quantize",
         help="write QDoTA's base: a checkpoint in 4 bits, with the start of the adapter kept apart",
@@ -130,22 +148,49 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
     """The options that make a DotaConfig."""
     parser.add_argument("--r", type=int, default=16, metavar="R", help="largest bond dimension (default: %(default)s)")
     parser.add_argument("--num-cores", type=int, default=5, metavar="N", help="cores (default: %(default)s)")
+    _add_targets(parser)
+    parser.add_argument("--no-double-quant", action="store_true", help="keep the blocks' scales in 32 bits")
+
+
+def _add_targets(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--target-modules",
         nargs="+",
         metavar="NAME",
         help="endings of layers' names, one regular expression, or all-linear (default: PEFT's for the architecture)",
     )
-    parser.add_argument("--no-double-quant", action="store_true", help="keep the blocks' scales in 32 bits")
+
+
+def _targets(arguments: argparse.Namespace) -> list[str] | str | None:
+    targets = arguments.target_modules
+    if targets and len(targets) == 1 and not re.fullmatch(r"[\w.]+", targets[0]):
+        return targets[0]  # a regular expression, or all-linear
+    return targets
 
 
 def _network(arguments: argparse.Namespace):  # -> DotaConfig
     from tensorpeft import DotaConfig
 
-    targets = arguments.target_modules
-    if targets and len(targets) == 1 and not re.fullmatch(r"[\w.]+", targets[0]):
-        targets = targets[0]  # a regular expression, or all-linear
-    return DotaConfig(r=arguments.r, num_cores=arguments.num_cores, target_modules=targets)
+    return DotaConfig(r=arguments.r, num_cores=arguments.num_cores, target_modules=_targets(arguments))
+
+
+def _plan(arguments: argparse.Namespace, command: str) -> None:
+    from tensorpeft.studies.plan import choose_methods
+    from tensorpeft.studies.plan_report import parse_count, parse_size, run_plan
+
+    run_plan(
+        arguments.model,
+        gpu=None if arguments.gpu is None else parse_size(arguments.gpu),
+        json_file=arguments.json,
+        with_maps=arguments.maps,
+        methods=choose_methods(arguments.methods),
+        rank=arguments.rank,
+        budget=None if arguments.budget is None else parse_count(arguments.budget),
+        targets=_targets(arguments),
+        batch=arguments.batch,
+        length=arguments.length,
+        checkpointing=arguments.gradient_checkpointing,
+    )
 
 
 def _quantize(arguments: argparse.Namespace, command: str) -> None:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 # Elements of the weight that are rebuilt at once: bounds the memory; smaller blocks were slower on a CPU.
@@ -178,7 +179,8 @@ def _blocks(updates: Sequence[_Update], dim: int) -> Iterator[tuple[int, int]]:
     """The blocks [start, stop) of rows (dim 0) or columns (dim 1) to work on: whole slices of every left half."""
     size, other = updates[0].shape[dim], updates[0].shape[1 - dim]
     slice_size = lcm(*(update.right.shape[1 + dim] for update in updates))
-    limit = _BLOCK_ELEMENTS.get(updates[0].left.device.type, 2**25)
+    is_fake = isinstance(updates[0].left, FakeTensor)  # a step that is only counted counts for a GPU
+    limit = _BLOCK_ELEMENTS["cpu" if updates[0].left.device.type == "cpu" and not is_fake else "cuda"]
     if torch.compiler.is_compiling():
         limit = size * other  # the compiler fuses better than blocks do
     step = max(limit // (slice_size * other), 1) * slice_size

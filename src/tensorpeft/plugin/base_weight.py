@@ -8,6 +8,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import QuantizationBackend, resolve_quantization_backend
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers.pytorch_utils import Conv1D
 
 from tensorpeft.networks.update import AbstractUpdatableLinear
@@ -134,7 +135,8 @@ def addable_weight(base: nn.Module) -> Tensor | None:
     if type(base) not in (nn.Linear, Conv1D) or has_own_forward(base):
         return None
     weight = base.weight
-    if not isinstance(weight, Tensor) or type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
+    plain = (Tensor, nn.Parameter, FakeTensor)  # a fake one stands for a plain one, where a step is only counted
+    if not isinstance(weight, Tensor) or type(weight) not in plain or not weight.is_floating_point():
         return None
     return weight.t() if isinstance(base, Conv1D) else weight
 

@@ -1,0 +1,82 @@
+"""What `tensorpeft plan` predicts for a training step, beside what a step on the CPU allocates.
+
+    python benchmarks/plan_memory.py [--data ../shared]
+
+MiniLM-L6, stories260K (if its folder is in --data) and a Llama of eight layers, whose prediction comes from one and two
+layers. Bases in bfloat16, adapters in float32; the peak above the model by torch's allocator, gradients included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import get_peft_model
+from transformers import AutoConfig, LlamaConfig
+
+from tensorpeft.studies.finetune import find_model
+from tensorpeft.studies.measure import peak_memory
+from tensorpeft.studies.plan import choose_methods, plan_model
+
+MIB = 2**20
+BATCH, LENGTH = 4, 128
+METHODS = "lora,dota,lorta,lotr,loretta,loretta-adapter,flora,nola,quanta"
+
+
+def training_step(model: Any) -> Callable[[], None]:
+    """Forward and backward of the model's own loss, or of the sum of its states."""
+    tokens = torch.ones(BATCH, LENGTH, dtype=torch.long)
+
+    def step() -> None:
+        if hasattr(model, "lm_head"):
+            model(input_ids=tokens, labels=tokens).loss.backward()
+        else:
+            model(input_ids=tokens).last_hidden_state.float().sum().backward()
+
+    return step
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, default=Path("../shared"))
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        llama = LlamaConfig(
+            hidden_size=512,
+            intermediate_size=1408,
+            num_hidden_layers=8,
+            num_attention_heads=8,
+            vocab_size=8000,
+            architectures=["LlamaForCausalLM"],
+        )
+        llama.save_pretrained(folder)
+        models = {"MiniLM-L6": find_model(), "Llama, 8 layers": Path(folder)}
+        if (stories := arguments.data / "models" / "stories260K").is_dir():
+            models["stories260K"] = stories
+        worst = 0.0
+        for name, path in models.items():
+            print(f"{name}, {BATCH} x {LENGTH} tokens, MiB     predicted  measured")
+            plan = plan_model(str(path), choose_methods(METHODS), rank=8, batch=BATCH, length=LENGTH)
+            for method in plan.methods:
+                config = AutoConfig.from_pretrained(path)
+                torch.manual_seed(0)
+                model = getattr(transformers, config.architectures[0])(config).to(torch.bfloat16)
+                model = get_peft_model(model, method.method.make(method.value, None)).train()
+                step = training_step(model.get_base_model())
+                step()
+                for parameter in model.parameters():
+                    parameter.grad = None
+                predicted, measured = method.step.peak_bytes / MIB, peak_memory(step, "cpu") / MIB
+                worst = max(worst, abs(predicted / measured - 1))
+                print(f"  {method.method.name:32s} {predicted:9.2f} {measured:9.2f}  {predicted / measured - 1:+.1%}")
+        print(f"largest deviation: {worst:.1%}")
+
+
+if __name__ == "__main__":
+    main()

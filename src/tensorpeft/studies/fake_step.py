@@ -1,0 +1,97 @@
+"""The memory and the operations of a training step, counted on fake tensors: shapes, and no numbers.
+
+A fake tensor knows its shape, type and device, so that a step of a model of any size runs in seconds and in no memory;
+every operation is seen, with the storages that it makes and when they are freed. Compared with measured steps by
+`benchmarks/plan_memory.py`.
+"""
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """What a forward and backward cost.
+
+    Args:
+        peak_bytes: the most that is allocated above the model at any time, gradients included.
+        flops: floating-point operations of all products.
+    """
+
+    peak_bytes: int
+    flops: int
+
+
+def count_step(
+    model: nn.Module,  # in training mode, on the meta device; its tensors become fake ones
+    batch: int,
+    length: int,
+) -> StepCosts:
+    """The costs of a step on `batch` texts of `length` tokens."""
+    with FakeTensorMode():
+        _make_fake(model)
+        tokens = torch.ones(batch, length, dtype=torch.long)
+        with FlopCounterMode(display=False) as flops, _PeakMemory() as memory:
+            _loss(model, tokens).backward()
+    return StepCosts(memory.peak, flops.get_total_flops())
+
+
+def _loss(model: Any, tokens: Tensor) -> Tensor:
+    """The language model's own; of another model the sum of what it returns."""
+    if hasattr(model, "lm_head"):
+        return model(input_ids=tokens, labels=tokens).loss
+    output = model(input_ids=tokens)
+    return (output.logits if "logits" in output else output.last_hidden_state).float().sum()
+
+
+def _make_fake(model: nn.Module) -> None:
+    """Replace every parameter and buffer, shared ones by a shared one."""
+    fakes: dict[int, Tensor] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in fakes:
+                    fake: Tensor = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    fakes[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
+                tensors[name] = fakes[id(tensor)]  # type: ignore[assignment]
+
+
+class _PeakMemory(TorchDispatchMode):
+    """Adds up the storages that operations make, until they are freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._allocated = 0
+        self._known = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(
+        self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        given = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                if id(storage) not in given and storage not in self._known:
+                    self._known[storage] = True
+                    self._add(storage.nbytes())
+                    weakref.finalize(storage, self._add, -storage.nbytes())
+        return result
+
+    def _add(self, num_bytes: int) -> None:
+        self._allocated += num_bytes
+        self.peak = max(self.peak, self._allocated)

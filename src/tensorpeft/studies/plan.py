@@ -1,0 +1,314 @@
+"""``tensorpeft plan``: what every method would be and cost on a model, from its configuration alone."""
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from math import ceil
+from typing import Any
+
+import torch
+import transformers
+from peft import LoraConfig, PeftConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from tensorpeft import (
+    DotaConfig,
+    FactConfig,
+    FloraConfig,
+    LorettaAdapterConfig,
+    LorettaConfig,
+    LortaConfig,
+    LotrConfig,
+    NolaConfig,
+    QuantaConfig,
+)
+from tensorpeft.quantization.model import plan_layers
+from tensorpeft.studies.fake_step import StepCosts, count_step
+
+# Models of at most so many layers are stepped through in full. Of others two and three layers are, which give the rest:
+# from the second on every layer adds the same. (The first may be frozen in part, or hold no peak.)
+_MAX_LAYERS = 4
+_REFERENCE = "lora"
+
+
+@dataclass(frozen=True)
+class PlannedMethod:
+    """One way to adapt, and the one number that makes it larger.
+
+    Args:
+        key: how ``--methods`` calls it.
+        name: how tables call it.
+        config_cls: its configuration.
+        knob: the field that a budget sets; None: there is none.
+        default: the knob's value where neither a rank nor a budget is given.
+        arguments: further fields.
+        follows_rank: whether ``--rank`` sets the knob.
+        has_own_targets: whether it stands at other layers than those that are named for all.
+    """
+
+    key: str
+    name: str
+    config_cls: type[PeftConfig]
+    knob: str | None = "r"
+    default: int = 16
+    arguments: tuple[tuple[str, Any], ...] = ()
+    follows_rank: bool = True
+    has_own_targets: bool = False
+
+    def make(self, value: int, targets: list[str] | str | None) -> PeftConfig:
+        """A configuration with this value of the knob."""
+        fields = {**dict(self.arguments), **({self.knob: value} if self.knob else {})}
+        return self.config_cls(target_modules=None if self.has_own_targets else targets, **fields)  # type: ignore
+
+
+METHODS = (
+    PlannedMethod(_REFERENCE, "LoRA", LoraConfig),
+    PlannedMethod("dota", "DoTA", DotaConfig),
+    PlannedMethod("lorta", "LoRTA", LortaConfig),
+    PlannedMethod("lotr", "LoTR", LotrConfig),
+    PlannedMethod("fact-tt", "FacT-TT", FactConfig),
+    PlannedMethod("fact-tk", "FacT-TK", FactConfig, arguments=(("core", "tk"),)),
+    PlannedMethod("loretta", "LoRETTA", LorettaConfig),
+    PlannedMethod(
+        "loretta-adapter",
+        "LoRETTA-adp",
+        LorettaAdapterConfig,
+        knob="tt_rank",
+        default=5,
+        follows_rank=False,
+        has_own_targets=True,
+    ),
+    PlannedMethod("flora", "FLoRA", FloraConfig),
+    PlannedMethod("nola", "NOLA", NolaConfig, knob="num_bases", default=64, follows_rank=False),
+    PlannedMethod("quanta", "QuanTA", QuantaConfig, knob=None, default=0),
+)
+
+
+@dataclass(frozen=True)
+class MethodPlan:
+    """What one method is on a model. Bytes throughout.
+
+    Args:
+        method: which.
+        value: of its knob.
+        trained: parameters.
+        saved: size of the adapter's file, without its header.
+        frozen: of the adapter, in memory: DoTA's start, NOLA's bases.
+        step: of the model with the adapter, in bfloat16.
+        flops_ratio: floating-point operations of a step against LoRA's.
+        problem: why the model cannot have it; all else is zero then.
+    """
+
+    method: PlannedMethod
+    value: int
+    trained: int = 0
+    saved: int = 0
+    frozen: int = 0
+    step: StepCosts = field(default_factory=lambda: StepCosts(0, 0))
+    flops_ratio: float = 0.0
+    problem: str = ""
+
+    def total(self, base: int) -> int:
+        """The memory of training on a base of so many bytes: weights, adapter, AdamW's moments, the peak of a step."""
+        return base + self.frozen + 12 * self.trained + self.step.peak_bytes
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """What the methods are on a model.
+
+    Args:
+        name: the model's.
+        num_parameters: its own.
+        base_bytes: of its weights, by form: "bf16", and "NF4" (linear layers but the head in 4 bits).
+        methods: in the order of `METHODS`.
+        batch: texts of a step.
+        length: tokens of a text.
+    """
+
+    name: str
+    num_parameters: int
+    base_bytes: dict[str, int]
+    methods: tuple[MethodPlan, ...]
+    batch: int
+    length: int
+
+
+def choose_methods(keys: str | None) -> tuple[PlannedMethod, ...]:  # such as "lora,dota"; None: all
+    """The methods with these keys, in the order of `METHODS`.
+
+    Raises:
+        ValueError: a key is unknown.
+    """
+    known = {method.key: method for method in METHODS}
+    wanted = set(known) if keys is None else {key.strip() for key in keys.split(",")}
+    if unknown := sorted(wanted - set(known)):
+        raise ValueError(f"--methods {keys}: no method {unknown[0]!r}. Choose from {', '.join(known)}.")
+    return tuple(method for key, method in known.items() if key in wanted)
+
+
+def plan_model(
+    name: str,  # Hub name, or folder, of a model; only its config.json is read
+    methods: Sequence[PlannedMethod] = METHODS,
+    rank: int | None = None,
+    budget: int | None = None,  # trained parameters; each method gets the value that comes closest
+    targets: list[str] | str | None = None,
+    batch: int = 1,
+    length: int = 512,
+    checkpointing: bool = False,  # of gradients
+    on_method: Callable[[str], object] = lambda text: None,  # called before each
+) -> ModelPlan:
+    """The plan of every method. Reads no weight and allocates none.
+
+    Raises:
+        ValueError: both a rank and a budget, a number below 1, or a model that transformers cannot build.
+    """
+    if rank is not None and budget is not None:
+        raise ValueError(f"rank={rank}, budget={budget}: a budget chooses the rank. Pass one of the two.")
+    for field, value in (("rank", rank), ("budget", budget), ("batch", batch), ("length", length)):
+        if value is not None and value < 1:
+            raise ValueError(f"{field}={value}: expected a whole number of at least 1.")
+    skeleton = _Skeleton(transformers.AutoConfig.from_pretrained(name), batch, length, checkpointing)
+    model = skeleton.build()
+    plans: list[MethodPlan] = []
+    for method in methods:
+        on_method(method.name)
+        try:
+            plans.append(_plan_method(skeleton, model, method, rank, budget, targets))
+        except ValueError as error:
+            plans.append(MethodPlan(method, method.default, problem=str(error)))
+    reference = next((plan.step.flops for plan in plans if plan.method.key == _REFERENCE), 0)
+    if reference == 0 and any(not plan.problem for plan in plans):
+        lora = next(method for method in METHODS if method.key == _REFERENCE)
+        reference = skeleton.count_step(lora.make(rank or lora.default, targets)).flops
+    plans = [_with_ratio(plan, reference) for plan in plans]
+    return ModelPlan(name, _numel(model), _base_bytes(model), tuple(plans), batch, length)
+
+
+def build_skeleton(name: str) -> nn.Module:
+    """The model on the meta device: shapes, and no numbers."""
+    return _Skeleton(transformers.AutoConfig.from_pretrained(name), 1, 1, False).build()
+
+
+@dataclass(frozen=True)
+class _Skeleton:
+    """A model of any depth on the meta device, in bfloat16."""
+
+    config: PretrainedConfig
+    batch: int
+    length: int
+    checkpointing: bool
+
+    @property
+    def depth(self) -> int:
+        """Layers; 0 where the configuration does not say."""
+        return int(getattr(self.config, "num_hidden_layers", 0) or 0)
+
+    def build(self, depth: int | None = None) -> nn.Module:
+        """The model, of another depth if one is given."""
+        config = copy.deepcopy(self.config)
+        if depth is not None:
+            config.num_hidden_layers = depth  # type: ignore[attr-defined]
+            if getattr(config, "layer_types", None):
+                config.layer_types = config.layer_types[:depth]  # type: ignore[attr-defined]
+        architecture = getattr(transformers, (config.architectures or ["AutoModel"])[0], None)
+        if architecture is None:
+            raise ValueError(f"{config.architectures}: transformers has no such class. Name a model that it can build.")
+        with torch.device("meta"):
+            model = architecture.from_config(config) if hasattr(architecture, "from_config") else architecture(config)
+        return model.to(torch.bfloat16)
+
+    def adapt(self, config: PeftConfig, depth: int | None = None, model: nn.Module | None = None) -> nn.Module:
+        """A model with an adapter: a new one of this depth, or the one that is given."""
+        with torch.device("meta"):  # what an adapter draws at random, too
+            return get_peft_model(model or self.build(depth), copy.deepcopy(config), low_cpu_mem_usage=True)  # type: ignore
+
+    def count_step(self, config: PeftConfig) -> StepCosts:
+        """Of the full depth, extrapolated where that is large."""
+        if self.depth <= _MAX_LAYERS:
+            return self._count(config, None)
+        two, three = self._count(config, 2), self._count(config, 3)
+        extrapolate = partial(_affine, depth=self.depth)
+        return StepCosts(extrapolate(two.peak_bytes, three.peak_bytes), extrapolate(two.flops, three.flops))
+
+    def _count(self, config: PeftConfig, depth: int | None) -> StepCosts:
+        model = self.adapt(config, depth).train()
+        if self.checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+            model.enable_input_require_grads()  # type: ignore[operator]
+        return count_step(model.get_base_model(), self.batch, self.length)  # type: ignore[operator]
+
+    def count_trained(self, config: PeftConfig) -> int:
+        """Trained parameters at the full depth."""
+        if self.depth <= _MAX_LAYERS:
+            return _num_trained(self.adapt(config))
+        return _affine(_num_trained(self.adapt(config, 2)), _num_trained(self.adapt(config, 3)), self.depth)
+
+
+def _affine(two: int, three: int, depth: int) -> int:
+    """Of any depth, from the values at two and three layers."""
+    return two + (three - two) * (depth - 2)
+
+
+def _plan_method(
+    skeleton: _Skeleton,
+    model: nn.Module,
+    method: PlannedMethod,
+    rank: int | None,
+    budget: int | None,
+    targets: list[str] | str | None,
+) -> MethodPlan:
+    value = rank if rank is not None and method.follows_rank and method.knob else method.default
+    if budget is not None and method.knob:
+        value = _closest(lambda value: skeleton.count_trained(method.make(value, targets)), budget)
+    config = method.make(value, targets)
+    adapted = skeleton.adapt(config, model=copy.deepcopy(model))
+    frozen = _num_bytes(tensor for key, tensor in adapted.named_buffers() if "_update." in key)
+    saved = _num_bytes(tensor for key, tensor in adapted.state_dict().items() if "_update." in key or "lora_" in key)
+    return MethodPlan(method, value, _num_trained(adapted), saved, frozen, skeleton.count_step(config))
+
+
+def _num_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _closest(count: Callable[[int], int], budget: int) -> int:
+    """The value from 1 whose count is closest to the budget; counts grow with the value."""
+    low, high = 1, 2
+    while count(high) < budget and high < 2**14:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if count(middle) < budget else (low, middle)
+    return min((low, high), key=lambda value: abs(count(value) - budget))
+
+
+def _with_ratio(plan: MethodPlan, reference: int) -> MethodPlan:
+    return replace(plan, flops_ratio=plan.step.flops / reference) if reference and not plan.problem else plan
+
+
+def _num_trained(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def _numel(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _base_bytes(model: nn.Module) -> dict[str, int]:
+    """Of the weights in bfloat16, and with the linear layers but the head in 4 bits, double quantisation included."""
+    _, plain = plan_layers(model, None)
+    names = {f"{name}.weight" for name in plain}
+    nf4 = sum(
+        nf4_bytes(parameter.numel()) if name in names else 2 * parameter.numel()
+        for name, parameter in model.named_parameters()
+    )
+    return {"bf16": 2 * _numel(model), "NF4": nf4}
+
+
+def nf4_bytes(numel: int) -> int:
+    """Of a weight: codes of half a byte, a byte per block of 64, four bytes per 256 blocks, and an offset."""
+    blocks = ceil(numel / 64)
+    return ceil(numel / 2) + blocks + 4 * ceil(blocks / 256) + 4

@@ -1,0 +1,153 @@
+"""The table of ``tensorpeft plan``, and its JSON."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from peft import PeftType
+from rich.console import Console
+from rich.table import Table
+
+from tensorpeft import print_tensor_map
+from tensorpeft.studies.plan import MethodPlan, ModelPlan, build_skeleton, plan_model
+
+# Of a GPU's memory, what CUDA's context and the allocator's gaps may take.
+_HEADROOM = 0.08
+
+
+def parse_size(text: str) -> int:  # bytes
+    """The bytes of `24GB`, `80 GiB` or `16G`: GPUs are named in GB and have GiB.
+
+    Raises:
+        ValueError: not such a size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*G(?:i?B)?\s*", text, flags=re.IGNORECASE)
+    if match is None or float(match[1]) == 0:
+        raise ValueError(f"--gpu {text}: expected a GPU's memory, such as 24GB.")
+    return round(float(match[1]) * 2**30)
+
+
+def parse_count(text: str) -> int:
+    """The number of `1M`, `50k` or `120000` parameters.
+
+    Raises:
+        ValueError: not such a number.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKmMbB]?)\s*", text)
+    count = (
+        0 if match is None else round(float(match[1]) * {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}[match[2].lower()])
+    )
+    if count < 1:
+        raise ValueError(f"--budget {text}: expected a number of parameters, such as 1M or 50k.")
+    return count
+
+
+def run_plan(
+    name: str,
+    gpu: int | None = None,  # bytes
+    json_file: Path | None = None,
+    with_maps: bool = False,
+    **arguments: Any,  # of `plan_model`
+) -> ModelPlan:
+    """The plan, after printing its table (and maps) and writing its figures."""
+    console = Console()
+    with console.status("Planning") as status:
+        plan = plan_model(name, on_method=lambda method: status.update(f"Planning {method}"), **arguments)
+    wide = Console(width=max(console.width, 100))
+    wide.print(rich_table(plan, gpu))
+    for line in legend(plan, gpu):
+        wide.print(line, highlight=False)
+    if with_maps:
+        model = build_skeleton(name)
+        for planned in plan.methods:
+            config = planned.method.make(planned.value, arguments.get("targets"))
+            if config.peft_type != PeftType.LORA and not planned.problem:
+                print()
+                print_tensor_map(model, config)
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(to_json(plan), indent=1) + "\n", encoding="utf-8")
+    return plan
+
+
+def rich_table(plan: ModelPlan, gpu: int | None = None) -> Table:
+    """A row per method; with a GPU's bytes also which base it fits beside."""
+    table = Table(
+        title=f"{plan.name}: {plan.num_parameters:,} parameters; a step of {plan.batch} x {plan.length} tokens",
+        title_justify="left",
+        box=None,
+        padding=(0, 1, 0, 0),
+        header_style="bold",
+    )
+    headers = [
+        "method",
+        "size",
+        "trained",
+        "% of base",
+        "file, MB",
+        "step, GiB",
+        *(f"on {form}" for form in plan.base_bytes),
+    ]
+    for k, header in enumerate([*headers, "FLOPs", *([] if gpu is None else ["fits"])]):
+        table.add_column(header, justify="left" if k < 2 or header == "fits" else "right", no_wrap=True)
+    for method in plan.methods:
+        if not method.problem:
+            table.add_row(*_cells(plan, method, gpu))
+    return table
+
+
+def _cells(plan: ModelPlan, method: MethodPlan, gpu: int | None) -> list[str]:
+    totals = {form: method.total(base) for form, base in plan.base_bytes.items()}
+    fits = [form for form, total in totals.items() if gpu is not None and total <= (1 - _HEADROOM) * gpu]
+    knob = method.method.knob
+    return [
+        method.method.name,
+        f"{knob}={method.value}" if knob else "",
+        f"{method.trained:,}",
+        f"{method.trained / plan.num_parameters:.3%}".rstrip("%"),
+        f"{method.saved / 1e6:.2f}",
+        f"{method.step.peak_bytes / 2**30:.2f}",
+        *(f"{total / 2**30:.2f}" for total in totals.values()),
+        f"{method.flops_ratio:.2f} x",
+        *([] if gpu is None else [", ".join(fits) or "no"]),
+    ]
+
+
+def legend(plan: ModelPlan, gpu: int | None = None) -> list[str]:
+    """What the columns mean, and what could not be planned."""
+    lines = [
+        "step: the most that a forward and backward allocate. on bf16, on NF4: the memory of training: the base's "
+        "weights in that form (NF4: the linear layers but the head), adapter, gradients, AdamW's moments, and step. "
+        "FLOPs: of a step, to LoRA's on the same weights.",
+    ]
+    if gpu is not None:
+        lines.append(f"fits: into {gpu / 2**30:g} GiB, {_HEADROOM:.0%} of which are left for CUDA and the allocator.")
+    return lines + [
+        f"{method.method.name}: not on this model. {method.problem}" for method in plan.methods if method.problem
+    ]
+
+
+def to_json(plan: ModelPlan) -> dict[str, Any]:
+    """All figures; bytes throughout."""
+    return {
+        "model": plan.name,
+        "parameters": plan.num_parameters,
+        "base_bytes": plan.base_bytes,
+        "batch": plan.batch,
+        "length": plan.length,
+        "methods": {
+            method.method.key: {"problem": method.problem}
+            if method.problem
+            else {
+                **({method.method.knob: method.value} if method.method.knob else {}),
+                "trained_parameters": method.trained,
+                "file_bytes": method.saved,
+                "step_bytes": method.step.peak_bytes,
+                "step_flops": method.step.flops,
+                "flops_to_lora": method.flops_ratio,
+                "training_bytes": {form: method.total(base) for form, base in plan.base_bytes.items()},
+            }
+            for method in plan.methods
+        },
+    }
