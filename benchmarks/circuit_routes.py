@@ -4,7 +4,8 @@
 
 Forward and backward of one frozen linear layer with a circuit, as in training: "apart" sends the activations through
 the circuit beside the layer, "in weight" adds the circuit's matrix to the weight and multiplies once. Medians of rounds
-in turn. The rule is `CircuitUpdate.is_cheaper_apart`, from the numbers of multiply-adds and two constants.
+in turn. The rule is `CircuitUpdate.is_cheaper_apart`, from the numbers of multiply-adds and of elements, and three
+constants. The axes are `QuantaConfig`'s.
 """
 
 from __future__ import annotations
@@ -12,23 +13,26 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from statistics import geometric_mean, median
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tensorpeft.modes import factor_modes
-from tensorpeft.networks.circuit import CircuitUpdate, apply_circuit, circuit_shapes
+from tensorpeft import QuantaConfig
 from tensorpeft.networks.effective import effective_linear
+from tensorpeft.sites import Site
 from tensorpeft.studies.measure import median_step_times
 
 SIZES = [(384, 384), (1536, 384), (1024, 1024), (2816, 1024), (1024, 2816), (4096, 4096)]  # (out, in)
 ROWS = [128, 512, 2048]
+_READS_NONE: Any = None  # QuanTA's start needs no weight
 
 
 def routes(out: int, in_: int, num_axes: int, rows: int, dtype: torch.dtype, device: str) -> dict[str, Callable]:
     """A forward and backward by either route."""
-    update = CircuitUpdate(circuit_shapes(factor_modes(out, num_axes), factor_modes(in_, num_axes))).to(device)
+    (update,) = QuantaConfig(num_axes=num_axes).build([Site("weight", out, in_)], _READS_NONE).values()
+    update = update.to(device)
     for parameter in update.parameters():
         torch.nn.init.normal_(parameter, std=1e-2)
     weight = torch.randn(out, in_, device=device, dtype=dtype) * in_**-0.5
@@ -37,7 +41,7 @@ def routes(out: int, in_: int, num_axes: int, rows: int, dtype: torch.dtype, dev
     leaves = [x, *update.parameters()]
 
     def apart() -> Tensor:
-        return F.linear(x, weight) + apply_circuit(x, update.deviations(), update.shapes)
+        return F.linear(x, weight) + update(x)
 
     def in_weight() -> Tensor:
         return effective_linear(x, weight, None, [update.cut()])

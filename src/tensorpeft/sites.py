@@ -40,13 +40,19 @@ class Convolution:
 
     Args:
         kernel: sizes of the kernel's axes, one to three.
-        geometry: `stride`, `padding`, `dilation` and `groups`, as `torch.nn.functional.conv2d` takes them.
+        stride: as `torch.nn.functional.conv2d` takes it.
+        padding: likewise, with zeros.
+        dilation: likewise.
+        groups: likewise.
         border: what the input is padded with first, where not with zeros: as `torch.nn.functional.pad` takes it, and
             its mode.
     """
 
     kernel: tuple[int, ...]
-    geometry: dict[str, Any]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    dilation: tuple[int, ...]
+    groups: int
     border: tuple[tuple[int, ...], Any] | None = None
 
 
@@ -87,7 +93,7 @@ class Site:
         """The columns of its weight as a matrix: of a convolution, input channels of a group times the kernel."""
         if self.convolution is None:
             return self.in_
-        return self.in_ // self.convolution.geometry["groups"] * prod(self.convolution.kernel)
+        return self.in_ // self.convolution.groups * prod(self.convolution.kernel)
 
     @property
     def model_dim(self) -> int:

@@ -403,3 +403,26 @@ def test_training_reduces_the_loss(model: Model, route: float):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - (0.3 if model.task_type == "CAUSAL_LM" else 0.01)
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["training", "evaluation"])
+def test_it_compiles_as_one_graph(train: bool):
+    model = get_peft_model(LLAMA.fresh(), QuantaConfig(num_axes=3, target_modules=["q_proj", "down_proj"]))
+    perturb(model)
+    model.train(train)
+    expected = model(input_ids=tokens()).logits
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.set_grad_enabled(train):
+        actual = compiled(input_ids=tokens()).logits
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    if train:
+        actual.sum().backward()
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_a_circuit_larger_than_its_weight_is_refused():
+    with (
+        pytest.warns(UserWarning, match="prime"),
+        pytest.raises(ValueError, match=r"^0: the axes .* more than the weight's 961.*exclude_modules"),
+    ):
+        get_peft_model(torch.nn.Sequential(torch.nn.Linear(31, 31)), QuantaConfig(target_modules=["0"]))

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from tensorpeft.export.skeleton import load_on_skeleton
 from tensorpeft.networks.update import AbstractFactoredUpdate, AbstractUpdate
 from tensorpeft.plugin.config import TensorConfig
-from tensorpeft.plugin.layer import TensorLayer
+from tensorpeft.plugin.layer import TensorLayer, check_weight_update
 
 # vLLM compiles its kernels for these ranks.
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -52,10 +52,11 @@ def to_lora(
 ) -> list[ExportedLayer]:
     """Write an adapter of any of our methods as a LoRA that needs nothing of ours to be loaded.
 
-    LoRTA, LoTR and FacT have two thin factors per layer: the export is exact, without an SVD. Their shared factors are
-    written out per layer, so that the file is as large as a LoRA's. DoTA's update has a high rank: it is cut to `rank`
-    by a truncated SVD, and the error of every layer is returned. All layers get one rank, padded with zeros to one
-    that vLLM has kernels for (8, 16, 32, 64, 128, 256, 320, 512); the scale is folded in (`lora_alpha = r`).
+    LoRTA, LoTR, FacT, LoRETTA (rep), FLoRA and NOLA have two thin factors per layer: the export is exact, without an
+    SVD. Shared factors are written out per layer, so that the file is as large as a LoRA's. The updates of DoTA and
+    QuanTA have a high rank: they are cut to `rank` by a truncated SVD, and the error of every layer is returned. All
+    layers get one rank, padded with zeros to one that vLLM has kernels for (8, 16, 32, 64, 128, 256, 320, 512); the
+    scale is folded in (`lora_alpha = r`).
 
     Args:
         model_or_path: a PeftModel with an adapter of ours, or the folder of a saved one; of that, the base model is
@@ -69,7 +70,8 @@ def to_lora(
         The layers, in the model's order.
 
     Raises:
-        ValueError: no adapter of ours in the model, a rank missing, unneeded, or above 512.
+        ValueError: no adapter of ours in the model, one that is not linear, a convolution that PEFT's LoRA does not
+            match (groups, dilation, padding mode), a rank missing, unneeded, or above 512.
 
     >>> to_lora("runs/my-lorta", "runs/my-lora")  # doctest: +SKIP
     """
@@ -83,6 +85,8 @@ def to_lora(
             "or a folder with one, and the adapter's name."
         )
     updates: dict[str, AbstractUpdate] = {key: layer.updates[name] for key, layer in layers.items()}  # type: ignore[misc]
+    for update in updates.values():
+        check_weight_update(name, update)
     _check_rank(updates, rank)
     for key, layer in layers.items():
         _check_geometry(key, layer.get_base_layer())
@@ -111,8 +115,6 @@ def _active_adapter(model: PeftModel) -> str:
 def _check_rank(updates: dict[str, AbstractUpdate], rank: int | None) -> None:
     """Raise a `ValueError` unless a rank is given exactly where there is something to cut."""
     high = [key for key, update in updates.items() if not isinstance(update, AbstractFactoredUpdate)]
-    for key in high:
-        updates[key].cut()  # raises where there is no weight update to cut
     if high and rank is None:
         raise ValueError(
             f"{high[0]}: its update has a high rank, so that a LoRA of it has an error. Pass the rank to cut it to, "
@@ -146,7 +148,7 @@ def _two_factors(update: AbstractUpdate, rank: int | None) -> tuple[Tensor, Tens
         down, core, up = update.factors()
         return down, up * core if core.ndim == 1 else up @ core, 0.0
     assert rank is not None
-    weight = update.weight()
+    weight = update.weight()  # type: ignore[union-attr]
     left, values, right = torch.linalg.svd(weight, full_matrices=False)
     left, values, right = left[:, :rank], values[:rank], right[:rank]
     up, down = left * values.sqrt(), values.sqrt()[:, None] * right

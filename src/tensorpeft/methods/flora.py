@@ -61,8 +61,15 @@ class FloraConfig(TensorConfig):
         if form is None:
             update: Any = TuckerMatrixUpdate(site.out, site.in_, self.r, scale)
         else:
-            in_ = site.in_ // form.geometry["groups"]
-            update = TuckerConvolutionUpdate(site.out, in_, form.kernel, self.r, scale, form.geometry, form.border)
+            update = TuckerConvolutionUpdate(
+                site.out,
+                site.in_ // form.groups,
+                form.kernel,
+                self.r,
+                scale,
+                {"stride": form.stride, "padding": form.padding, "dilation": form.dilation, "groups": form.groups},
+                form.border,
+            )
         for name, factor in update.named_parameters():
             if name != "G":
                 nn.init.uniform_(factor, -1 / sqrt(len(factor)), 1 / sqrt(len(factor)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import sqrt
+from math import prod, sqrt
 
 from torch import nn
 
@@ -33,7 +33,8 @@ class QuantaConfig(TensorConfig):
             is zero. False: at the identity plus Gaussian noise, which is *not* the identity.
 
     Raises:
-        ValueError: fewer than 2 axes, modes that do not multiply to their size or are not one per axis.
+        ValueError: fewer than 2 axes, modes that do not multiply to their size or are not one per axis; when built,
+            axes that make more parameters than the weight has, such as a prime size's.
 
     Source: QuanTA (arXiv 2406.00132). The tensors are kept as their deviations from the start (`networks.circuit`), so
     that weight decay pulls to the pretrained model and no frozen copy need be saved; the axes of other sizes, and how a
@@ -53,14 +54,21 @@ class QuantaConfig(TensorConfig):
         if not isinstance(self.num_axes, int) or isinstance(self.num_axes, bool) or self.num_axes < 2:
             raise ValueError(f"num_axes={self.num_axes!r}: expected a whole number of at least 2, such as 4.")
         check_is_bool("init_weights", self.init_weights)
-        self.modes = check_modes(self.modes, self.num_axes)
+        self.modes = check_modes(self.modes, self.num_axes, of="axis")
 
     def build(self, sites: Sequence[Site], bases: Bases) -> Mapping[str, CircuitUpdate]:
         """A circuit per site. Reads no weight."""
         return {site.name: self._build_one(site) for site in sites}
 
     def _build_one(self, site: Site) -> CircuitUpdate:
-        update = CircuitUpdate(circuit_shapes(self._axes(site.out), self._axes(site.in_)))
+        shapes = circuit_shapes(self._axes(site.out), self._axes(site.in_))
+        size = sum(map(prod, shapes.tensors))
+        if size > site.out * site.in_:
+            raise ValueError(
+                f"{site.name}: the axes {shapes.out_axes} x {shapes.in_axes} make {size:,} parameters, more than the "
+                f"weight's {site.out * site.in_:,}. Pass other modes, more axes, or name it in exclude_modules."
+            )
+        update = CircuitUpdate(shapes)
         if not self.init_weights:
             for deviation in update.deviations():
                 nn.init.normal_(deviation, std=0.5 / sqrt(deviation[0, 0].numel()))

@@ -11,26 +11,23 @@ change their size, are ours.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
-from itertools import combinations, count
+from itertools import combinations
 from math import inf, prod
 from typing import NamedTuple
 
-import opt_einsum
 import torch
 import torch.nn.functional as F
-from opt_einsum.parser import convert_to_valid_einsum_chars
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tensorpeft.networks.effective import Cut, Halves, Network, effective_linear
+from tensorpeft.networks.effective import Cut, Halves, Network
 from tensorpeft.networks.update import AbstractFusedUpdate
 
-# What a training step's forward and backward take by either route, in multiply-adds of a dense product: for every
-# multiply-add of the circuit, and for every element of the states between its tensors, or of the weight. Fitted to the
-# table of `benchmarks/circuit_routes.py`.
-_APART_PER_OPERATION, _APART_PER_ELEMENT = 2.2, 600
-_IN_WEIGHT_PER_OPERATION, _IN_WEIGHT_PER_ELEMENT = 9.5, 1300
+# What a row takes on its way through a circuit, forward and backward, in multiply-adds of a dense product: for every
+# multiply-add of the circuit, and for every element of the states between its tensors. And the rows that making the
+# matrix is worth, forward and twice in backward, per input feature. Fitted to the table of
+# `benchmarks/circuit_routes.py`.
+_PER_OPERATION, _PER_ELEMENT, _ROWS_PER_FEATURE = 2.2, 600, 1.25
 
 
 class Shapes(NamedTuple):
@@ -98,13 +95,11 @@ class CircuitUpdate(AbstractFusedUpdate):
 
     def is_cheaper_apart(self, rows: int) -> bool:
         """Whether so few rows train faster through the circuit than through a weight that it is added to."""
-        return rows <= self.max_rows_apart
+        return rows <= self.max_rows_apart or torch.compiler.is_compiling()
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x ΔWᵀ`, by the faster route."""
-        if self.is_cheaper_apart(x.numel() // x.shape[-1]):
-            return apply_circuit(x, self.deviations(), self.shapes)
-        return effective_linear(x, None, None, [self.cut()])
+        """`x ΔWᵀ`, through the circuit."""
+        return apply_circuit(x, self.deviations(), self.shapes)
 
     def tensor_name(self) -> str:
         """A circuit of its own for every weight, told by its axes."""
@@ -161,13 +156,6 @@ def _run(rows: Tensor, *deviations: Tensor) -> Tensor:  # (rows, *in_axes) -> (r
         return update.permute(0, *(1 + order.index(axis) for axis in range(len(order))))
 
 
-def _with_identity(deviation: Tensor) -> Tensor:
-    """`I + D`."""
-    tensor = _at_least_float32(deviation).clone()
-    _diagonal(tensor).add_(1)
-    return tensor
-
-
 def _resize(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     """Every axis cut off or padded with zeros at its end: the identity between sizes."""
     if tensor.shape == torch.Size(shape):
@@ -180,59 +168,26 @@ def _at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-class _Step(NamedTuple):
-    """One contraction of two tensors of a list: they are taken out, the result is put at its end."""
-
-    places: tuple[int, ...]
-    equation: str
-
-
-@lru_cache(maxsize=256)
-def _contraction(tensors: tuple[tuple[int, ...], ...]) -> tuple[Shapes, tuple[_Step, ...], int]:
-    """The circuit of tensors of these shapes, the order that contracts it with the fewest operations, and how many."""
-    num_axes = next(n for n in range(2, len(tensors) + 2) if n * (n - 1) // 2 == len(tensors))
-    letters = map(opt_einsum.get_symbol, count())
-    inputs = [next(letters) for _ in range(num_axes)]
-    current, terms = list(inputs), []
-    in_axes, out_axes = [0] * num_axes, [0] * num_axes
-    for (a, b), shape in zip(axis_pairs(num_axes), tensors):
-        for axis, size in ((a, shape[2]), (b, shape[3])):
-            in_axes[axis] = in_axes[axis] or size
-        out_axes[a], out_axes[b] = shape[:2]
-        before, current[a], current[b] = current[a] + current[b], next(letters), next(letters)
-        terms.append(current[a] + current[b] + before)
-    equation = ",".join(terms) + "->" + "".join(current + inputs)
-    _, path = opt_einsum.contract_path(equation, *tensors, shapes=True)
-    # torch knows the letters from a to Z only; a step has few.
-    steps = tuple(_Step(tuple(step[0]), convert_to_valid_einsum_chars(step[2])) for step in path.contraction_list)
-    return Shapes(tuple(out_axes), tuple(in_axes), tensors), steps, int(path.opt_cost) // 2  # type: ignore[arg-type]
+def _in_axes(deviations: Sequence[Tensor]) -> list[int]:
+    """The input axes, from the first tensor that acts on each."""
+    num_axes = next(n for n in range(2, len(deviations) + 2) if n * (n - 1) // 2 == len(deviations))
+    axes = [0] * num_axes
+    for pair, deviation in zip(axis_pairs(num_axes), deviations):
+        for axis, size in zip(pair, deviation.shape[2:]):
+            axes[axis] = axes[axis] or size
+    return axes
 
 
 def _matrix(deviations: Sequence[Tensor]) -> Tensor:  # (out, in)
-    """ΔW. Differentiable."""
-    shapes, steps, _ = _contraction(tuple(tuple(deviation.shape) for deviation in deviations))
-    operands = [_with_identity(deviation) for deviation in deviations]
-    for places, equation in steps:
-        taken = [operands.pop(place) for place in sorted(places, reverse=True)]
-        operands.append(torch.einsum(equation, *taken))
-    (weight,) = operands
-    weight = weight.reshape(*shapes.out_axes, *shapes.in_axes)
-    _diagonal(weight).sub_(1)
-    return weight.reshape(prod(shapes.out_axes), prod(shapes.in_axes))
-
-
-def _diagonal(tensor: Tensor) -> Tensor:
-    """The entries whose output axes have the indices of the input axes, as a view: where the identity has its ones."""
-    num_axes = tensor.ndim // 2
-    for axis in range(num_axes):
-        size = min(tensor.shape[0], tensor.shape[num_axes - axis])
-        tensor = tensor.diagonal(dim1=0, dim2=num_axes - axis)[..., :size]
-    return tensor
+    """ΔW: the circuit's updates of the unit vectors. Differentiable."""
+    axes, first = _in_axes(deviations), deviations[0]
+    dtype = torch.promote_types(first.dtype, torch.float32)
+    units = torch.eye(prod(axes), dtype=dtype, device=first.device).view(-1, *axes)
+    return _run(units, *deviations).flatten(1).t()
 
 
 def _halves(deviations: Sequence[Tensor]) -> Halves:
-    with torch.autocast(deviations[0].device.type, enabled=False):
-        weight = _matrix(deviations)
+    weight = _matrix(deviations)
     return Halves(weight.unsqueeze(-1), weight.new_ones(1, 1, 1))
 
 
@@ -253,8 +208,8 @@ def _break_even_rows(shapes: Shapes) -> float:
         axes[a], axes[b] = out_a, out_b
         operations += prod(axes) * in_a * in_b
         elements += prod(axes)
-    per_row = _APART_PER_OPERATION * operations + _APART_PER_ELEMENT * elements
-    weight = prod(shapes.out_axes) * prod(shapes.in_axes)
-    once = _IN_WEIGHT_PER_OPERATION * _contraction(shapes.tensors)[2] + _IN_WEIGHT_PER_ELEMENT * weight
+    per_row = _PER_OPERATION * operations + _PER_ELEMENT * elements
     # The third product of an effective weight, that of its gradient, is dense.
-    return once / (per_row - weight) if per_row > weight else inf
+    dense = prod(shapes.out_axes) * prod(shapes.in_axes)
+    rows_of_matrix = _ROWS_PER_FEATURE * prod(shapes.in_axes)
+    return rows_of_matrix * per_row / (per_row - dense) if per_row > dense else inf

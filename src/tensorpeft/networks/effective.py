@@ -2,7 +2,8 @@
 
 An update of high rank costs a dense product wherever it is applied, so it is added to the base weight first and
 multiplied once. Backward rebuilds the weight and folds its gradient onto the cores, a block of rows at a time: what is
-large (ΔW, W0 + ΔW, their gradient) exists only as a block. Measured by `benchmarks/step_time.py`.
+large (ΔW, W0 + ΔW, their gradient) exists only as a block. (A network without a small bond, `networks.circuit`, makes
+its whole ΔW, and its gradient, while one layer is at work.) Measured by `benchmarks/step_time.py`.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tensorpeft.modes import bond_dimensions
-from tensorpeft.networks.effective import Cut, Halves, Network, fold
+from tensorpeft.networks.effective import Cut, Halves, Network, effective_linear, fold
 from tensorpeft.networks.update import BASE_DIGEST, AbstractFusedUpdate, keeping_dtype
 
 
@@ -85,6 +85,14 @@ class MpoUpdate(AbstractFusedUpdate):
     def cut(self) -> Cut:
         """Both networks, to be cut at the bond that makes the halves smallest."""
         return Cut(MPO, tuple(self.cores()), tuple(self.start()))
+
+    def is_cheaper_apart(self, rows: int) -> bool:
+        """Never: core by core, the activations cost several times the sum."""
+        return False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x ΔWᵀ` through the fused map, for a base whose weight cannot be added to."""
+        return effective_linear(x, None, None, [self.cut()])
 
     def tensor_name(self) -> str:
         """An operator of its own for every weight, told by its modes and bonds."""

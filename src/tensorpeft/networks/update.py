@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from tensorpeft.networks.effective import Cut, effective_linear, fold
+from tensorpeft.networks.effective import Cut, fold
 from tensorpeft.networks.low_rank import MATRIX_PRODUCT, Factors, low_rank_linear
 from tensorpeft.networks.versions import version_of
 
@@ -44,34 +44,14 @@ class AbstractUpdate(nn.Module, ABC):
         object.__setattr__(self, "shared", shared)
 
     @abstractmethod
-    def cut(self) -> Cut:
-        """ΔW as a network that can be cut in two.
-
-        A matrix product A B of rank r has the halves (out, 1, r) and (r, 1, in).
-
-        Raises:
-            ValueError: what is added is not a product with a weight.
-        """
-
-    @abstractmethod
     def tensor_name(self) -> str:
         """What tells a person which tensor the layer belongs to: equal for layers of one, or of equal ones."""
-
-    def weight(self) -> Tensor:  # (out, in)
-        """ΔW: the matrix that `forward` multiplies by, by the plain formula. Differentiable.
-
-        Raises:
-            ValueError: as `cut`.
-        """
-        network, cores, start = self.cut()
-        update = fold(network.halves(cores))
-        return update - fold(network.halves(start)) if start else update
 
 
 class AbstractWeightUpdate(AbstractUpdate):
     """ΔW of one weight (out, in), added to a frozen W0: `y = x W0ᵀ + update(x)`.
 
-    The weight of a convolution is read as a matrix too: (out, in · kernel).
+    The weight of a convolution is read as a matrix too, (out, in / groups · kernel); its update is a convolution.
     """
 
     @abstractmethod
@@ -80,6 +60,19 @@ class AbstractWeightUpdate(AbstractUpdate):
         x: Tensor,  # (*batch, in)
     ) -> Tensor:  # (*batch, out)
         """`x ΔWᵀ`, in the dtype of x."""
+
+    @abstractmethod
+    def cut(self) -> Cut:
+        """ΔW as a network that can be cut in two.
+
+        A matrix product A B of rank r has the halves (out, 1, r) and (r, 1, in).
+        """
+
+    def weight(self) -> Tensor:  # (out, in)
+        """ΔW: the matrix that `forward` multiplies by, by the plain formula. Differentiable."""
+        network, cores, start = self.cut()
+        update = fold(network.halves(cores))
+        return update - fold(network.halves(start)) if start else update
 
 
 class AbstractOutputUpdate(AbstractUpdate):
@@ -91,17 +84,6 @@ class AbstractOutputUpdate(AbstractUpdate):
         z: Tensor,  # (*batch, out)
     ) -> Tensor:  # (*batch, out)
         """What is added to the layer's output, in its dtype."""
-
-    def cut(self) -> Cut:
-        """None.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError(
-            "this adapter is a non-linear network behind the layer, not an update of its weight: it cannot be merged, "
-            "exported or converted, and there is no delta weight. Keep it beside the model (save_pretrained)."
-        )
 
 
 class AbstractUpdatableLinear(nn.Module, ABC):
@@ -157,13 +139,9 @@ class SharedFactors(nn.Module):
 class AbstractFusedUpdate(AbstractWeightUpdate):
     """An update of high rank: a layer adds it to the base weight and multiplies once (`networks.effective`)."""
 
+    @abstractmethod
     def is_cheaper_apart(self, rows: int) -> bool:
-        """Whether training on so many rows is faster with `forward` beside the base than with the fused map."""
-        return False
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`x ΔWᵀ` through the fused map, for a base whose weight cannot be added to."""
-        return effective_linear(x, None, None, [self.cut()])
+        """Whether so many rows are faster with `forward` beside the base than with a sum made for them alone."""
 
 
 class AbstractFactoredUpdate(AbstractWeightUpdate):

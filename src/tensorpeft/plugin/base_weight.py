@@ -111,19 +111,21 @@ def layer_shape(
 
 
 def is_convolution(base: nn.Module) -> bool:
-    """Whether it is one of torch's own: a subclass may compute something else with its weight."""
-    return type(base) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    """Whether it is one of torch's own: a subclass, or a hook (weight_norm), may make something else of its weight."""
+    return type(base) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and "weight" in base._parameters
 
 
 def convolution_of(base: Any) -> Convolution | None:
     """What makes the layer a convolution; None if it is none."""
     if not is_convolution(base):
         return None
-    geometry = {name: getattr(base, name) for name in ("stride", "padding", "dilation", "groups")}
-    if base.padding_mode == "zeros":
-        return Convolution(tuple(base.kernel_size), geometry)
-    border = (tuple(base._reversed_padding_repeated_twice), base.padding_mode)
-    return Convolution(tuple(base.kernel_size), {**geometry, "padding": (0,) * len(base.kernel_size)}, border)
+    padding, border = base.padding, None
+    if base.padding_mode != "zeros":
+        padding, border = (
+            (0,) * len(base.kernel_size),
+            (tuple(base._reversed_padding_repeated_twice), base.padding_mode),
+        )
+    return Convolution(base.kernel_size, base.stride, padding, base.dilation, base.groups, border)
 
 
 def addable_weight(base: nn.Module) -> Tensor | None:

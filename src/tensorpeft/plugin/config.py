@@ -125,12 +125,12 @@ def check_rank(name: str, value: object) -> None:
         raise ValueError(f"{name}={value!r}: expected a whole number of at least 1, such as 16.")
 
 
-def check_modes(modes: object, num_modes: int | None = None) -> dict[int, list[int]] | None:
+def check_modes(modes: object, num_modes: int | None = None, of: str = "core") -> dict[int, list[int]] | None:
     """The field `modes`, {size: [mode, …]}, with integer keys (JSON has none).
 
     Raises:
         ValueError: not such a dictionary, a mode below 1, a product that is not the size, or another number of modes
-            than `num_modes` (None: any from 2).
+            than `num_modes` (None: any from 2), one per core or what `of` says.
     """
     if modes is None:
         return None
@@ -139,7 +139,7 @@ def check_modes(modes: object, num_modes: int | None = None) -> dict[int, list[i
             f"modes={modes!r}: expected a dictionary from a size to its modes, such as {{384: [4, 12, 8]}}."
         )
     for size, factors in modes.items():
-        count = f"{num_modes} modes, one per core," if num_modes else "at least 2 modes"
+        count = f"{num_modes} modes, one per {of}," if num_modes else "at least 2 modes"
         is_whole = isinstance(factors, (list, tuple)) and all(type(mode) is int and mode > 0 for mode in factors)
         if not is_whole or prod(factors) != int(size) or len(factors) != (num_modes or max(len(factors), 2)):
             product = prod(factors) if is_whole else None

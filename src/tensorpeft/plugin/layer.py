@@ -1,4 +1,4 @@
-"""The one layer: a frozen linear layer and the updates of its adapters. It knows no method."""
+"""The one layer: a frozen linear layer, or convolution, and the updates of its adapters. It knows no method."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from tensorpeft.networks.update import (
     AbstractOutputUpdate,
     AbstractUpdatableLinear,
     AbstractUpdate,
+    AbstractWeightUpdate,
     stacked_factors,
 )
 from tensorpeft.networks.versions import version_of
@@ -39,7 +40,7 @@ _GATHERED_ADAPTERS = 4
 
 
 class TensorLayer(UpdateHolder):
-    """`y = base(x) + Σ update(x)` over the active adapters.
+    """`y = base(x) + Σ update(x)` over the active adapters, or `+ Σ update(base(x))` of a network behind the layer.
 
     Args:
         base_layer: the layer to adapt.
@@ -49,7 +50,9 @@ class TensorLayer(UpdateHolder):
             merge into it as well: nothing is cached then, and unmerging subtracts.
 
     The base weight is changed by merging only, and `unmerge` puts the very tensor back. A merged or cached weight is
-    `networks.effective.effective_weight`, so that merged and unmerged inference multiply by the same numbers.
+    `networks.effective.effective_weight`, so that merged and unmerged inference multiply by the same numbers. Where
+    nothing can be cached, an update that is cheaper beside the base (`is_cheaper_apart`) is applied there, and equals
+    the merged one up to rounding.
     """
 
     def __init__(
@@ -69,7 +72,7 @@ class TensorLayer(UpdateHolder):
         self._cached: tuple[object, Tensor] | None = None  # what it was made of, and the effective weight
         # What a model, or another adapter, reads of a convolution.
         if is_convolution(base := self.get_base_layer()):
-            for name in base.__constants__:
+            for name in base.__constants__:  # type: ignore[union-attr]
                 if hasattr(base, name) and not hasattr(self, name):
                     setattr(self, name, getattr(base, name))
 
@@ -87,7 +90,15 @@ class TensorLayer(UpdateHolder):
     ) -> Tensor:
         weight = addable_weight(self.base_layer) if updates else None
         is_updatable = isinstance(self.base_layer, AbstractUpdatableLinear) and not has_own_forward(self.base_layer)
-        fused = self._updates_to_fuse(x, updates, weight) if weight is not None or is_updatable else []
+        fused = [update for update in updates if isinstance(update, AbstractFusedUpdate)]
+        trains = self.training or _trains(weight, fused)
+        may_cache = may_cache and weight is not None and self.owns_base and not trains
+        may_cache = may_cache and not torch.compiler.is_compiling()
+        rows = x.numel() // max(x.shape[-1], 1)
+        if (weight is None and not is_updatable) or (
+            not may_cache and all(update.is_cheaper_apart(rows) for update in fused)
+        ):
+            fused = []
         low_rank = [] if weight is None or fused else [u for u in updates if isinstance(u, AbstractLowRankUpdate)]
         if is_updatable and fused:
             result = self.base_layer.forward_with(x, [update.cut() for update in fused])  # type: ignore[operator]
@@ -100,34 +111,21 @@ class TensorLayer(UpdateHolder):
             result = self.base_layer(x, *args, **kwargs)
         return self._add(result, x, [update for update in updates if update not in (*fused, *low_rank)])
 
-    def _updates_to_fuse(
-        self, x: Tensor, updates: Sequence[AbstractUpdate], weight: Tensor | None
-    ) -> list[AbstractFusedUpdate]:
-        """Those to add to the base weight: all that can be, unless in training another way is cheaper."""
-        fused = [update for update in updates if isinstance(update, AbstractFusedUpdate)]
-        if not fused or not (self.training or _trains(weight, fused)):
-            return fused
-        rows = x.numel() // x.shape[-1]
-        return [] if all(update.is_cheaper_apart(rows) for update in fused) else fused
-
     def _add(self, result: Tensor, x: Tensor, updates: Sequence[AbstractUpdate]) -> Tensor:
-        """The base's result with what these updates add: first all that read the layer's input."""
+        """What the base made of x, with what these updates add."""
         if updates and self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
-        for update in updates:
-            if not isinstance(update, AbstractOutputUpdate):
-                result = result + update(x).to(result.dtype)
         output = result
         for update in updates:
-            if isinstance(update, AbstractOutputUpdate):
-                result = result + update(output).to(result.dtype)
+            added = update(output if isinstance(update, AbstractOutputUpdate) else x)
+            result = result + added.to(result.dtype)
         return result
 
     def _fused_forward(
         self, x: Tensor, weight: Tensor, updates: Sequence[AbstractFusedUpdate], may_cache: bool
     ) -> Tensor:
         bias: Tensor | None = self.base_layer.bias  # type: ignore[assignment]
-        if self.training or _trains(weight, updates) or not may_cache or torch.compiler.is_compiling():
+        if not may_cache:
             return effective_linear(x, weight, bias, [update.cut() for update in updates])
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -137,7 +135,7 @@ class TensorLayer(UpdateHolder):
         """The effective weight of these updates, made anew when any tensor it is made of has changed."""
         tensors = (weight, *(t for update in updates for t in (*update.parameters(), *update.buffers())))
         version = version_of(tensors)
-        key = None if version is None or not self.owns_base else (*version, dtype)
+        key = None if version is None else (*version, dtype)
         if key is None or self._cached is None or self._cached[0] != key:
             self._cached = None  # free the old one first
             effective = effective_weight(weight, [update.cut() for update in updates], dtype)
@@ -182,6 +180,8 @@ class TensorLayer(UpdateHolder):
             (update,) = self._named([name])
             if isinstance(update, AbstractFactoredUpdate):
                 result.index_add_(0, rows, update(x[rows]).to(result.dtype))
+            elif isinstance(update, AbstractOutputUpdate):
+                result[rows] = self._add(result[rows], x[rows], [update])
             else:  # by the route that it takes when it is alone: equal results
                 result[rows] = self._adapted_forward(x[rows], [update], *args, may_cache=False, **kwargs)
         return result
@@ -213,7 +213,7 @@ class TensorLayer(UpdateHolder):
         names, base = list(adapter_names), self.get_base_layer()
         if self._unmerged is not None:  # one rounding from the pretrained weight, however many merges
             names = [*self.merged_adapters, *names]
-        cuts = [update.cut() for update in self._named(names)]
+        cuts = [self._weight_update(name).cut() for name in names]
         source = base if self._unmerged is None else self._unmerged
         if isinstance(source, AbstractUpdatableLinear):
             return as_stored(base, source.weight_with(cuts, self.quantization_backend.dtype))  # type: ignore[union-attr]
@@ -238,7 +238,7 @@ class TensorLayer(UpdateHolder):
         else:
             weight = self.read_base_weight()
             for name in self.merged_adapters:
-                weight = weight - self.updates[name].weight().to(weight.dtype)  # type: ignore[operator]
+                weight = weight - self._weight_update(name).weight().to(weight.dtype)
             self.set_base_weight(as_stored(self.get_base_layer(), weight))
         object.__setattr__(self, "_unmerged", None)
         self.merged_adapters.clear()
@@ -246,12 +246,17 @@ class TensorLayer(UpdateHolder):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW of an adapter in float32, laid out as the base layer stores its weight."""
-        return as_stored(self.get_base_layer(), self.updates[adapter].weight())  # type: ignore[operator]
+        return as_stored(self.get_base_layer(), self._weight_update(adapter).weight())
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether W' = W + ΔW. A ΔW of high rank converts with an error, by the rank given to PEFT."""
-        is_linear = not isinstance(self.updates[adapter_name], AbstractOutputUpdate)
-        return is_linear and not is_convolution(self.get_base_layer())  # PEFT's conversion knows matrices only
+        # PEFT asks a layer without a name, whatever its adapter's is; and its conversion knows matrices only.
+        updates = self._named([adapter_name]) or self.updates.values()
+        are_weights = all(isinstance(update, AbstractWeightUpdate) for update in updates)
+        return are_weights and not is_convolution(self.get_base_layer())
+
+    def _weight_update(self, adapter_name: str) -> AbstractWeightUpdate:
+        return check_weight_update(adapter_name, self.updates[adapter_name])
 
     def _named(self, adapter_names: Sequence[str]) -> list[AbstractUpdate]:
         return [self.updates[name] for name in adapter_names if name in self.updates]  # type: ignore[misc]
@@ -259,6 +264,21 @@ class TensorLayer(UpdateHolder):
     def extra_repr(self) -> str:
         """The quantisation backend, if any."""
         return quantization_extra_repr(self)
+
+
+def check_weight_update(adapter_name: str, update: nn.Module) -> AbstractWeightUpdate:
+    """The update, if it is one of the layer's weight.
+
+    Raises:
+        ValueError: it is a network behind the layer.
+    """
+    if not isinstance(update, AbstractWeightUpdate):
+        raise ValueError(
+            f"the adapter {adapter_name!r} is a non-linear network behind the layer, not an update of its weight: it "
+            "cannot be merged, exported or converted, there is no delta weight, and nothing else can be merged while "
+            "it is active. Keep it beside the model (save_pretrained), or deactivate it first (set_adapter)."
+        )
+    return update
 
 
 def check_finite(weight: Tensor, adapter_names: Sequence[str]) -> None:

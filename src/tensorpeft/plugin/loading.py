@@ -87,13 +87,16 @@ def _misfit(update: nn.Module, found: Mapping[str, Tensor], unmapped: Mapping[st
     if more and found:
         return (
             f"the checkpoint has {more}, which this adapter does not: it was made with another configuration "
-            "(init_weights, num_cores). Load it with the adapter_config.json it was saved with."
+            "(init_weights, num_cores, num_axes). Load it with the adapter_config.json it was saved with."
         )
     missing = sorted(set(parameters) - set(found))
     if not set(buffers).isdisjoint(found):
         missing += sorted(set(buffers) - set(found))
     if missing and found:
-        return f"the checkpoint has {sorted(found)} but not {missing} for this layer: it is incomplete. Save it again."
+        return (
+            f"the checkpoint has {sorted(found)} but not {missing} for this layer: it is incomplete, or was made with "
+            "another configuration. Save it again, or load it with its own adapter_config.json."
+        )
     for key, tensor in found.items():
         expected = parameters.get(key, buffers.get(key))
         if expected is not None and tensor.shape != expected.shape:

@@ -15,7 +15,14 @@ from peft.utils import PeftType, register_peft_method
 from tensorpeft.plugin.config import TensorConfig
 from tensorpeft.plugin.holder import SharedHolder, UpdateHolder
 from tensorpeft.plugin.layer import TensorLayer
-from tensorpeft.plugin.tuner import MethodClasses, TensorModel, check_mergeable, remove_shared_factors, wrap_layer
+from tensorpeft.plugin.tuner import (
+    MethodClasses,
+    TensorModel,
+    check_mergeable,
+    check_merged_weights,
+    remove_shared_factors,
+    wrap_layer,
+)
 
 ConfigClass = TypeVar("ConfigClass", bound=type[TensorConfig])
 
@@ -99,20 +106,28 @@ def _unload_and_remove_shared_factors(
     """PeftMixedModel's unload hands back a model with the layers of all methods replaced; ours have more to remove."""
     if merge:
         check_mergeable(self.model, adapter_names)
+    if merge and safe_merge:
+        check_merged_weights(self.model, adapter_names)
     model = _unload_mixed_model(self, merge, progressbar, safe_merge, adapter_names)
     remove_shared_factors(self.model)
     return model
 
 
 def _merge_all_or_none(self: Any, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+    """PeftMixedModel's merge_adapter stops at the first layer that cannot be merged; ours asks all of them before."""
     check_mergeable(self.model, adapter_names)
+    if safe_merge:
+        check_merged_weights(self.model, adapter_names)
     BaseTuner.merge_adapter(self, adapter_names=adapter_names, safe_merge=safe_merge)
 
 
 def _prepare_with_our_defaults(config: Any, model_config: dict[str, Any]) -> Any:
     """PeftMixedModel takes LoRA's default targets for every method."""
     if isinstance(config, TensorConfig) and config.target_modules is None:
-        config.target_modules = config.default_targets.get(model_config.get("model_type", ""))
+        targets = config.default_targets.get(model_config.get("model_type", ""))
+        if targets is None:
+            raise ValueError("Please specify `target_modules` in `peft_config`")  # as PEFT says it
+        config.target_modules = set(targets)  # type: ignore[assignment]
     return _prepare_mixed_config(config, model_config)
 
 

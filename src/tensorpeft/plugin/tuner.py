@@ -16,7 +16,7 @@ from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from tensorpeft.networks.mpo import FrozenCores
-from tensorpeft.networks.update import AbstractOutputUpdate, AbstractUpdate
+from tensorpeft.networks.update import AbstractUpdate
 from tensorpeft.plugin.base_weight import (
     UpdatableBackend,
     as_matrix,
@@ -27,7 +27,7 @@ from tensorpeft.plugin.base_weight import (
 )
 from tensorpeft.plugin.config import TensorConfig
 from tensorpeft.plugin.holder import SharedHolder, UpdateHolder
-from tensorpeft.plugin.layer import TensorLayer, check_finite
+from tensorpeft.plugin.layer import TensorLayer, check_finite, check_weight_update
 from tensorpeft.plugin.loading import check_state_dict
 from tensorpeft.sites import Site, find_sites
 
@@ -94,7 +94,7 @@ class TensorModel(BaseTuner):
         """As PEFT's; with `safe_merge` every layer is checked before the first one is changed."""
         check_mergeable(self.model, adapter_names)
         if safe_merge:
-            self._check_merged_weights(adapter_names)
+            check_merged_weights(self.model, adapter_names)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def _unload_and_optionally_merge(
@@ -107,7 +107,7 @@ class TensorModel(BaseTuner):
         if merge:
             check_mergeable(self.model, adapter_names)
         if merge and safe_merge:
-            self._check_merged_weights(adapter_names)
+            check_merged_weights(self.model, adapter_names)
         if not merge:
             self.unmerge_adapter()  # what is merged would stay in the base weights that are handed back
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
@@ -131,14 +131,6 @@ class TensorModel(BaseTuner):
         """
         with _merging_in(self.model, dtype):
             return super().merge_and_unload(progressbar, safe_merge, adapter_names)
-
-    def _check_merged_weights(self, adapter_names: list[str] | None) -> None:
-        for module in self.model.modules():
-            if isinstance(module, TensorLayer):
-                names = [name for name in adapter_names or module.active_adapters if name in module.updates]
-                names = [name for name in names if name not in module.merged_adapters]
-                if names:
-                    check_finite(module.merged_weight(names), names)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -181,7 +173,7 @@ def wrap_layer(
     A function of any tuner: PEFT's MixedModel, which holds adapters of several methods, calls it too.
 
     Raises:
-        ValueError: a target is not linear, or the method cannot serve it.
+        ValueError: the method cannot adapt a target, or serve it.
     """
     key = key.removeprefix("base_model.model.")  # PeftMixedModel adds its second adapter from its own root
     planned: tuple[Any, dict[str, AbstractUpdate]] | None = getattr(tuner, "_planned", None)
@@ -220,8 +212,17 @@ def check_mergeable(model: nn.Module, adapter_names: Iterable[str] | None = None
     for module in model.modules():
         if isinstance(module, TensorLayer):
             for name in {*(adapter_names or ()), *module.active_adapters} & set(module.updates):
-                if isinstance(update := module.updates[name], AbstractOutputUpdate):
-                    update.cut()
+                check_weight_update(name, module.updates[name])
+
+
+def check_merged_weights(model: nn.Module, adapter_names: Iterable[str] | None = None) -> None:
+    """Raise a `ValueError` if merging these adapters, or the active ones, would make a weight that is not finite."""
+    for module in model.modules():
+        if isinstance(module, TensorLayer):
+            names = [name for name in adapter_names or module.active_adapters if name in module.updates]
+            names = [name for name in names if name not in module.merged_adapters]
+            if names:
+                check_finite(module.merged_weight(names), names)
 
 
 def _owner_of_shared(model: nn.Module, layer: TensorLayer, classes: MethodClasses) -> SharedHolder:

@@ -157,7 +157,6 @@ def plan_model(
     targets: list[str] | str | None = None,
     batch: int = 1,
     length: int = 512,
-    checkpointing: bool = False,  # of gradients
     on_method: Callable[[str], object] = lambda text: None,  # called before each
 ) -> ModelPlan:
     """The plan of every method. Reads no weight and allocates none.
@@ -167,10 +166,10 @@ def plan_model(
     """
     if rank is not None and budget is not None:
         raise ValueError(f"rank={rank}, budget={budget}: a budget chooses the rank. Pass one of the two.")
-    for field, value in (("rank", rank), ("budget", budget), ("batch", batch), ("length", length)):
+    for option, value in (("rank", rank), ("budget", budget), ("batch", batch), ("length", length)):
         if value is not None and value < 1:
-            raise ValueError(f"{field}={value}: expected a whole number of at least 1.")
-    skeleton = _Skeleton(transformers.AutoConfig.from_pretrained(name), batch, length, checkpointing)
+            raise ValueError(f"{option}={value}: expected a whole number of at least 1.")
+    skeleton = _Skeleton(transformers.AutoConfig.from_pretrained(name), batch, length)
     model = skeleton.build()
     plans: list[MethodPlan] = []
     for method in methods:
@@ -189,7 +188,7 @@ def plan_model(
 
 def build_skeleton(name: str) -> nn.Module:
     """The model on the meta device: shapes, and no numbers."""
-    return _Skeleton(transformers.AutoConfig.from_pretrained(name), 1, 1, False).build()
+    return _Skeleton(transformers.AutoConfig.from_pretrained(name), 1, 1).build()
 
 
 @dataclass(frozen=True)
@@ -199,7 +198,6 @@ class _Skeleton:
     config: PretrainedConfig
     batch: int
     length: int
-    checkpointing: bool
 
     @property
     def depth(self) -> int:
@@ -235,9 +233,6 @@ class _Skeleton:
 
     def _count(self, config: PeftConfig, depth: int | None) -> StepCosts:
         model = self.adapt(config, depth).train()
-        if self.checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-            model.enable_input_require_grads()  # type: ignore[operator]
         return count_step(model.get_base_model(), self.batch, self.length)  # type: ignore[operator]
 
     def count_trained(self, config: PeftConfig) -> int:

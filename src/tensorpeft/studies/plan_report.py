@@ -64,7 +64,7 @@ def run_plan(
             config = planned.method.make(planned.value, arguments.get("targets"))
             if config.peft_type != PeftType.LORA and not planned.problem:
                 print()
-                print_tensor_map(model, config)
+                print_tensor_map(model, config)  # type: ignore[arg-type]
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(to_json(plan), indent=1) + "\n", encoding="utf-8")
@@ -80,17 +80,12 @@ def rich_table(plan: ModelPlan, gpu: int | None = None) -> Table:
         padding=(0, 1, 0, 0),
         header_style="bold",
     )
-    headers = [
-        "method",
-        "size",
-        "trained",
-        "% of base",
-        "file, MB",
-        "step, GiB",
-        *(f"on {form}" for form in plan.base_bytes),
-    ]
-    for k, header in enumerate([*headers, "FLOPs", *([] if gpu is None else ["fits"])]):
-        table.add_column(header, justify="left" if k < 2 or header == "fits" else "right", no_wrap=True)
+    on = [f"on {form}" for form in plan.base_bytes]
+    headers = ["method", "size", "trained", "% of base", "file, MB", "step, GiB", *on, "FLOPs"]
+    headers += [] if gpu is None else ["fits"]
+    for header in headers:
+        is_text = header in ("method", "size", "fits")
+        table.add_column(header, justify="left" if is_text else "right", no_wrap=True)
     for method in plan.methods:
         if not method.problem:
             table.add_row(*_cells(plan, method, gpu))

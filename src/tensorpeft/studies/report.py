@@ -156,12 +156,14 @@ def _settings(study: Study) -> list[str]:
     return [
         f"Task: {task.description} Rows: {len(task.train)} train, {len(task.validation)} validation, "
         f"{len(task.test)} test. Classes: {', '.join(task.label_names)}.",
-        f"Training: AdamW, no weight decay, no dropout; cosine schedule, warm-up ratio {recipe.warmup_ratio:g}; "
+        "Training: AdamW, unless a method's note names another optimiser; no weight decay, no dropout; cosine "
+        f"schedule, warm-up ratio {recipe.warmup_ratio:g}; "
         f"{recipe.steps} steps of {recipe.batch_size} rows of similar length, at most {recipe.max_tokens} tokens each. "
         f"The head trains at {recipe.head_rate:g} with every method; the rates in the tables are those of the rest.",
         f"Seeds 0 to {study.num_seeds - 1}, the same for all methods: they set the head's start, the adapter's start "
         "and the order of the rows.",
-        "Adapters: query, key, value and the two MLP weights of every layer. Full fine-tuning trains all weights.",
+        "Adapters: query, key, value and the two MLP weights of every layer, unless a method's note says otherwise. "
+        "Full fine-tuning trains all weights.",
         "The test split is scored once per final run, after the last step.",
         f"Device: {recipe.device}, {study.threads} CPU threads.",
     ]

@@ -1,0 +1,145 @@
+"""What `tensorpeft plan` says, against the papers' counts, and against measured steps."""
+
+import json
+from copy import deepcopy
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import AutoModel, BertConfig, LlamaConfig, LlamaForCausalLM
+
+pytest.importorskip("rich")
+
+from tensorpeft.cli import main
+from tensorpeft.studies.measure import peak_memory
+from tensorpeft.studies.plan import METHODS, choose_methods, plan_model
+from tensorpeft.studies.plan_report import legend, parse_count, parse_size, rich_table
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A Llama of six layers: its plan is extrapolated from two and three."""
+    folder = tmp_path_factory.mktemp("small")
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        vocab_size=128,
+        architectures=["LlamaForCausalLM"],
+    )
+    config.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("config", "r", "expected"),
+    [
+        (LlamaConfig(intermediate_size=11008), 16, 10_043_392),
+        (LlamaConfig(intermediate_size=14336, num_key_value_heads=8, vocab_size=128256), 16, 5_206_016),
+    ],
+    ids=["LLaMA-2-7B", "LLaMA-3-8B"],
+)
+def test_dota_has_the_paper_s_number_of_parameters(config: LlamaConfig, r: int, expected: int, tmp_path):
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(tmp_path)
+    (plan,) = plan_model(str(tmp_path), choose_methods("dota"), rank=r, targets=TARGETS, length=8).methods
+    assert plan.trained == expected
+    assert plan.saved == 8 * expected  # with its start
+    assert plan.frozen == 4 * expected
+    assert plan.flops_ratio > 1
+
+
+def test_lorta_has_the_paper_s_number_of_parameters(tmp_path):
+    LlamaConfig(intermediate_size=11008, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
+    plan = plan_model(str(tmp_path), choose_methods("lora,lorta"), rank=4, length=8)
+    assert [method.trained for method in plan.methods] == [2_097_152, 17_160]  # the defaults: query and value
+    assert plan.num_parameters == 6_738_415_616
+    assert plan.base_bytes["bf16"] == 2 * 6_738_415_616
+
+
+def test_the_memory_of_a_step_is_the_measured_one(small):
+    plan = plan_model(str(small), rank=4, batch=2, length=24)
+    assert rich_table(plan).row_count == len(METHODS)
+    base = LlamaForCausalLM(LlamaConfig.from_pretrained(small)).to(torch.bfloat16)
+    tokens = torch.ones(2, 24, dtype=torch.long)
+    for method in plan.methods:
+        assert not method.problem
+        model = get_peft_model(deepcopy(base), method.method.make(method.value, None)).train()
+        assert method.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+        def step(model=model):
+            model.get_base_model()(input_ids=tokens, labels=tokens).loss.backward()
+
+        step()
+        for parameter in model.parameters():
+            parameter.grad = None
+        assert method.step.peak_bytes == pytest.approx(peak_memory(step, "cpu"), rel=0.02), method.method.key
+
+
+def test_an_encoder_without_a_head_can_be_planned(tmp_path):
+    config = BertConfig(
+        hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, architectures=["BertModel"]
+    )
+    AutoModel.from_config(config).config.save_pretrained(tmp_path)
+    plan = plan_model(str(tmp_path), choose_methods("lora,quanta,loretta-adapter"), length=16)
+    assert all(method.trained and method.step.flops and not method.problem for method in plan.methods)
+
+
+def test_a_budget_is_come_closest_to(small):
+    plan = plan_model(str(small), choose_methods("lora,nola"), budget=3000, length=8)
+    for method in plan.methods:
+        counts = [
+            plan_model(str(small), [replace(method.method, default=value)], length=8).methods[0].trained
+            for value in (max(method.value - 1, 1), method.value, method.value + 1)
+        ]
+        assert counts[1] == method.trained
+        assert min(counts, key=lambda count: abs(count - 3000)) == method.trained
+
+
+def test_a_method_that_cannot_serve_the_model_says_why_and_the_others_are_planned(small):
+    plan = plan_model(str(small), choose_methods("lora,lorta"), targets=["q_proj", "lm_head"], length=8)
+    lora, lorta = plan.methods
+    assert lora.trained
+    assert not lora.problem
+    assert "lm_head" in lorta.problem
+    assert any("LoRTA: not on this model" in line for line in legend(plan))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rank": 4, "budget": 9}, "rank=4, budget=9"),
+        ({"rank": 0}, "rank=0"),
+        ({"batch": 0}, "batch=0"),
+    ],
+)
+def test_impossible_plans(small, arguments: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        plan_model(str(small), **arguments)
+
+
+def test_sizes_and_counts_are_read_as_people_write_them():
+    assert parse_size("24GB") == parse_size("24 GiB") == parse_size("24g") == 24 * 2**30
+    assert [parse_count(text) for text in ("1M", "50k", "120000", "1.5m")] == [10**6, 50_000, 120_000, 1_500_000]
+    for parse, text in ((parse_size, "24"), (parse_size, "0GB"), (parse_count, "many"), (parse_count, "0")):
+        with pytest.raises(ValueError, match=text):
+            parse(text)
+
+
+def test_the_command_prints_a_table_that_fits_and_writes_its_figures(small, tmp_path, capsys):
+    command = ["plan", str(small), "--gpu", "24GB", "--rank", "4", "--length", "16", "--maps"]
+    assert main([*command, "--methods", "lora,dota,lorta", "--json", str(tmp_path / "plan.json")]) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 110
+    assert "…" not in out.split("step:")[0]
+    assert "bf16, NF4" in out
+    assert "LORTA: 1 tensor, 12 weights" in out
+    figures = json.loads((tmp_path / "plan.json").read_text())
+    assert list(figures["methods"]) == ["lora", "dota", "lorta"]
+    assert figures["methods"]["lora"]["flops_to_lora"] == 1
+    assert main(["plan", str(small), "--methods", "no-such"]) == 2
+    assert "no-such" in capsys.readouterr().err
