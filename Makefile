@@ -20,7 +20,7 @@ demo: $(VENV)/.installed
 # One thread per worker: two workers with two threads each would wait for each other.
 test: export OMP_NUM_THREADS ?= 1
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -14,10 +14,9 @@ from tensorpeft import (
 
 
 def _cases(name, config, arguments):
+    """What differs between methods; what the shared layer does with more targets is asked of DoTA and LoRTA."""
     return [
         (f"{name} one layer", "MLP", config, {"target_modules": ["lin0"], **arguments}),
-        (f"{name} two layers", "MLP", config, {"target_modules": ["lin0", "lin1"], **arguments}),
-        (f"{name} saved module", "MLP", config, {"target_modules": ["lin0"], "modules_to_save": ["lin1"], **arguments}),
         (f"{name} Conv1D", "EmbConv1D", config, {"target_modules": ["conv1d"], **arguments}),
     ]
 
@@ -35,6 +34,13 @@ CASES = [
     ),
     ("DoTA Conv1D", "EmbConv1D", DotaConfig, {"target_modules": ["conv1d"], "r": 4, "num_cores": 3}),
     *_cases("LoRTA", LortaConfig, {"r": 4}),
+    ("LoRTA two layers", "MLP", LortaConfig, {"target_modules": ["lin0", "lin1"], "r": 4}),
+    (
+        "LoRTA and a saved module",
+        "MLP",
+        LortaConfig,
+        {"target_modules": ["lin0"], "modules_to_save": ["lin1"], "r": 4},
+    ),
     # PEFT trains at rates of 0.5 and more: at the usual scale these diverge on layers this small.
     *_cases("LoTR", LotrConfig, {"r": 4, "alpha": 1}),
     *_cases("FacT-TT", FactConfig, {"r": 4, "scale": 0.25}),

@@ -1,0 +1,8 @@
+"""What holds for the whole suite."""
+
+import pytest
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]):
+    """The long ones first: a worker that starts one last leaves the other idle."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
