@@ -9,7 +9,6 @@ the batch (`step_time.py` measures them).
 
 import argparse
 from collections.abc import Callable, Iterator
-from math import ceil
 
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
@@ -20,6 +19,7 @@ from tensorpeft import DotaConfig
 from tensorpeft.quantization import quantize_residual
 from tensorpeft.quantization.model import plan_layers
 from tensorpeft.studies.finetune import find_model
+from tensorpeft.studies.plan import nf4_bytes
 
 BERT = r".*\.layer\.\d+\.(attention\.self\.(query|key|value)|intermediate\.dense|output\.dense)"
 LLAMA = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
@@ -126,12 +126,6 @@ def arithmetic(
     else:
         trained = sum(config.r * sum(model.get_submodule(name).weight.shape) for name in shapes)
     return [base, 4 * trained, 12 * trained]
-
-
-def nf4_bytes(numel: int) -> int:
-    """Codes of half a byte, a byte per block of 64, four bytes per 256 blocks, and an offset."""
-    blocks = ceil(numel / 64)
-    return ceil(numel / 2) + blocks + 4 * ceil(blocks / 256) + 4
 
 
 if __name__ == "__main__":
