@@ -298,23 +298,6 @@ def test_disabled_and_unloaded_it_is_the_base(model: Model):
 
 
 @over_models
-def test_two_adapters_do_not_touch_each_other(model: Model):
-    peft_model = adapted(model)
-    first = logits(peft_model)
-    peft_model.add_adapter("second", config(bottleneck=6, target_modules=model.targets[-1:]))
-    assert torch.equal(logits(peft_model), first)
-    peft_model.set_adapter("second")
-    fill(peft_model, seed=5)
-    second = logits(peft_model)
-    assert not torch.allclose(second, first)
-    peft_model.set_adapter("default")
-    assert torch.equal(logits(peft_model), first)
-    peft_model.delete_adapter("default")
-    peft_model.set_adapter("second")
-    assert torch.equal(logits(peft_model), second)
-
-
-@over_models
 def test_several_active_adapters_read_the_same_output_and_add_up(model: Model):
     peft_model, base = adapted(model, target_modules=model.targets), model.fresh().double()
     peft_model.add_adapter("second", config(bottleneck=6, target_modules=model.targets))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tensorpeft.networks.tensor_train import contract
+from tensorpeft.networks.tensor_train import contract, describe_trains
 from tensorpeft.networks.update import AbstractOutputUpdate
 
 
@@ -51,8 +51,4 @@ class BottleneckUpdate(AbstractOutputUpdate):
 
     def extra_repr(self) -> str:
         """Modes, as in `A 8·12·8·8·8, B 8·8·8·12·8`."""
-        modes = {
-            name: "·".join(str(getattr(self, f"{side}_{k}").shape[1]) for k in range(1, count + 1))
-            for name, side, count in (("A", "down", self.num_down), ("B", "up", self.num_up))
-        }
-        return ", ".join(f"{name} {text}" for name, text in modes.items())
+        return describe_trains(self, self.num_down, self.num_up)

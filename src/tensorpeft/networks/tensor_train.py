@@ -45,6 +45,16 @@ def random_train(
     return [cores[0] * std, *cores[1:]]
 
 
+def describe_trains(update: nn.Module, num_down: int, num_up: int) -> str:
+    """Modes of the trains A (cores `down_1`, …) and B (`up_1`, …) of an update, as in `A 8·8·12·8, B 8·8·12·8`."""
+    sides = (("A", "down", num_down), ("B", "up", num_up))
+    modes = {
+        name: "·".join(str(getattr(update, f"{side}_{k}").shape[1]) for k in range(1, count + 1))
+        for name, side, count in sides
+    }
+    return ", ".join(f"{name} {text}" for name, text in modes.items())
+
+
 class TensorTrainUpdate(AbstractLowRankUpdate):
     """`ΔW = scale · B A`, the two factors of a LoRA as tensor trains over the modes of all their entries.
 
@@ -80,8 +90,4 @@ class TensorTrainUpdate(AbstractLowRankUpdate):
 
     def extra_repr(self) -> str:
         """Modes, as in `A 8·8·12·8, B 8·8·12·8`."""
-        modes = {
-            name: "·".join(str(getattr(self, f"{side}_{k}").shape[1]) for k in range(1, count + 1))
-            for name, side, count in (("A", "down", self.num_down), ("B", "up", self.num_up))
-        }
-        return ", ".join(f"{name} {text}" for name, text in modes.items())
+        return describe_trains(self, self.num_down, self.num_up)
