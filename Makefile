@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM ?= false
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo,test,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo,train,eval,test,dev]"
 	touch $@
 
 demo: $(VENV)/.installed

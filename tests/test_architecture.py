@@ -21,11 +21,13 @@ ARROWS: dict[str, set[str] | None] = {
     "quantization": {"networks", "plugin"},
     "export": {"plugin", "networks", "quantization"},
     "tasks": set(),
+    "evaluation": {"", "tasks"},
+    "training": {"", "evaluation", "quantization", "tasks"},
     "studies": {"", "quantization", "tasks"},
-    "cli": {"", "export", "quantization", "studies", "tasks"},
+    "cli": {"", "evaluation", "export", "quantization", "studies", "tasks", "training"},
     "__main__": {"cli"},
 }
-MAY_IMPORT_PEFT = {"export", "plugin", "studies"}
+MAY_IMPORT_PEFT = {"evaluation", "export", "plugin", "studies", "training"}
 FILES = sorted(ROOT.rglob("*.py"))
 
 

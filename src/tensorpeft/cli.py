@@ -13,13 +13,19 @@ _DTYPES = ("bfloat16", "float16", "float32")
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code of the command: 0, or 2 after a user error."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv, argparse.Namespace(extra="demo", overrides=None))
+    if rest:
+        # argparse takes the words of one list from one place only; KEY=VALUE may stand behind an option, too.
+        if arguments.overrides is None or any(word.startswith("-") for word in rest):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        arguments.overrides += rest
     try:
         arguments.run(arguments, shlex.join(["tensorpeft", *argv]))
     except ValueError as error:
         return _fail(str(error))
     except ModuleNotFoundError as error:
-        extra = "4bit" if error.name == "bitsandbytes" else "demo"
+        extra = {"bitsandbytes": "4bit", "lm_eval": "eval"}.get(str(error.name), arguments.extra)
         return _fail(
             f'{error}. This command needs more libraries than the package. Run: pip install "tensorpeft[{extra}]"'
         )
@@ -91,6 +97,8 @@ def _parser() -> argparse.ArgumentParser:
     dense.add_argument("--base", metavar="MODEL", help="the base model, if it is not where the adapter says")
     dense.add_argument("--dtype", choices=_DTYPES, default="bfloat16", help="of the weights (default: %(default)s)")
     dense.set_defaults(run=_export_dense)
+    _add_train(commands)
+    _add_evaluate(commands)
     plan = commands.add_parser(
         "plan",
         help="what every method would be on a model: parameters, files, memory, operations; from config.json alone",
@@ -143,6 +151,49 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_train(commands) -> None:  # commands: what add_subparsers returns
+    train = commands.add_parser(
+        "train",
+        help="fine-tune a model as a recipe says: any adapter, any data, transformers' and TRL's trainers",
+        description="Fine-tune as a YAML recipe says; write checkpoints, the best adapter, a report and curves. "
+        "Under `accelerate launch -m tensorpeft train ...` on several processes.",
+    )
+    train.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file, such as those in recipes/")
+    train.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="such as trainer.learning_rate=1e-3 seeds=[0,1]"
+    )
+    train.add_argument("--smoke", action="store_true", help="the recipe's small version: shows that it runs, no more")
+    train.add_argument("--resume", action="store_true", help="go on with the run in the output folder")
+    train.set_defaults(run=_train, extra="train")
+
+
+def _add_evaluate(commands) -> None:  # commands: what add_subparsers returns
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="score a model or an adapter on a task of the papers, or on lm-eval's",
+        description="Score a model, or a saved adapter with its base, on published test files.",
+    )
+    evaluate.add_argument("model", metavar="MODEL", help="folder or Hub name of a model, or of a saved adapter")
+    evaluate.add_argument("--base", metavar="MODEL", help="the base model, if it is not where the adapter says")
+    evaluate.add_argument("--task", metavar="NAME", help="such as cola, boolq, gsm8k, squad, preferences")
+    evaluate.add_argument("--data", metavar="FILE", help="published file of the task, or hub:NAME[:CONFIG]:SPLIT")
+    evaluate.add_argument("--lm-eval", metavar="A,B", help="instead of --task: tasks of lm-eval")
+    evaluate.add_argument("--include-path", metavar="DIR", help="folder of further tasks for lm-eval")
+    evaluate.add_argument("--few-shot", type=int, metavar="N", help="examples before each row, for lm-eval")
+    evaluate.add_argument("--mode", choices=("generate", "likelihood", "loss"), help="(default: what suits the task)")
+    evaluate.add_argument("--rows", type=int, metavar="N", help="only the first N rows")
+    evaluate.add_argument("--batch-size", type=int, default=16, metavar="N", help="(default: %(default)s)")
+    evaluate.add_argument("--max-length", type=int, metavar="N", help="tokens of a row (default: the model's)")
+    evaluate.add_argument("--max-new-tokens", type=int, metavar="N", help="of an answer (default: the task's)")
+    evaluate.add_argument("--num-beams", type=int, metavar="N", help="(default: the task's)")
+    evaluate.add_argument("--beta", type=float, default=0.1, help="of the DPO loss (default: %(default)s)")
+    evaluate.add_argument("--dtype", choices=_DTYPES, help="of the weights (default: as they were saved)")
+    evaluate.add_argument(
+        "--output", type=Path, default=Path("runs/evaluate"), metavar="DIR", help="(default: %(default)s)"
+    )
+    evaluate.set_defaults(run=_evaluate, extra="train")
+
+
 def _add_network(parser: argparse.ArgumentParser) -> None:
     """The options that make a DotaConfig."""
     parser.add_argument("--r", type=int, default=16, metavar="R", help="largest bond dimension (default: %(default)s)")
@@ -171,6 +222,69 @@ def _network(arguments: argparse.Namespace):  # -> DotaConfig
     from tensorpeft import DotaConfig
 
     return DotaConfig(r=arguments.r, num_cores=arguments.num_cores, target_modules=_targets(arguments))
+
+
+def _train(arguments: argparse.Namespace, command: str) -> None:
+    from tensorpeft.training.recipe import load_recipe
+    from tensorpeft.training.run import run_training
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides, arguments.smoke)
+    run_training(recipe, arguments.resume, command)
+
+
+def _evaluate(arguments: argparse.Namespace, command: str) -> None:
+    from tensorpeft.evaluation.options import EvaluationOptions
+    from tensorpeft.evaluation.run import run_evaluate, run_lm_eval_command
+
+    if (arguments.task is None) == (arguments.lm_eval is None):
+        raise ValueError("pass one of --task NAME, with --data FILE, and --lm-eval NAMES.")
+    if arguments.lm_eval is not None:
+        run_lm_eval_command(
+            arguments.model,
+            arguments.lm_eval.split(","),
+            arguments.output,
+            base=arguments.base,
+            batch_size=arguments.batch_size,
+            rows=arguments.rows,
+            include_path=arguments.include_path,
+            num_fewshot=arguments.few_shot,
+            dtype=arguments.dtype,
+        )
+        return
+    if arguments.data is None:
+        raise ValueError(
+            f"--task {arguments.task}: the data is not in the package. Pass a published file as --data FILE."
+        )
+    options = EvaluationOptions(
+        mode=arguments.mode,
+        batch_size=arguments.batch_size,
+        max_new_tokens=arguments.max_new_tokens,
+        num_beams=arguments.num_beams,
+        max_length=arguments.max_length,
+        beta=arguments.beta,
+    )
+    run_evaluate(
+        arguments.model,
+        arguments.task,
+        _source(arguments.data),
+        options,
+        arguments.output,
+        base=arguments.base,
+        rows=arguments.rows,
+        dtype=arguments.dtype,
+    )
+
+
+def _source(data: str) -> object:
+    """A path, or the Hub's data set that hub:NAME:SPLIT or hub:NAME:CONFIG:SPLIT names."""
+    if not data.startswith("hub:"):
+        return data
+    parts = data.split(":")[1:]
+    if len(parts) not in (2, 3) or not all(parts):
+        raise ValueError(
+            f"--data {data}: expected hub:NAME:SPLIT or hub:NAME:CONFIG:SPLIT, such as hub:nyu-mll/glue:cola:validation."
+        )
+    return {"hub": parts[0], "split": parts[-1]} | ({"name": parts[1]} if len(parts) == 3 else {})
 
 
 def _plan(arguments: argparse.Namespace, command: str) -> None:

@@ -53,8 +53,8 @@ def test_matthews_is_zero_for_a_constant_answer_and_one_for_the_truth(tmp_path):
     ("row", "message"),
     [
         ("gj04\t1\tA sentence without a mark.", r"line 201: 3 fields, expected 4"),
-        ("gj04\tyes\t\tA sentence.", r"line 201, field 'label': got 'yes', expected 0 or 1"),
-        ("gj04\t1\t\t ", r"line 201, field 'sentence': it is empty"),
+        ("gj04\tyes\t\tA sentence.", r"line 201, field 'label': got 'yes', expected one of '0', '1'"),
+        ("gj04\t1\t\t ", r"line 201, field 'sentence': got ' ', expected a text that is not empty"),
         ("", r"line 201: 1 fields"),
     ],
 )

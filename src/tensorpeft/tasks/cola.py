@@ -1,7 +1,7 @@
-"""CoLA, the acceptability task of GLUE, read from the published TSV files.
+"""CoLA, complete in memory and in three splits: what ``tensorpeft demo`` trains on.
 
-Columns, without a header: source, label (1 acceptable, 0 not), the author's mark, sentence. The labels of GLUE's own
-test file are withheld, so ``dev.tsv`` is the test split here and the validation split is cut out of ``train.tsv``.
+The labels of GLUE's own test file are withheld, so ``dev.tsv`` is the test split here and the validation split is cut
+out of ``train.tsv``. Rows and metrics are those of the task in `tensorpeft.tasks.glue`.
 
 Source: Warstadt, Singh and Bowman, "Neural Network Acceptability Judgments", arXiv 1805.12471.
 """
@@ -9,12 +9,9 @@ Source: Warstadt, Singh and Bowman, "Neural Network Acceptability Judgments", ar
 import hashlib
 from pathlib import Path
 
-from sklearn.metrics import accuracy_score, matthews_corrcoef
-
 from tensorpeft.tasks.classification import ClassificationTask, Split
+from tensorpeft.tasks.glue import COLA
 
-_FIELDS = ("source", "label", "mark", "sentence")
-_LABEL_NAMES = ("unacceptable", "acceptable")
 # One training sentence in this many is a validation sentence.
 _VALIDATION_SHARE = 16
 
@@ -38,13 +35,13 @@ def load_cola(
         (validation if _digest(row) % _VALIDATION_SHARE == 0 else train).append(row)
     test = sorted(_read_rows(folder / "dev.tsv"), key=_digest)
     return ClassificationTask(
-        name="cola",
+        name=COLA.name,
         description="CoLA: is an English sentence grammatically acceptable? (GLUE's dev.tsv is the test split)",
-        label_names=_LABEL_NAMES,
+        label_names=COLA.label_names,
         train=_as_split(train),
         validation=_as_split(validation),
         test=_as_split(test),
-        metrics={"Matthews": matthews_corrcoef, "accuracy": accuracy_score},
+        metrics=dict(COLA.metrics),
     )
 
 
@@ -54,24 +51,8 @@ def _read_rows(path: Path) -> list[tuple[str, int]]:
         raise FileNotFoundError(
             f"no file {path}: CoLA needs train.tsv and dev.tsv in one folder. Pass that folder as --data DIR."
         )
-    # Not csv: quotation marks in CoLA are text, and splitlines() would cut at characters that are no line ends.
-    lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    return [_parse_row(line.removesuffix("\r"), f"{path}, line {number}") for number, line in enumerate(lines, 1)]
-
-
-def _parse_row(line: str, place: str) -> tuple[str, int]:
-    fields = line.split("\t")
-    if len(fields) != len(_FIELDS):
-        raise ValueError(
-            f"{place}: {len(fields)} fields, expected {len(_FIELDS)} separated by tabs ({', '.join(_FIELDS)}). "
-            "Use the TSV files of GLUE without a header."
-        )
-    row = dict(zip(_FIELDS, fields, strict=True))
-    if row["label"] not in ("0", "1"):
-        raise ValueError(f"{place}, field 'label': got {row['label']!r}, expected 0 or 1. Correct or remove the line.")
-    if not row["sentence"].strip():
-        raise ValueError(f"{place}, field 'sentence': it is empty, expected a sentence. Correct or remove the line.")
-    return row["sentence"].strip(), int(row["label"])
+    examples = [example for record in COLA.read(path) for example in COLA.parse(record)]
+    return [(example.texts[0], int(example.label)) for example in examples]
 
 
 def _digest(row: tuple[str, int]) -> int:

@@ -1,0 +1,1 @@
+"""Recipes to transformers' and TRL's trainers."""

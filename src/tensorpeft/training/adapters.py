@@ -1,0 +1,35 @@
+"""A recipe's ``adapter`` as the configuration it names, of ours or of PEFT's."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+import tensorpeft  # noqa: F401  # registers our methods
+from tensorpeft.training.recipe import check_keys
+
+
+def make_config(
+    adapter: Mapping[str, Any],  # method, and fields of its configuration
+    task_type: str | None,  # PEFT's, such as "CAUSAL_LM"
+) -> PeftConfig:
+    """The configuration of a method: ``dota``, ``lorta``, ``lora``, ``vera``, … as PEFT's types are called.
+
+    Raises:
+        ValueError: the method or a field is unknown, or the configuration refuses a value.
+    """
+    methods = {str(getattr(key, "value", key)).lower(): cls for key, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    name = str(adapter["method"]).lower()
+    check_keys([name], methods, "adapter.method")
+    arguments = {key: value for key, value in adapter.items() if key != "method"}
+    config_class = methods[name]
+    known = [field.name for field in dataclasses.fields(config_class) if field.init]
+    check_keys(arguments, known, f"adapter, method {name}")
+    if "task_type" in known:
+        arguments.setdefault("task_type", task_type)
+    try:
+        return config_class(**arguments)
+    except TypeError as error:
+        raise ValueError(f"adapter, method {name}: {error}") from None

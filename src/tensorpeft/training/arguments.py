@@ -1,0 +1,68 @@
+"""A recipe's ``trainer`` section as transformers' or TRL's arguments."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from tensorpeft.tasks.task import PreferenceTask, QuestionTask, Task
+from tensorpeft.training.recipe import check_keys
+
+# What a recipe has other names for.
+_OWN = {"output_dir": "output", "seed": "seeds", "data_seed": "seeds", "resume_from_checkpoint": "--resume"}
+_TENTH = 0.1  # of all steps
+
+
+def make_arguments(
+    trainer: Mapping[str, Any],
+    task: Task,
+    folder: Path,  # of the checkpoints
+    seed: int,
+) -> TrainingArguments:
+    """`trl.SFTConfig` for questions, `trl.DPOConfig` for preferences, else `transformers.TrainingArguments`.
+
+    Their defaults hold, but for these: the validation loss is taken ten times, a checkpoint is written each time, the
+    best one is loaded at the end, and nothing is reported to others. `data_seed` is the seed, `disable_tqdm` is set
+    because the command has a bar of its own.
+
+    Raises:
+        ValueError: a name is unknown, is said elsewhere in a recipe, or the libraries refuse its value.
+    """
+    arguments_class = _arguments_class(task)
+    known = [field.name for field in dataclasses.fields(arguments_class) if field.init]
+    if own := [name for name in _OWN if name in trainer]:
+        raise ValueError(f"trainer.{own[0]}: a recipe says this with {_OWN[own[0]]}. Remove it here.")
+    check_keys(trainer, known, f"trainer ({arguments_class.__name__})")
+    given = dict(trainer)
+    given.setdefault("eval_strategy", "steps")
+    given.setdefault("save_strategy", given["eval_strategy"])
+    if given["eval_strategy"] == "steps":
+        given.setdefault("eval_steps", _TENTH)
+    if given["save_strategy"] == "steps":
+        given.setdefault("save_steps", given.get("eval_steps", _TENTH))
+    given.setdefault("save_total_limit", 1)
+    given.setdefault("load_best_model_at_end", given["eval_strategy"] == given["save_strategy"] != "no")
+    given.setdefault("metric_for_best_model", "eval_loss" if given["load_best_model_at_end"] else None)
+    given.setdefault("logging_steps", _TENTH / 4)
+    given.setdefault("report_to", "none")
+    given.setdefault("disable_tqdm", True)
+    given.setdefault("dataloader_pin_memory", torch.cuda.is_available())
+    try:
+        return arguments_class(output_dir=str(folder), seed=seed, data_seed=seed, **given)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"trainer ({arguments_class.__name__}): {error}") from None
+
+
+def _arguments_class(task: Task) -> type[TrainingArguments]:
+    if isinstance(task, QuestionTask):
+        from trl import SFTConfig
+
+        return SFTConfig
+    if isinstance(task, PreferenceTask):
+        from trl import DPOConfig
+
+        return DPOConfig
+    return TrainingArguments

@@ -1,0 +1,61 @@
+"""The bar of a training run."""
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class ProgressBar(TrainerCallback):
+    """One bar over the steps of a run, with the latest losses.
+
+    Args:
+        console: where it is drawn, by the main process.
+        name: of the run.
+    """
+
+    def __init__(self, console: Console, name: str) -> None:
+        self._losses = {"loss": "", "eval_loss": ""}
+        self._name = name
+        self._progress = Progress(
+            TextColumn("{task.description:<44}"),
+            BarColumn(bar_width=10),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._bar = self._progress.add_task(name, total=None)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: object
+    ) -> None:
+        """Show the bar, where an interrupted run left it."""
+        if state.is_world_process_zero:
+            self._progress.update(self._bar, total=state.max_steps, completed=state.global_step)
+            self._progress.start()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: object
+    ) -> None:
+        """Move on by a step."""
+        self._progress.update(self._bar, completed=state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **more: object,
+    ) -> None:
+        """Show the latest losses."""
+        for key in self._losses:
+            if key in (logs or {}):
+                self._losses[key] = f"{(logs or {})[key]:.4f}"
+        loss, validation = self._losses.values()
+        text = self._name + (f", loss {loss}" if loss else "") + (f", validation {validation}" if validation else "")
+        self._progress.update(self._bar, description=text)
+
+    def stop(self) -> None:
+        """Leave the bar as it stands."""
+        self._progress.stop()

@@ -1,0 +1,55 @@
+"""What a training run leaves behind, in memory and as JSON."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class SeedResult:
+    """The run of one seed.
+
+    Args:
+        seed: of head, adapter, order of the rows, dropout.
+        history: what the trainer logged: ``step``, ``loss``, ``eval_loss``, ``learning_rate``, …
+        validation: metrics of the kept checkpoint on the validation rows; ``loss`` is one of them.
+        best_step: of the kept checkpoint; None: the last one is kept.
+        steps: all optimiser steps.
+        tests: metrics by name of the test.
+        trained_parameters: how many numbers were trained.
+        all_parameters: how many the model has.
+    """
+
+    seed: int
+    history: tuple[Mapping[str, float], ...]
+    validation: Mapping[str, float]
+    best_step: int | None
+    steps: int
+    tests: Mapping[str, Mapping[str, float]]
+    trained_parameters: int
+    all_parameters: int
+
+    def curve(self, key: str) -> list[tuple[int, float]]:
+        """The (step, value) of everything logged under a key; one per step, the latest."""
+        points = {int(entry["step"]): entry[key] for entry in self.history if key in entry}
+        return sorted((step, value) for step, value in points.items() if math.isfinite(value))
+
+    def curves(self, prefix: str) -> list[str]:
+        """The keys with a prefix that have a curve."""
+        return sorted({key for entry in self.history for key in entry if key.startswith(prefix)})
+
+    def write(self, path: Path) -> None:
+        """Write JSON; a file that is there is always whole."""
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
+
+
+def read_result(path: Path) -> SeedResult:
+    """The result in a JSON file that `SeedResult.write` wrote."""
+    tree: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return SeedResult(**{**tree, "history": tuple(tree["history"])})

@@ -1,0 +1,185 @@
+"""``tensorpeft train``: a recipe from its rows to its report; killed at any moment, it goes on where it stood."""
+
+import json
+import shutil
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from omegaconf import OmegaConf
+from rich.console import Console
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging as transformers_logging
+
+from tensorpeft.evaluation.evaluate import evaluate_task
+from tensorpeft.evaluation.options import EvaluationOptions
+from tensorpeft.tasks.registry import find_task
+from tensorpeft.training.arguments import make_arguments
+from tensorpeft.training.models import load_tokenizer
+from tensorpeft.training.progress import ProgressBar
+from tensorpeft.training.recipe import Recipe, check_keys
+from tensorpeft.training.report import print_summary, write_report
+from tensorpeft.training.results import SeedResult, read_result
+from tensorpeft.training.splits import Splits, load_splits
+from tensorpeft.training.trainers import make_trainer
+
+_RECIPE, _RESULTS, _STATE = "recipe.yaml", "results.json", "trainer_state.json"
+
+
+def run_training(
+    recipe: Recipe,
+    resume: bool = False,
+    command: str = "",  # for the report
+    terminal: TextIO | None = None,  # for progress and summary; None: standard output
+) -> list[SeedResult]:
+    """The results of every seed, after writing checkpoints, adapters, predictions and the report to the output folder.
+
+    Args:
+        recipe: what is done.
+        resume: go on with an interrupted run in the output folder: seeds that are finished are not run again, one that
+            was interrupted goes on at its last whole checkpoint. Without such a run, start.
+        command: what the report says made it.
+        terminal: what is written to.
+
+    Raises:
+        FileExistsError: the output folder holds a run and ``resume`` is False.
+        FileNotFoundError: a file is missing.
+        ValueError: the recipe, a row or a value is wrong, or the folder's run has another recipe.
+    """
+    _quieten()
+    task, output = find_task(recipe.task), Path(recipe.output)
+    arguments = {seed: make_arguments(recipe.trainer, task, output / f"seed-{seed}", seed) for seed in recipe.seeds}
+    options = _options(recipe)
+    is_main = arguments[recipe.seeds[0]].process_index == 0
+    console = Console(file=terminal, quiet=not is_main)
+    if is_main:
+        _check_output(output, recipe, resume)
+    splits = load_splits(recipe)
+    for leak in splits.leaks:
+        console.print(f"Leak: {leak}.", soft_wrap=True)
+    if is_main:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / _RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
+    results = [_run_seed(recipe, splits, arguments[seed], options, resume, console) for seed in recipe.seeds]
+    if is_main:
+        write_report(recipe, splits, results, command, output)
+        print_summary(recipe, results, console)
+        console.print(f"Report, curves, adapters: {output}", soft_wrap=True)
+    return results
+
+
+def _quieten() -> None:
+    """Keep what the libraries say on every load out of the progress bar."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    # Until PEFT reads is_activation_checkpointing instead of the attribute that transformers renames.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+
+
+def _options(recipe: Recipe) -> EvaluationOptions:
+    check_keys(recipe.evaluate, EvaluationOptions.__dataclass_fields__, "evaluate")
+    return EvaluationOptions(**recipe.evaluate)
+
+
+def _check_output(output: Path, recipe: Recipe, resume: bool) -> None:
+    """Refuse to write over another run, or to go on with another recipe."""
+    if not (output / _RECIPE).is_file():
+        return
+    if not resume:
+        raise FileExistsError(
+            f"{output} holds a run already. Pass --resume to go on with it, output=FOLDER for another folder, or "
+            "remove it."
+        )
+    found: Any = OmegaConf.to_container(OmegaConf.load(output / _RECIPE))
+    wanted: Any = OmegaConf.to_container(OmegaConf.create(recipe.to_yaml()))
+    # More seeds may be added, and a folder may be moved.
+    if other := [key for key in wanted if key not in ("seeds", "output") and found.get(key) != wanted[key]]:
+        raise ValueError(
+            f"{output / _RECIPE}: the run has {other[0]}: {found.get(other[0])}, the recipe {wanted[other[0]]}. Resume "
+            "with the recipe of the run, or pass another output=FOLDER."
+        )
+
+
+def _run_seed(
+    recipe: Recipe,
+    splits: Splits,
+    arguments: TrainingArguments,
+    options: EvaluationOptions,
+    resume: bool,
+    console: Console,
+) -> SeedResult:
+    folder = Path(arguments.output_dir)
+    if resume and (folder / _RESULTS).is_file():
+        return read_result(folder / _RESULTS)
+    tokenizer = load_tokenizer(recipe.model)
+    trainer = make_trainer(recipe, splits, tokenizer, arguments)
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    bar = ProgressBar(console, f"seed {arguments.seed}")
+    trainer.add_callback(bar)
+    try:
+        trainer.train(resume_from_checkpoint=_last_whole_checkpoint(folder) if resume else None)
+    finally:
+        bar.stop()
+    validation = {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items()}
+    _save(trainer, folder / ("model" if recipe.adapter is None else "adapter"))
+    result = SeedResult(
+        seed=arguments.seed,
+        history=tuple(trainer.state.log_history),
+        validation=_only_numbers(validation),
+        best_step=trainer.state.best_global_step if arguments.load_best_model_at_end else None,
+        steps=trainer.state.max_steps,
+        tests=_test(trainer, tokenizer, splits, options, folder, console),
+        trained_parameters=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        all_parameters=sum(p.numel() for p in trainer.model.parameters()),
+    )
+    if trainer.is_world_process_zero():
+        result.write(folder / _RESULTS)
+    return result
+
+
+def _save(trainer: Trainer, folder: Path) -> None:
+    trainer.save_model(str(folder))
+    if trainer.is_world_process_zero():
+        (folder / "training_args.bin").unlink(
+            missing_ok=True
+        )  # a pickle; nobody who is given the adapter should load it
+
+
+def _last_whole_checkpoint(folder: Path) -> str | None:
+    """The last checkpoint that was written to its end; what a killed run left half-written is removed."""
+    while folder.is_dir() and (last := get_last_checkpoint(str(folder))) is not None:
+        try:  # the state is what Trainer writes last
+            json.loads((Path(last) / _STATE).read_text(encoding="utf-8"))
+            return last
+        except (OSError, ValueError):
+            shutil.rmtree(last)
+    return None
+
+
+def _only_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    timings = ("runtime", "samples_per_second", "steps_per_second", "epoch")
+    return {key: float(value) for key, value in metrics.items() if key not in timings and value is not None}
+
+
+def _test(
+    trainer: Trainer,
+    tokenizer: Any,
+    splits: Splits,
+    options: EvaluationOptions,
+    folder: Path,
+    console: Console,
+) -> dict[str, dict[str, float]]:
+    """The metrics of every test by name, on the main process; its predictions are written beside the adapter."""
+    if not trainer.is_world_process_zero():
+        return {}
+    metrics = {}
+    for name, (task, examples) in splits.test.items():
+        with console.status(f"test: {name}, {len(examples)} rows"):
+            found = evaluate_task(trainer.accelerator.unwrap_model(trainer.model), tokenizer, task, examples, options)
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found.rows)
+        (folder / f"predictions-{name}.jsonl").write_text(lines, encoding="utf-8")
+        metrics[name] = dict(found.metrics)
+    return metrics

@@ -1,0 +1,155 @@
+"""The trainer of a recipe: `transformers.Trainer` for labels, TRL's `SFTTrainer` and `DPOTrainer` for language."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import (
+    DataCollatorWithPadding,
+    EvalPrediction,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from tensorpeft.tasks.task import LabelTask, PreferenceTask, QuestionTask
+from tensorpeft.training.models import adapt, adapter_config, load_base
+from tensorpeft.training.recipe import Recipe
+from tensorpeft.training.splits import Splits
+
+# As PEFT and transformers call a layer that is new to a model.
+_HEADS = ("classifier", "score", "head")
+
+
+class HeadRateTrainer(Trainer):
+    """A Trainer whose new head may have a learning rate of its own.
+
+    Args:
+        head_learning_rate: of the parameters of the head; None: that of the others.
+        **arguments: of `transformers.Trainer`.
+    """
+
+    def __init__(self, head_learning_rate: float | None = None, **arguments: Any) -> None:
+        self.head_learning_rate = head_learning_rate
+        super().__init__(**arguments)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The optimiser of the arguments, the groups of its parameters split where the rates differ."""
+        optimizer = super().create_optimizer(model)
+        if self.head_learning_rate is not None:
+            trained = self.model if model is None else model
+            head = {id(p) for name, p in trained.named_parameters() if set(name.split(".")) & set(_HEADS)}
+            groups = list(optimizer.param_groups)
+            optimizer.param_groups.clear()
+            for group in groups:
+                for is_head, rate in ((False, group["lr"]), (True, self.head_learning_rate)):
+                    chosen = [p for p in group["params"] if (id(p) in head) == is_head]
+                    if chosen:
+                        optimizer.add_param_group({**group, "params": chosen, "lr": rate})
+        return optimizer
+
+
+def make_trainer(
+    recipe: Recipe,
+    splits: Splits,
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: TrainingArguments,
+) -> Trainer:
+    """A trainer with the recipe's model, adapted, that has not run yet."""
+    base = load_base(recipe, splits.task, tokenizer, arguments.seed)
+    set_seed(arguments.seed)
+    match splits.task:
+        case LabelTask():
+            return _label_trainer(adapt(base, recipe, splits.task), recipe, splits, tokenizer, arguments)
+        case QuestionTask():
+            make, rows = _sft_trainer, _question_rows
+        case PreferenceTask():
+            make, rows = _dpo_trainer, _preference_rows
+        case _:
+            raise AssertionError(splits.task)
+    return make(
+        model=base,
+        args=arguments,
+        train_dataset=Dataset.from_list(rows(splits.train, recipe.data.loss_on)),
+        eval_dataset=Dataset.from_list(rows(splits.validation, recipe.data.loss_on)),
+        processing_class=tokenizer,
+        peft_config=adapter_config(recipe, splits.task),
+    )
+
+
+def _label_trainer(
+    model: Any,
+    recipe: Recipe,
+    splits: Splits,
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: TrainingArguments,
+) -> Trainer:
+    task = splits.task
+    assert isinstance(task, LabelTask)
+
+    def scores(predicted: EvalPrediction) -> dict[str, float]:
+        logits = np.asarray(predicted.predictions)
+        values = logits.argmax(-1) if task.label_names else logits.squeeze(-1)
+        labels = np.asarray(predicted.label_ids)
+        return {name: float(metric(labels.tolist(), values.tolist())) for name, metric in task.metrics.items()}
+
+    return HeadRateTrainer(
+        head_learning_rate=recipe.head_learning_rate,
+        model=model,
+        args=arguments,
+        train_dataset=_label_rows(splits.train, task, tokenizer, recipe.data.max_length),
+        eval_dataset=_label_rows(splits.validation, task, tokenizer, recipe.data.max_length),
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        compute_metrics=scores,
+    )
+
+
+def _label_rows(
+    examples: Sequence[Any],  # LabelledText
+    task: LabelTask,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+) -> Dataset:
+    columns = [list(column) for column in zip(*(example.texts for example in examples), strict=True)]
+    rows = tokenizer(*columns, truncation=True, max_length=max_length)
+    labels = [int(example.label) if task.label_names else float(example.label) for example in examples]
+    return Dataset.from_dict({**rows, "labels": labels})
+
+
+def _question_rows(examples: Sequence[Any], loss_on: str) -> list[dict[str, str]]:
+    """TRL's rows: a prompt with its completion, or one text where the loss is on all of it."""
+    if loss_on == "text" or not any(example.prompt for example in examples):
+        return [{"text": example.prompt + example.response} for example in examples]
+    return [{"prompt": example.prompt, "completion": example.response} for example in examples]
+
+
+def _preference_rows(examples: Sequence[Any], loss_on: str) -> list[dict[str, str]]:
+    return [{"prompt": e.prompt, "chosen": e.chosen, "rejected": e.rejected} for e in examples]
+
+
+def _sft_trainer(**arguments: Any) -> Trainer:
+    from trl import SFTTrainer
+
+    trainer = SFTTrainer(**arguments)
+    for name in ("train_dataset", "eval_dataset"):
+        rows: Any = getattr(trainer, name)
+        if "labels" in rows.column_names:
+            answered = rows.filter(lambda row: any(label != -100 for label in row["labels"][1:]))
+            if len(answered) < len(rows):
+                # They would teach nothing, and a batch of nothing else has no loss.
+                print(
+                    f"{len(rows) - len(answered)} of {len(rows)} rows of {name} left out: their prompts alone fill "
+                    f"trainer.max_length={trainer.args.max_length}."
+                )
+                setattr(trainer, name, answered)
+    return trainer
+
+
+def _dpo_trainer(**arguments: Any) -> Trainer:
+    from trl import DPOTrainer
+
+    return DPOTrainer(**arguments)
