@@ -178,7 +178,7 @@ def _add_evaluate(commands) -> None:  # commands: what add_subparsers returns
     evaluate.add_argument("--task", metavar="NAME", help="such as cola, boolq, gsm8k, squad, preferences")
     evaluate.add_argument("--data", metavar="FILE", help="published file of the task, or hub:NAME[:CONFIG]:SPLIT")
     evaluate.add_argument("--lm-eval", metavar="A,B", help="instead of --task: tasks of lm-eval")
-    evaluate.add_argument("--include-path", metavar="DIR", help="folder of further tasks for lm-eval")
+    evaluate.add_argument("--include-path", type=Path, metavar="DIR", help="folder of further tasks for lm-eval")
     evaluate.add_argument("--few-shot", type=int, metavar="N", help="examples before each row, for lm-eval")
     evaluate.add_argument("--mode", choices=("generate", "likelihood", "loss"), help="(default: what suits the task)")
     evaluate.add_argument("--rows", type=int, metavar="N", help="only the first N rows")
@@ -238,14 +238,15 @@ def _evaluate(arguments: argparse.Namespace, command: str) -> None:
 
     if (arguments.task is None) == (arguments.lm_eval is None):
         raise ValueError("pass one of --task NAME, with --data FILE, and --lm-eval NAMES.")
+    model, adapter = (arguments.model, None) if arguments.base is None else (arguments.base, Path(arguments.model))
     if arguments.lm_eval is not None:
         run_lm_eval_command(
-            arguments.model,
+            model,
+            adapter,
             arguments.lm_eval.split(","),
             arguments.output,
-            base=arguments.base,
             batch_size=arguments.batch_size,
-            rows=arguments.rows,
+            limit=arguments.rows,
             include_path=arguments.include_path,
             num_fewshot=arguments.few_shot,
             dtype=arguments.dtype,
@@ -264,12 +265,12 @@ def _evaluate(arguments: argparse.Namespace, command: str) -> None:
         beta=arguments.beta,
     )
     run_evaluate(
-        arguments.model,
+        model,
+        adapter,
         arguments.task,
         _source(arguments.data),
         options,
         arguments.output,
-        base=arguments.base,
         rows=arguments.rows,
         dtype=arguments.dtype,
     )

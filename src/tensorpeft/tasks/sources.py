@@ -1,4 +1,4 @@
-"""Sources of examples: published files, or the same data sets on the Hub; what training and test rows have in common."""
+"""Sources of examples: published files, or the same data sets on the Hub; what two splits have in common."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path

@@ -36,7 +36,8 @@ def make_arguments(
     if own := [name for name in _OWN if name in trainer]:
         raise ValueError(f"trainer.{own[0]}: a recipe says this with {_OWN[own[0]]}. Remove it here.")
     check_keys(trainer, known, f"trainer ({arguments_class.__name__})")
-    given = dict(trainer)
+    # YAML reads an unquoted "no" as False.
+    given = {key: "no" if value is False and key.endswith("_strategy") else value for key, value in trainer.items()}
     given.setdefault("eval_strategy", "steps")
     given.setdefault("save_strategy", given["eval_strategy"])
     if given["eval_strategy"] == "steps":
@@ -50,6 +51,8 @@ def make_arguments(
     given.setdefault("report_to", "none")
     given.setdefault("disable_tqdm", True)
     given.setdefault("dataloader_pin_memory", torch.cuda.is_available())
+    # Left to themselves, several processes without an accelerator train side by side and know nothing of each other.
+    given.setdefault("use_cpu", not torch.accelerator.is_available())
     try:
         return arguments_class(output_dir=str(folder), seed=seed, data_seed=seed, **given)
     except (TypeError, ValueError) as error:

@@ -1,11 +1,15 @@
 """The model of a recipe, with its adapter, and its tokenizer."""
 
+from typing import Any
+
 from peft import PeftConfig, get_peft_model
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    EsmConfig,
+    EsmModel,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     set_seed,
@@ -14,7 +18,17 @@ from transformers import (
 from tensorpeft.quantization import quantize_residual
 from tensorpeft.tasks.task import LabelTask, StructureTask, Task
 from tensorpeft.training.adapters import make_config
+from tensorpeft.training.folding import VOCABULARY, build_folding_model
 from tensorpeft.training.recipe import Recipe, check_keys
+
+# What all ESM-2 models have in common.
+_ESM2 = {
+    "vocab_size": len(VOCABULARY),
+    "pad_token_id": VOCABULARY.index("<pad>"),
+    "mask_token_id": VOCABULARY.index("<mask>"),
+    "position_embedding_type": "rotary",
+    "token_dropout": True,
+}
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
@@ -28,13 +42,16 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
 def load_base(
     recipe: Recipe,
     task: Task,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,  # None: the task is no text
     seed: int,  # of a head that starts from noise
 ) -> PreTrainedModel:
     """The model as it is before an adapter: quantised, where the recipe says so."""
     set_seed(seed)
     arguments = dict(recipe.model_arguments)
-    if isinstance(task, LabelTask):
+    if isinstance(task, StructureTask):
+        model = _load_folding_model(recipe.model, arguments)
+    elif isinstance(task, LabelTask):
+        assert tokenizer is not None
         arguments.setdefault("num_labels", max(len(task.label_names), 1))
         model = AutoModelForSequenceClassification.from_pretrained(recipe.model, **arguments)
         if task.label_names:
@@ -49,6 +66,16 @@ def load_base(
         check_keys(arguments, ("rounds", "double_quant", "skip_modules"), "quantize")
         model = quantize_residual(model, config, **arguments)  # pyright: ignore[reportArgumentType]
     return model
+
+
+def _load_folding_model(name: str, arguments: dict[str, Any]) -> PreTrainedModel:
+    """ESM-2 with a new folding head; ``random_esm`` (fields of EsmConfig) starts ESM-2 from noise, too."""
+    fields, random_esm = ("num_blocks", "num_recycles", "trunk"), arguments.pop("random_esm", None)
+    folding = {key: arguments.pop(key) for key in fields if key in arguments}
+    if random_esm is not None:
+        check_keys(arguments, fields, "model_arguments")
+        return build_folding_model(EsmConfig(**_ESM2, **random_esm), **folding)
+    return build_folding_model(EsmModel.from_pretrained(name, **arguments), **folding)
 
 
 def adapter_config(recipe: Recipe, task: Task) -> PeftConfig | None:

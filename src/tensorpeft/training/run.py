@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 from tensorpeft.evaluation.evaluate import evaluate_task
 from tensorpeft.evaluation.options import EvaluationOptions
 from tensorpeft.tasks.registry import find_task
+from tensorpeft.tasks.task import StructureTask
 from tensorpeft.training.arguments import make_arguments
 from tensorpeft.training.models import load_tokenizer
 from tensorpeft.training.progress import ProgressBar
@@ -113,7 +114,7 @@ def _run_seed(
     folder = Path(arguments.output_dir)
     if resume and (folder / _RESULTS).is_file():
         return read_result(folder / _RESULTS)
-    tokenizer = load_tokenizer(recipe.model)
+    tokenizer = None if isinstance(splits.task, StructureTask) else load_tokenizer(recipe.model)
     trainer = make_trainer(recipe, splits, tokenizer, arguments)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)

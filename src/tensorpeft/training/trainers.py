@@ -15,7 +15,8 @@ from transformers import (
     set_seed,
 )
 
-from tensorpeft.tasks.task import LabelTask, PreferenceTask, QuestionTask
+from tensorpeft.tasks.task import LabelTask, PreferenceTask, QuestionTask, Structure, StructureTask
+from tensorpeft.training.folding import collate_structures
 from tensorpeft.training.models import adapt, adapter_config, load_base
 from tensorpeft.training.recipe import Recipe
 from tensorpeft.training.splits import Splits
@@ -55,7 +56,7 @@ class HeadRateTrainer(Trainer):
 def make_trainer(
     recipe: Recipe,
     splits: Splits,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,  # None: the task is no text
     arguments: TrainingArguments,
 ) -> Trainer:
     """A trainer with the recipe's model, adapted, that has not run yet."""
@@ -63,13 +64,14 @@ def make_trainer(
     set_seed(arguments.seed)
     match splits.task:
         case LabelTask():
+            assert tokenizer is not None
             return _label_trainer(adapt(base, recipe, splits.task), recipe, splits, tokenizer, arguments)
+        case StructureTask():
+            return _structure_trainer(adapt(base, recipe, splits.task), recipe, splits, arguments)
         case QuestionTask():
             make, rows = _sft_trainer, _question_rows
         case PreferenceTask():
             make, rows = _dpo_trainer, _preference_rows
-        case _:
-            raise AssertionError(splits.task)
     return make(
         model=base,
         args=arguments,
@@ -118,6 +120,29 @@ def _label_rows(
     rows = tokenizer(*columns, truncation=True, max_length=max_length)
     labels = [int(example.label) if task.label_names else float(example.label) for example in examples]
     return Dataset.from_dict({**rows, "labels": labels})
+
+
+def _structure_trainer(model: Any, recipe: Recipe, splits: Splits, arguments: TrainingArguments) -> Trainer:
+    arguments.remove_unused_columns = False  # the rows are chains, not columns of the model's arguments
+    return HeadRateTrainer(
+        head_learning_rate=recipe.head_learning_rate,
+        model=model,
+        args=arguments,
+        train_dataset=[_crop(chain, recipe.data.max_length) for chain in splits.train],
+        eval_dataset=[_crop(chain, recipe.data.max_length) for chain in splits.validation],
+        data_collator=collate_structures,
+    )
+
+
+def _crop(chain: Structure, max_length: int | None) -> Structure:
+    """The stretch of so many residues with the most that are resolved: the head's memory grows with their cube."""
+    length = len(chain.sequence)
+    if max_length is None or length <= max_length:
+        return chain
+    resolved = np.concatenate([[0], np.cumsum(np.isfinite(chain.positions).all((1, 2)))])
+    start = int(np.argmax(resolved[max_length:] - resolved[:-max_length]))
+    stretch = slice(start, start + max_length)
+    return Structure(chain.sequence[stretch], chain.positions[stretch], f"{chain.key}, from residue {start + 1}")
 
 
 def _question_rows(examples: Sequence[Any], loss_on: str) -> list[dict[str, str]]:

@@ -1,0 +1,115 @@
+"""A model evaluated on a task, whatever its kind."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from tensorpeft.evaluation.generation import evaluate_generation
+from tensorpeft.evaluation.labels import evaluate_labels
+from tensorpeft.evaluation.likelihood import evaluate_likelihood
+from tensorpeft.evaluation.loss import evaluate_loss
+from tensorpeft.evaluation.options import EvaluationOptions
+from tensorpeft.evaluation.preferences import evaluate_preferences
+from tensorpeft.evaluation.structures import evaluate_structures
+from tensorpeft.tasks.task import Example, LabelTask, PreferenceTask, QuestionTask, StructureTask, Task
+
+_DEFAULTS = EvaluationOptions()
+_QUESTIONS = {"generate": evaluate_generation, "likelihood": evaluate_likelihood, "loss": evaluate_loss}
+_OTHERS = {LabelTask: "labels", PreferenceTask: "preferences", StructureTask: "structures"}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found.
+
+    Args:
+        task: its name.
+        mode: "generate", "likelihood" or "loss" of questions, else "labels", "preferences" or "structures".
+        num_rows: examples, those included that are marked ``left_out``.
+        metrics: number by name.
+        rows: one per example, in their order, of JSON types. ``cut``: only a part was within ``max_length``.
+            ``left_out``: nothing was left to evaluate, and no metric counts the row.
+    """
+
+    task: str
+    mode: str
+    num_rows: int
+    metrics: dict[str, float]
+    rows: list[dict[str, Any]]
+
+    @property
+    def num_cut(self) -> int:
+        """How many rows were cut to ``max_length``."""
+        return sum(row.get("cut", False) for row in self.rows)
+
+    @property
+    def num_left_out(self) -> int:
+        """How many rows no metric counts, because nothing was left of them."""
+        return sum(row.get("left_out", False) for row in self.rows)
+
+
+def evaluate_task(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    examples: Sequence[Example],
+    options: EvaluationOptions = _DEFAULTS,
+    on_row: Callable[[int], object] | None = None,  # called with the number of rows that are newly done
+) -> Evaluation:
+    """The metrics of a model on a task. Batching changes no result beyond rounding; the model is left as it was.
+
+    Raises:
+        ValueError: the mode does not suit the task, the model or the examples; there are no examples.
+    """
+    mode = find_mode(task, options)
+    if not examples:
+        raise ValueError(f"task {task.name}: no examples to evaluate, expected at least one.")
+    report = on_row or (lambda number: None)
+    rows: Any = examples
+    with _evaluation_mode(model):
+        match task:
+            case LabelTask():
+                metrics, described = evaluate_labels(model, tokenizer, task, rows, options, report)
+            case QuestionTask():
+                metrics, described = _QUESTIONS[mode](model, tokenizer, task, rows, options, report)
+            case PreferenceTask():
+                metrics, described = evaluate_preferences(model, tokenizer, task, rows, options, report)
+            case StructureTask():
+                metrics, described = evaluate_structures(model, task, rows, report)
+    return Evaluation(task.name, mode, len(examples), metrics, described)
+
+
+def find_mode(task: Task, options: EvaluationOptions) -> str:
+    """How this task is evaluated with these options.
+
+    Raises:
+        ValueError: the task cannot be evaluated that way.
+    """
+    if not isinstance(task, QuestionTask):
+        if options.mode is not None:
+            raise ValueError(
+                f"mode={options.mode!r}: only questions have modes, and {task.name} has none. Leave it out."
+            )
+        return _OTHERS[type(task)]
+    if options.mode == "generate" and task.score is None:
+        raise ValueError(f"mode='generate': the task {task.name} cannot score a text. Use mode loss.")
+    return options.mode or ("loss" if task.score is None else "generate")
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """The model without dropout; afterwards every module is as it was."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        # By train(), in which our layers free the weights that they kept for inference; then, for a model that was
+        # trained in part, module by module.
+        model.train(training[model])
+        for module, was_training in training.items():
+            module.training = was_training

@@ -1,0 +1,117 @@
+"""``tensorpeft evaluate``: load, evaluate, print a table, write the rows and the results."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import nn
+
+from tensorpeft.evaluation.evaluate import Evaluation, evaluate_task, find_mode
+from tensorpeft.evaluation.harness import run_lm_eval, table_rows
+from tensorpeft.evaluation.loading import find_base, load_model, quiet
+from tensorpeft.evaluation.options import EvaluationOptions
+from tensorpeft.evaluation.report import (
+    find_versions,
+    make_table,
+    metrics_table,
+    to_json,
+    write_evaluation,
+    write_lines,
+)
+from tensorpeft.evaluation.tokens import device_of
+from tensorpeft.tasks.sources import load_examples
+
+
+def run_evaluate(
+    model: str,  # folder or Hub name of a base, or of a saved adapter
+    adapter: Path | None,  # of a saved adapter; ``model`` is then its base
+    task: str,
+    data: Any,  # as `load_examples` takes it
+    options: EvaluationOptions,
+    output: Path,  # folder, made where it does not exist
+    rows: int | None = None,  # the first ones only; None: all
+    dtype: str | None = None,  # of the model; None: as it was saved
+    terminal: TextIO | None = None,  # None: standard output
+) -> Evaluation:
+    """The evaluation, after printing its metrics and writing predictions.jsonl and results.json.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: task, data, options or model do not fit each other.
+    """
+    # Here, because it imports every task, and with them their libraries.
+    from tensorpeft.tasks.registry import find_task
+
+    if rows is not None and rows < 1:
+        raise ValueError(f"rows={rows}: expected at least 1, or None for all.")
+    console, found_task = Console(file=terminal), find_task(task)
+    find_mode(found_task, options)
+    examples = load_examples(found_task, data)[:rows]
+    base, adapter_name = find_base(model, adapter)
+    loaded, tokenizer = load_model(base, adapter_name, found_task, dtype)
+    start = time.perf_counter()
+    with quiet(), _progress(console) as progress:
+        bar = progress.add_task(f"evaluating {task}", total=len(examples))
+        evaluation = evaluate_task(
+            loaded, tokenizer, found_task, examples, options, lambda number: progress.advance(bar, number)
+        )
+    about = _about(loaded, base, adapter_name, seconds=time.perf_counter() - start)
+    write_evaluation(evaluation, output, options, {**about, "data": data, "rows": rows})
+    console.print(metrics_table(evaluation))
+    console.print(f"Rows and results: {output}", soft_wrap=True)
+    return evaluation
+
+
+def run_lm_eval_command(
+    model: str,  # folder or Hub name of a base, or of a saved adapter
+    adapter: Path | None,  # of a saved adapter; ``model`` is then its base
+    tasks: Sequence[str],  # as lm-eval calls them
+    output: Path,  # folder, made where it does not exist
+    batch_size: int = 16,
+    limit: int | None = None,
+    include_path: Path | None = None,
+    num_fewshot: int | None = None,
+    dtype: str | None = None,
+    terminal: TextIO | None = None,
+) -> dict[str, Any]:
+    """What lm-eval found, after printing its metrics and writing predictions.jsonl and results.json.
+
+    Raises:
+        ImportError: lm-eval is not installed.
+        ValueError: a task is unknown, or the adapter is for another base.
+    """
+    EvaluationOptions(batch_size=batch_size)  # says what is wrong with it
+    console = Console(file=terminal)
+    base, adapter_name = find_base(model, adapter)
+    loaded, tokenizer = load_model(base, adapter_name, task=None, dtype=dtype)
+    start = time.perf_counter()
+    with quiet():
+        found = run_lm_eval(loaded, tokenizer, tasks, batch_size, limit, include_path, num_fewshot)
+    about = _about(loaded, base, adapter_name, seconds=time.perf_counter() - start)
+    samples = found.pop("samples", {})
+    lines = (to_json({"task": name, **row}) for name, group in samples.items() for row in group)
+    write_lines(output / "predictions.jsonl", lines)
+    write_lines(output / "results.json", [to_json({**found, **about, "libraries": find_versions()}, indent=1)])
+    console.print(make_table("lm-eval", ("task", "metric", "value", "standard error"), table_rows(found)))
+    console.print(f"Rows and results: {output}", soft_wrap=True)
+    return {**found, "samples": samples}
+
+
+def _about(model: nn.Module, base: str, adapter: str | None, seconds: float) -> dict[str, Any]:
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    device = str(device_of(model))
+    return {"model": base, "adapter": adapter, "dtype": dtype, "device": device, "seconds": round(seconds, 3)}
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description:<28}"),
+        BarColumn(bar_width=12),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
