@@ -2,7 +2,7 @@ import warnings
 
 import pytest
 import torch
-from tiny import CONFIGS, GPT2, LLAMA, adapt, sentence, word_tokenizer
+from evaluated import CONFIGS, GPT2, LLAMA, adapt, sentence, word_tokenizer
 from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 

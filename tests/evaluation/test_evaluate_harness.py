@@ -2,7 +2,7 @@ import json
 from io import StringIO
 
 import pytest
-from tiny import LLAMA, adapt, sentence, word_tokenizer
+from evaluated import LLAMA, adapt, sentence, word_tokenizer
 
 from tensorpeft.evaluation import EvaluationOptions, evaluate_task
 from tensorpeft.evaluation.harness import run_lm_eval, table_rows

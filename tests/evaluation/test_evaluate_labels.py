@@ -1,7 +1,7 @@
 import pytest
 import torch
+from evaluated import CONFIGS, sentence, tiny_bert, word_tokenizer
 from peft import get_peft_model
-from tiny import CONFIGS, sentence, tiny_bert, word_tokenizer
 
 from cases import Model, perturb
 from tensorpeft.evaluation import EvaluationOptions, evaluate_task

@@ -1,5 +1,5 @@
 import pytest
-from tiny import GPT2, LLAMA, adapt, merging_tokenizer, sentence, token_log_probs, word_tokenizer
+from evaluated import GPT2, LLAMA, adapt, merging_tokenizer, sentence, token_log_probs, word_tokenizer
 
 from tensorpeft.evaluation import EvaluationOptions, evaluate_task
 from tensorpeft.tasks.task import Question, QuestionTask

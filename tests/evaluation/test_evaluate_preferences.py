@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from tiny import CONFIGS, LLAMA, adapt, sentence, token_log_probs, word_tokenizer
+from evaluated import CONFIGS, LLAMA, adapt, sentence, token_log_probs, word_tokenizer
 
 from tensorpeft.evaluation import EvaluationOptions, evaluate_task
 from tensorpeft.tasks.task import Preference, PreferenceTask

@@ -5,8 +5,8 @@ from types import ModuleType
 
 import pytest
 import torch
+from evaluated import CONFIGS, LLAMA, adapt, sentence, tiny_bert, word_tokenizer
 from peft import get_peft_model
-from tiny import CONFIGS, LLAMA, adapt, sentence, tiny_bert, word_tokenizer
 
 from cases import Model, perturb
 from tensorpeft.evaluation import EvaluationOptions, evaluate_task

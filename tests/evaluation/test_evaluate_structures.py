@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from tiny import LLAMA
+from evaluated import LLAMA
 from torch import nn
 
 from tensorpeft.evaluation import evaluate_task

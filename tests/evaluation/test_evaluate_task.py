@@ -1,5 +1,5 @@
 import pytest
-from tiny import LLAMA, adapt, word_tokenizer
+from evaluated import LLAMA, adapt, word_tokenizer
 
 from tensorpeft.evaluation import EvaluationOptions, evaluate_task
 from tensorpeft.tasks.task import LabelTask, PreferenceTask, Question, QuestionTask, Scored

@@ -1,5 +1,5 @@
 import pytest
-from tiny import GPT2, LLAMA, merging_tokenizer, word_tokenizer
+from evaluated import GPT2, LLAMA, merging_tokenizer, word_tokenizer
 
 from tensorpeft.evaluation.tokens import (
     TokenRow,

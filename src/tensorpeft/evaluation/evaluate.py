@@ -54,7 +54,7 @@ class Evaluation:
 
 def evaluate_task(
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,  # None: of structures, which need none
     task: Task,
     examples: Sequence[Example],
     options: EvaluationOptions = _DEFAULTS,
@@ -70,14 +70,15 @@ def evaluate_task(
         raise ValueError(f"task {task.name}: no examples to evaluate, expected at least one.")
     report = on_row or (lambda number: None)
     rows: Any = examples
+    words: Any = tokenizer
     with _evaluation_mode(model):
         match task:
             case LabelTask():
-                metrics, described = evaluate_labels(model, tokenizer, task, rows, options, report)
+                metrics, described = evaluate_labels(model, words, task, rows, options, report)
             case QuestionTask():
-                metrics, described = _QUESTIONS[mode](model, tokenizer, task, rows, options, report)
+                metrics, described = _QUESTIONS[mode](model, words, task, rows, options, report)
             case PreferenceTask():
-                metrics, described = evaluate_preferences(model, tokenizer, task, rows, options, report)
+                metrics, described = evaluate_preferences(model, words, task, rows, options, report)
             case StructureTask():
                 metrics, described = evaluate_structures(model, task, rows, report)
     return Evaluation(task.name, mode, len(examples), metrics, described)

@@ -47,20 +47,8 @@ def evaluate_preferences(
     responses = [[with_end(tokenizer, text) for text in (example.chosen, example.rejected)] for example in examples]
     groups = encode_responses(tokenizer, [example.prompt for example in examples], responses)
     pairs: list[_Pair] = [[cut_end(row, limit) for row in group] for group in groups]
-    log_probs = make_log_probs(model, tokenizer)
-
-    def compute(batch: list[_Pair]) -> list[tuple[float, ...] | None]:
-        rows = [row for pair in batch for row in pair]
-        policy = log_probs(rows)
-        with model.disable_adapter():
-            reference = log_probs(rows)
-        rewards = [options.beta * (p - q) for p, q in zip(policy, reference, strict=True)]
-        return [
-            tuple(rewards[2 * index : 2 * index + 2]) if all(row.num_tokens for row in pair) else None
-            for index, pair in enumerate(batch)
-        ]
-
     lengths = [max(len(row.ids) for row in pair) for pair in pairs]
+    compute = _make_rewards(model, tokenizer, options.beta)
     rewards = map_batches(compute, pairs, lengths, options.batch_size, lambda indices: on_row(len(indices)))
     described = [_describe(*parts) for parts in zip(examples, pairs, rewards, strict=True)]
     counted = [row["metrics"] for row in described if not row.get("left_out")]
@@ -70,6 +58,26 @@ def evaluate_preferences(
             "reads more."
         )
     return {name: sum(metrics[name] for metrics in counted) / len(counted) for name in counted[0]}, described
+
+
+def _make_rewards(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, beta: float
+) -> Callable[[list[_Pair]], list[tuple[float, ...] | None]]:
+    """A function of a batch: the two rewards of every pair; None where nothing is left of a response."""
+    log_probs = make_log_probs(model, tokenizer)
+
+    def compute(batch: list[_Pair]) -> list[tuple[float, ...] | None]:
+        rows = [row for pair in batch for row in pair]
+        policy = log_probs(rows)
+        with model.disable_adapter():
+            reference = log_probs(rows)
+        rewards = [beta * (p - q) for p, q in zip(policy, reference, strict=True)]
+        return [
+            tuple(rewards[2 * index : 2 * index + 2]) if all(row.num_tokens for row in pair) else None
+            for index, pair in enumerate(batch)
+        ]
+
+    return compute
 
 
 def _describe(example: Preference, pair: _Pair, rewards: tuple[float, ...] | None) -> dict[str, Any]:

@@ -79,12 +79,6 @@ def read_cola(path: Path) -> Iterator[Record]:
     return read_tsv(path, _COLA_COLUMNS)
 
 
-def read_with_header(path: Path) -> Iterator[Record]:
-    """The rows of a file whose first line names the columns, perhaps after a byte order mark."""
-    for record in read_tsv(path):
-        yield Record({field.removeprefix("\ufeff"): value for field, value in record.fields.items()}, record.place)
-
-
 def parse_sentence(record: Record) -> tuple[LabelledText]:
     """The sentence and the class of a row of CoLA or SST-2, without the white space around the sentence.
 
@@ -133,7 +127,7 @@ def parse_stsb(record: Record) -> tuple[LabelledText]:
     field = "label" if record.has("label") else "score"
     _require_label(record, field)
     score = record.number(field)
-    if isinstance(record.fields[field], bool) or not 0 <= score <= _HIGHEST_SIMILARITY:
+    if not 0 <= score <= _HIGHEST_SIMILARITY:
         raise record.error(field, f"a number from 0 to {_HIGHEST_SIMILARITY}")
     return (LabelledText(texts, score),)
 
@@ -194,7 +188,7 @@ TASKS: tuple[LabelTask, ...] = (
     LabelTask(
         name="sst2",
         description="SST-2 (GLUE): is a phrase of a film review positive?",
-        read=read_with_header,
+        read=read_tsv,
         parse=parse_sentence,
         metrics={"accuracy": accuracy},
         label_names=("negative", "positive"),
@@ -202,7 +196,7 @@ TASKS: tuple[LabelTask, ...] = (
     LabelTask(
         name="mrpc",
         description="MRPC (GLUE): do two sentences of the news say the same?",
-        read=read_with_header,
+        read=read_tsv,
         parse=parse_mrpc,
         metrics={"F1": f1, "accuracy": accuracy},
         label_names=("not_equivalent", "equivalent"),
@@ -210,7 +204,7 @@ TASKS: tuple[LabelTask, ...] = (
     LabelTask(
         name="qnli",
         description="QNLI (GLUE): does a sentence of Wikipedia hold the answer to a question?",
-        read=read_with_header,
+        read=read_tsv,
         parse=parse_qnli,
         metrics={"accuracy": accuracy},
         label_names=_ENTAILMENT_NAMES,
@@ -218,7 +212,7 @@ TASKS: tuple[LabelTask, ...] = (
     LabelTask(
         name="rte",
         description="RTE (GLUE): does a text entail a hypothesis?",
-        read=read_with_header,
+        read=read_tsv,
         parse=parse_rte,
         metrics={"accuracy": accuracy},
         label_names=_ENTAILMENT_NAMES,
@@ -226,7 +220,7 @@ TASKS: tuple[LabelTask, ...] = (
     LabelTask(
         name="stsb",
         description="STS-B (GLUE): how similar are two sentences, from 0 to 5?",
-        read=read_with_header,
+        read=read_tsv,
         parse=parse_stsb,
         metrics={"Pearson": pearson, "Spearman": spearman},
     ),

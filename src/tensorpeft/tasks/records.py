@@ -6,6 +6,7 @@ A row is never skipped. What is missing, empty or of the wrong type is a `ValueE
 import bz2
 import gzip
 import json
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,24 +31,31 @@ class Record:
         """The text of a field, as it stands.
 
         Raises:
-            ValueError: the field is missing, is no text, or is blank.
+            ValueError: the field is missing, is no text, is blank, or cannot be written as UTF-8.
         """
         value = self._value(field)
         if not isinstance(value, str):
             raise self.error(field, "a text")
         if not may_be_empty and not value.strip():
             raise self.error(field, "a text that is not empty")
+        try:
+            value.encode()
+        except UnicodeEncodeError:  # JSON may escape half of a surrogate pair, which no tokenizer takes
+            raise self.error(field, "a text of whole characters, not half of a surrogate pair") from None
         return value
 
     def number(self, field: str) -> float:
-        """The number of a field, which may be written as a text, as in TSV files.
+        """The number of a field, which may be written as a text, as in TSV files. True and False are no numbers.
 
         Raises:
             ValueError: the field is missing or no finite number.
         """
+        value = self._value(field)
+        if isinstance(value, bool):
+            raise self.error(field, "a number")
         try:
-            number = float(self._value(field))
-        except (TypeError, ValueError):
+            number = float(value)
+        except (OverflowError, TypeError, ValueError):
             raise self.error(field, "a number") from None
         if number - number != 0:  # infinite, or not a number
             raise self.error(field, "a finite number")
@@ -115,7 +123,7 @@ class Record:
 def read_text(
     path: Path,  # plain, .gz or .bz2
 ) -> str:
-    """The whole text of a UTF-8 file.
+    """The whole text of a UTF-8 file, without a byte order mark at its beginning.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -124,9 +132,9 @@ def read_text(
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}. Pass the path of a published file of this task.")
     try:
-        with _OPEN.get(path.suffix, open)(path, "rt", encoding="utf-8", newline="") as file:
+        with _OPEN.get(path.suffix, open)(path, "rt", encoding="utf-8-sig", newline="") as file:
             return file.read()
-    except (EOFError, gzip.BadGzipFile, UnicodeDecodeError, OSError) as error:
+    except (EOFError, OSError, UnicodeDecodeError, zlib.error) as error:
         raise ValueError(f"{path}: cannot be read as UTF-8 text ({error}). Fetch the file again.") from None
 
 
@@ -143,8 +151,8 @@ def read_json_lines(path: Path) -> Iterator[Record]:
     for place, line in read_lines(path):
         try:
             fields = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{place}: not JSON ({error}). Expected one object per line.") from None
+        except (RecursionError, ValueError) as error:
+            raise ValueError(f"{place}: not JSON ({_reason(error)}). Expected one object per line.") from None
         yield _as_record(fields, place)
 
 
@@ -155,7 +163,7 @@ def read_json_list(path: Path) -> Iterator[Record]:
     while True:
         # Element by element, because the whole list at once would not know its lines.
         start = position
-        while position < len(text) and text[position] in " \t\r\n\ufeff":
+        while position < len(text) and text[position] in " \t\r\n":
             position += 1
         line += text.count("\n", start, position)
         found = text[position : position + 1]
@@ -173,21 +181,23 @@ def read_json_list(path: Path) -> Iterator[Record]:
             break
         try:
             fields, end = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {error.lineno}: not JSON ({error}).") from None
+        except (RecursionError, ValueError) as error:
+            raise _not_json(error, path, line) from None
         yield _as_record(fields, f"{path}, line {line}")
         line += text.count("\n", position, end)
         position, expected = end, ",]"
-    if text[position:].strip():
-        raise ValueError(f"{path}, line {line}: text after the end of the JSON list.")
+    if rest := text[position:].lstrip():
+        line += text.count("\n", position, len(text) - len(rest))
+        raise ValueError(f"{path}, line {line}: got {_short(rest)} after the end of the JSON list, expected nothing.")
 
 
 def read_json_object(path: Path) -> Record:
     """The whole of a file that is one JSON object."""
+    text = read_text(path)
     try:
-        fields = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: not JSON ({error}).") from None
+        fields = json.loads(text)
+    except (RecursionError, ValueError) as error:
+        raise _not_json(error, path, line=1) from None
     return _as_record(fields, str(path))
 
 
@@ -206,7 +216,10 @@ def read_tsv(
     """The rows of a file with tab-separated fields. Quotation marks are text."""
     lines = read_lines(path)
     if columns is None:
-        columns = next(lines)[1].split("\t")
+        place, header = next(lines)
+        columns = header.split("\t")
+        if len(set(columns)) < len(columns) or not header:
+            raise ValueError(f"{place}: got {_short(header)}, expected a different name for each column.")
     for place, line in lines:
         fields = line.split("\t")
         if len(fields) != len(columns):
@@ -221,6 +234,14 @@ def _as_record(fields: Any, place: str) -> Record:
     if not isinstance(fields, dict):
         raise ValueError(f"{place}: got {_short(fields)}, expected an object with fields.")
     return Record(fields, place)
+
+
+def _not_json(error: Exception, path: Path, line: int) -> ValueError:
+    return ValueError(f"{path}, line {getattr(error, 'lineno', line)}: not JSON ({_reason(error)}).")
+
+
+def _reason(error: Exception) -> str:
+    return f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
 
 
 def _short(value: Any) -> str:

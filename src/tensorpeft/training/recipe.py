@@ -1,8 +1,9 @@
 """A recipe: one YAML file that says what is fine-tuned, with which adapter, on which data, with which arguments."""
 
 import difflib
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from yaml import YAMLError
 
 # Keys of a file that are no part of the finished recipe.
 _INHERITS, _SMOKE, _VALUES = "inherits", "smoke", "values"
+_NUM_SEEDS = 2**32  # numpy takes no others
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class DataRecipe:
         validation: a source, or how many rows are drawn from the training rows instead.
         test: a source, or sources by name of the task they belong to; None: nothing is tested.
         train_rows: train on so many rows, drawn by ``seed``; None: on all that validation leaves.
-        validation_rows: of the source of validation, at most, the first ones; None: all.
+        validation_rows: of the source of validation, at most, the first ones; None: all. Not where rows are drawn.
         test_rows: of every test source, at most, the first ones; None: all.
         seed: of the drawing; the same for all ``seeds`` of a recipe.
         max_length: tokens of a row to classify; longer ones are cut. Language models: trainer.max_length.
@@ -46,8 +48,20 @@ class DataRecipe:
             raise ValueError(f"data.loss_on={self.loss_on!r}: expected text or response.")
         for name in ("train_rows", "validation_rows", "test_rows", "max_length"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and not _is_whole(value, at_least=1):
                 raise ValueError(f"data.{name}={value!r}: expected a whole number, at least 1, or null.")
+        if isinstance(self.validation, int):
+            if not _is_whole(self.validation, at_least=1):
+                raise ValueError(
+                    f"data.validation={self.validation}: expected a source, or a number of rows, at least 1."
+                )
+            if self.validation_rows is not None:
+                raise ValueError(
+                    f"data.validation_rows={self.validation_rows}: data.validation={self.validation} says how many "
+                    "rows are drawn already. Write data.validation_rows: null, or a source as data.validation."
+                )
+        if not _is_whole(self.seed):
+            raise ValueError(f"data.seed={self.seed!r}: expected a whole number, at least 0.")
 
 
 @dataclass(frozen=True)
@@ -84,10 +98,18 @@ class Recipe:
     output: str = "runs/train"
 
     def __post_init__(self) -> None:
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or not all(isinstance(s, int) for s in self.seeds):
+        for name in ("model", "task", "output", "description"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not (value.strip() or name == "description"):
+                raise ValueError(f"{name}={value!r}: expected a text.")
+        wrong = not self.seeds or not all(_is_whole(seed) and seed < _NUM_SEEDS for seed in self.seeds)
+        if wrong or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(
                 f"seeds={list(self.seeds)}: expected a list of different whole numbers, such as [0, 1, 2]."
             )
+        rate = self.head_learning_rate
+        if rate is not None and (isinstance(rate, bool) or not isinstance(rate, int | float)):
+            raise ValueError(f"head_learning_rate={rate!r}: expected a number, such as 1e-3, or null.")
         if self.adapter is not None and "method" not in self.adapter:
             raise ValueError(
                 f"adapter={dict(self.adapter)}: expected a field method, such as dota or lora. To train all weights, "
@@ -96,7 +118,7 @@ class Recipe:
 
     def to_yaml(self) -> str:
         """The recipe as YAML; `load_recipe` reads it back."""
-        return OmegaConf.to_yaml(OmegaConf.create(_plain(self)))
+        return OmegaConf.to_yaml(OmegaConf.create(_as_yaml(asdict(self))))
 
 
 def load_recipe(
@@ -109,7 +131,8 @@ def load_recipe(
     ``inherits: OTHER.yaml`` puts a file under it; ``smoke`` is put on top where it is asked for; ``values`` are free,
     for others to refer to. ``${values.name}``, ``${oc.env:NAME,default}`` and ``${package:NAME}`` (the folder of an
     installed package) are filled in. A mapping is merged field by field, but a source of data or an adapter of another
-    method replaces the one below.
+    method replaces the one below. Smoke sections are put on in the order of their files; what one says of an adapter
+    goes with an adapter that is replaced. Null takes back what is said below.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -117,14 +140,8 @@ def load_recipe(
     """
     OmegaConf.register_resolver("package", _package_folder, replace=True)
     try:
-        tree = _read(Path(path))
-        if smoke:
-            if _SMOKE not in tree:
-                raise ValueError(f"{path}: it has no section smoke. Run it without --smoke, or write one.")
-            tree = _put_on(tree, tree[_SMOKE])
-        tree.pop(_SMOKE, None)
-        tree = _put_on(tree, OmegaConf.from_dotlist(list(overrides)), whole_sources=False)
-        plain: Any = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
+        tree = _compose(_read(Path(path)), smoke, str(path))
+        plain: Any = OmegaConf.to_container(_override(tree, overrides), resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ValueError(f"{path}: {error}") from None
     plain.pop(_VALUES, None)
@@ -148,35 +165,108 @@ def check_keys(
             raise ValueError(f"{what}: unknown key {key!r}. {hint}")
 
 
-def _read(path: Path) -> DictConfig:
+def _read(
+    path: Path,
+    heirs: tuple[Path, ...] = (),  # files that inherit this one
+) -> list[DictConfig]:
+    """The trees of a file and of those that it inherits, the lowest first."""
+    if path.resolve() in heirs:
+        raise ValueError(f"{path}: it inherits itself. Remove inherits from it or from {heirs[-1]}.")
     if not path.is_file():
-        raise FileNotFoundError(f"no recipe {path}. Pass the path of a YAML file, such as those in recipes/.")
+        origin = f", which {heirs[-1]} inherits" if heirs else ""
+        raise FileNotFoundError(f"no recipe {path}{origin}. Pass the path of a YAML file, such as those in recipes/.")
     try:
         tree = OmegaConf.load(path)
-    except YAMLError as error:
+    except (YAMLError, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not YAML: {error}") from None
     if not isinstance(tree, DictConfig):
         raise ValueError(f"{path}: expected a mapping with model, task and data.")
     parent = tree.pop(_INHERITS, None)
-    return tree if parent is None else _put_on(_read(path.parent / parent), tree)
+    if parent is None:
+        return [tree]
+    if not isinstance(parent, str):
+        raise ValueError(f"{path}: inherits={parent!r}: expected the path of one file.")
+    return [*_read(path.parent / parent, (*heirs, path.resolve())), tree]
 
 
-def _put_on(below: DictConfig, above: Any, whole_sources: bool = True) -> DictConfig:
+def _compose(layers: Sequence[DictConfig], smoke: bool, place: str) -> DictConfig:
+    """The layers put on each other, and their smoke sections on top where ``smoke`` is True."""
+    tree = OmegaConf.create()
+    sections: list[tuple[Any, DictConfig]] = []  # each with the tree that it was written for
+    for layer in layers:
+        has_section, section = _SMOKE in layer, layer.pop(_SMOKE, None)
+        tree = _put_on(tree, layer)
+        if has_section:
+            sections = [] if section is None else [*sections, (section, tree)]
+    if smoke and not sections:
+        raise ValueError(f"{place}: it has no section smoke. Run it without --smoke, or write one.")
+    whole = tree
+    for section, written_for in sections if smoke else ():
+        if not isinstance(section, DictConfig):
+            raise ValueError(f"{place}: smoke={section!r}: expected a mapping such as the recipe's own.")
+        adapter = _raw(section, "adapter")
+        if adapter and "method" not in adapter and _method(written_for) != _method(whole):
+            section.pop("adapter")
+        tree = _put_on(tree, section)
+    return tree
+
+
+def _override(tree: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    above, keys = OmegaConf.create(), []
+    for override in overrides:
+        if not re.match(r"[^=\[\]]+=", override):
+            raise ValueError(
+                f"{override!r}: expected KEY=VALUE, such as trainer.learning_rate=1e-3; a list is given whole, such as "
+                "seeds=[0,1]."
+            )
+        try:
+            above.merge_with_dotlist([override])
+        except YAMLError as error:
+            raise ValueError(f"{override!r}: the value is not YAML: {error}") from None
+        keys.append(override.partition("=")[0])
+    # data.train={hub: NAME} is a source, data.train.split=test a field of the one that is there.
+    return _put_on(tree, above, None if "data" in keys else keys)
+
+
+def _put_on(
+    below: DictConfig,
+    above: DictConfig,
+    replaced: Iterable[str] | None = None,  # keys within data that are not merged; None: all sources
+) -> DictConfig:
     """``above`` merged onto ``below``."""
-    below, above = below.copy(), above.copy()
-    if whole_sources:
-        for key in above.get("data") or ():
-            if below.get("data") is not None:
-                below.data.pop(key, None)
-    if "adapter" in above and _method(above, _method(below)) != _method(below):
+    below = below.copy()
+    if replaced is None:
+        replaced = [f"data.{key}" for key in _raw(above, "data")]
+    for folder, _, name in (key.rpartition(".") for key in replaced if key.startswith("data.")):
+        node = OmegaConf.select(below, folder)
+        if isinstance(node, DictConfig):
+            node.pop(name, None)
+    merged = _merge(below, above)
+    if "adapter" in above and _method(merged) != _method(below):
         below.pop("adapter", None)
-    return OmegaConf.merge(below, above)  # pyright: ignore[reportReturnType]
+        merged = _merge(below, above)
+    return merged
 
 
-def _method(tree: DictConfig, otherwise: str | None = None) -> str | None:
-    """The adapter's method; ``otherwise`` where its mapping leaves it out; None where there is no adapter."""
+def _merge(below: DictConfig, above: DictConfig) -> DictConfig:
+    try:
+        return OmegaConf.merge(below, above)  # pyright: ignore[reportReturnType]
+    except TypeError:
+        raise ValueError(
+            f"{OmegaConf.to_container(above)}: it has a list where the recipe has a mapping, or the reverse."
+        ) from None
+
+
+def _raw(tree: DictConfig, key: str) -> dict[Any, Any]:
+    """A mapping of the tree, references as they stand, which others than the whole tree may not resolve."""
+    plain: Any = OmegaConf.to_container(tree)
+    return plain[key] if isinstance(plain.get(key), dict) else {}
+
+
+def _method(tree: DictConfig) -> str | None:
+    """The adapter's method; None where there is no adapter, or it does not say."""
     adapter = tree.get("adapter")
-    return adapter.get("method", otherwise) if isinstance(adapter, DictConfig) else None
+    return adapter.get("method") if isinstance(adapter, DictConfig) else None
 
 
 def _package_folder(name: str) -> str:
@@ -188,24 +278,42 @@ def _package_folder(name: str) -> str:
 
 def _as_recipe(tree: dict[str, Any], place: str) -> Recipe:
     check_keys(tree, [f.name for f in fields(Recipe)], place)
-    if missing := [name for name in ("model", "task", "data") if not tree.get(name)]:
-        raise ValueError(f"{place}: {missing[0]} is missing. A recipe needs model, task and data.")
     for name in ("data", "model_arguments", "quantize", "trainer", "evaluate", "adapter"):
         if tree.get(name) is not None and not isinstance(tree[name], dict):
             raise ValueError(f"{place}: {name}={tree[name]!r}: expected a mapping of fields.")
-    data = tree["data"]
+    # Null takes back what a file below says. Not in an adapter: some fields of PEFT's mean something by None.
+    tree = _without_nulls(tree)
+    for name in ("data", "model_arguments", "quantize", "trainer", "evaluate"):
+        if name in tree:
+            tree[name] = _without_nulls(tree[name])
+    if missing := [name for name in ("model", "task", "data") if not tree.get(name)]:
+        raise ValueError(f"{place}: {missing[0]} is missing. A recipe needs model, task and data.")
+    data, seeds = tree["data"], tree.get("seeds", [0])
     check_keys(data, [f.name for f in fields(DataRecipe)], f"{place}: data")
-    if missing := [name for name in ("train", "validation") if not data.get(name)]:
+    if missing := [name for name in ("train", "validation") if data.get(name) in (None, "", [], {})]:
         raise ValueError(f"{place}: data.{missing[0]} is missing: a file, a folder, {{hub: NAME}}, or a list of them.")
-    seeds = tree.get("seeds", (0,))
-    tree = {**tree, "data": DataRecipe(**data), "seeds": (seeds,) if isinstance(seeds, int) else tuple(seeds)}
-    # Null takes back what a file below says.
-    for name in ("model_arguments", "trainer", "evaluate"):
-        tree[name] = {key: value for key, value in (tree.get(name) or {}).items() if value is not None}
-    return Recipe(**tree)
+    try:
+        return Recipe(
+            **{**tree, "data": DataRecipe(**data), "seeds": tuple(seeds) if isinstance(seeds, list) else (seeds,)}
+        )
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
 
 
-def _plain(recipe: Recipe) -> dict[str, Any]:
-    tree = {f.name: getattr(recipe, f.name) for f in fields(recipe)}
-    tree["data"] = {f.name: getattr(recipe.data, f.name) for f in fields(recipe.data)}
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in tree.items()}
+def _without_nulls(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in tree.items() if value is not None}
+
+
+def _is_whole(value: Any, at_least: int = 0) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
+
+
+def _as_yaml(value: Any) -> Any:
+    """A value of a recipe as YAML has it: what only looks like a reference is escaped."""
+    if isinstance(value, Mapping):
+        return {key: _as_yaml(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_yaml(part) for part in value]
+    if isinstance(value, str | Path):
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", str(value))
+    return value

@@ -1,0 +1,77 @@
+"""Every recipe's small version on real data, whole and killed; `make recipes` runs them, `make test` does not."""
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tensorpeft.training.recipe import load_recipe
+from tensorpeft.training.results import SeedResult, read_result
+
+ROOT = Path(__file__).parents[2]
+DATA = Path(os.environ.get("TENSORPEFT_DATA", ROOT.parent / "shared"))
+RECIPES = sorted(path for path in (ROOT / "recipes").glob("*/*.yaml") if path.parent.name != "accelerate")
+pytestmark = [
+    pytest.mark.recipes,
+    pytest.mark.skipif(not (DATA / "data").is_dir(), reason=f"no data in {DATA}; set TENSORPEFT_DATA"),
+]
+over_recipes = pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+
+
+def start(recipe: Path, output: Path, *more: str) -> subprocess.Popen[str]:
+    """The command of a recipe's small version, in a process of its own, as a person types it."""
+    command = [sys.executable, "-m", "tensorpeft", "train", str(recipe), "--smoke", f"output={output}", *more]
+    environment = os.environ | {"TENSORPEFT_DATA": str(DATA), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    """What a command printed; it must have succeeded."""
+    printed, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, printed
+    return printed
+
+
+def kill_after_a_checkpoint(process: subprocess.Popen[str], folder: Path) -> None:
+    """SIGKILL at a random moment after the first checkpoint has begun to be written."""
+    while process.poll() is None and not list(folder.glob("checkpoint-*")):
+        time.sleep(0.02)
+    time.sleep(random.uniform(0, 2))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def curve(result: SeedResult) -> dict[int, float]:
+    return dict(result.curve("loss"))
+
+
+@over_recipes
+def test_a_recipe_runs_and_goes_on_where_it_was_killed(recipe, tmp_path):
+    printed = finish(start(recipe, tmp_path / "whole"))
+    whole = read_result(tmp_path / "whole" / "seed-0" / "results.json")
+    assert "Report, curves, adapters" in printed
+    assert all(math.isfinite(loss) for loss in curve(whole).values())
+    wanted = load_recipe(recipe, [f"output={tmp_path / 'whole'}"], smoke=True)
+    assert max(curve(whole)) == wanted.trainer["max_steps"]
+    if wanted.data.test is not None:
+        assert whole.tests
+        assert all(math.isfinite(value) for metrics in whole.tests.values() for value in metrics.values())
+    report = (tmp_path / "whole" / "report.md").read_text(encoding="utf-8")
+    assert wanted.to_yaml().strip() in report
+    assert (tmp_path / "whole" / "curves.png").stat().st_size > 10_000
+
+    kill_after_a_checkpoint(start(recipe, tmp_path / "killed"), tmp_path / "killed" / "seed-0")
+    finish(start(recipe, tmp_path / "killed", "--resume"))
+    resumed = read_result(tmp_path / "killed" / "seed-0" / "results.json")
+    assert curve(resumed) == pytest.approx(curve(whole), abs=1e-4)
+    assert resumed.validation["loss"] == pytest.approx(whole.validation["loss"], abs=1e-4)
+    assert json.dumps(resumed.tests) == json.dumps(whole.tests) or resumed.tests == {
+        name: pytest.approx(metrics, abs=1e-3) for name, metrics in whole.tests.items()
+    }
