@@ -1,6 +1,7 @@
 """Sources of examples: published files, or the same data sets on the Hub; what two splits have in common."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,14 @@ def load_examples(
 ) -> list[Example]:
     """The examples of a source, in its order.
 
-    A mapping with ``hub`` names a data set of the Hub; ``drop`` ({column: [values]}) leaves rows out, ``rows`` takes
-    the first ones only; all other keys are arguments of `datasets.load_dataset`, ``split`` among them.
+    A mapping with ``hub`` names a data set of the Hub; ``rows`` takes the first ones only, of which ``drop``
+    ({column: [values]}) leaves some out; all other keys are arguments of `datasets.load_dataset`, ``split`` among them.
 
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: a row is malformed (names file, line and field), the source is none, or it holds no rows.
     """
-    if isinstance(source, list | tuple):
+    if isinstance(source, list | tuple) and source:
         return [example for part in source for example in load_examples(task, part)]
     if isinstance(source, str | Path):
         if isinstance(task, StructureTask):
@@ -33,9 +34,10 @@ def load_examples(
     elif isinstance(source, Mapping) and _HUB in source and not isinstance(task, StructureTask):
         examples = [example for record in _hub_records(dict(source)) for example in task.parse(record)]
     else:
+        hub = "" if isinstance(task, StructureTask) else ", or {hub: NAME, split: train}"
         raise ValueError(
-            f"task {task.name}: {source!r} is no source of data. Pass the path of a published file, or "
-            "{hub: NAME, split: train}, or a list of these."
+            f"task {task.name}: {source!r} is no source of data. Pass the path of a published file{hub}, or a list of "
+            "these."
         )
     if not examples:
         raise ValueError(f"{source}: it holds no rows of the task {task.name}.")
@@ -46,20 +48,24 @@ def _hub_records(arguments: dict[str, Any]) -> Iterator[Record]:
     from datasets import load_dataset
 
     name, drop, rows = arguments.pop(_HUB), arguments.pop(_DROP, None) or {}, arguments.pop(_ROWS, None)
-    if "split" not in arguments:
+    if arguments.get("split") is None:
         raise ValueError(f"{{hub: {name}}}: the split is missing. Add split: train, or the one you want.")
-    table = load_dataset(name, **arguments)
-    if rows is not None:
-        table = table.select(range(min(rows, len(table))))
-    dropped = 0
-    for number, row in enumerate(table):
-        record = Record(row, f"{name}, split {arguments['split']}, row {number}")
-        if any(record.has(column) and row[column] in values for column, values in drop.items()):
+    place = f"{name}, split {arguments['split']}"
+    if rows is not None and (not isinstance(rows, int) or isinstance(rows, bool) or rows < 1):
+        raise ValueError(f"{place}: rows={rows!r}: expected a whole number, at least 1, or null.")
+    if not isinstance(drop, Mapping) or not all(isinstance(values, list | tuple) for values in drop.values()):
+        raise ValueError(f"{place}: drop={drop!r}: expected a list of values by column, such as {{status: [tie]}}.")
+    seen = dropped = 0
+    for seen, row in enumerate(islice(load_dataset(name, **arguments), rows), 1):
+        record = Record(row, f"{place}, row {seen - 1}")
+        if missing := [column for column in drop if not record.has(column)]:
+            raise ValueError(f"{place}: drop has the column {missing[0]}; expected one of {', '.join(row)}.")
+        if any(row[column] in values for column, values in drop.items()):
             dropped += 1
             continue
         yield record
     if drop:
-        print(f"{name}, split {arguments['split']}: {dropped} of {len(table)} rows left out by drop: {drop}")
+        print(f"{place}: {dropped} of {seen} rows left out by drop: {drop}")
 
 
 def find_leaks(
@@ -82,4 +88,4 @@ def _text_of(example: Example) -> tuple[str, ...]:
             parts = (prompt,)
         case Structure(sequence=sequence):
             parts = (sequence,)
-    return tuple(" ".join(part.lower().split()) for part in parts)
+    return tuple(" ".join(part.casefold().split()) for part in parts)

@@ -25,8 +25,9 @@ def make_arguments(
     """`trl.SFTConfig` for questions, `trl.DPOConfig` for preferences, else `transformers.TrainingArguments`.
 
     Their defaults hold, but for these: the validation loss is taken ten times, a checkpoint is written each time, the
-    best one is loaded at the end, and nothing is reported to others. `data_seed` is the seed, `disable_tqdm` is set
-    because the command has a bar of its own.
+    best one is loaded at the end, of the others the last one is kept, the training loss is logged forty times, and
+    nothing is reported to others. `data_seed` is the seed, `disable_tqdm` is set because the command has a bar of its
+    own; `dataloader_pin_memory` and `use_cpu` are as the machine is.
 
     Raises:
         ValueError: a name is unknown, is said elsewhere in a recipe, or the libraries refuse its value.
@@ -37,16 +38,14 @@ def make_arguments(
         raise ValueError(f"trainer.{own[0]}: a recipe says this with {_OWN[own[0]]}. Remove it here.")
     check_keys(trainer, known, f"trainer ({arguments_class.__name__})")
     # YAML reads an unquoted "no" as False.
-    given = {key: "no" if value is False and key.endswith("_strategy") else value for key, value in trainer.items()}
-    given.setdefault("eval_strategy", "steps")
-    given.setdefault("save_strategy", given["eval_strategy"])
-    if given["eval_strategy"] == "steps":
-        given.setdefault("eval_steps", _TENTH)
-    if given["save_strategy"] == "steps":
-        given.setdefault("save_steps", given.get("eval_steps", _TENTH))
-    given.setdefault("save_total_limit", 1)
-    given.setdefault("load_best_model_at_end", given["eval_strategy"] == given["save_strategy"] != "no")
-    given.setdefault("metric_for_best_model", "eval_loss" if given["load_best_model_at_end"] else None)
+    given: dict[str, Any] = {
+        key: "no" if value is False and key.endswith("_strategy") else value for key, value in trainer.items()
+    }
+    for field in dataclasses.fields(arguments_class):
+        if isinstance(given.get(field.name), str) and isinstance(field.default, int | float):
+            kind = "true or false" if isinstance(field.default, bool) else "a number"
+            raise ValueError(f"trainer.{field.name}={given[field.name]!r}: expected {kind}.")
+    _choose_checkpoints(given)
     given.setdefault("logging_steps", _TENTH / 4)
     given.setdefault("report_to", "none")
     given.setdefault("disable_tqdm", True)
@@ -59,13 +58,31 @@ def make_arguments(
         raise ValueError(f"trainer ({arguments_class.__name__}): {error}") from None
 
 
+def _choose_checkpoints(given: dict[str, Any]) -> None:
+    """Fill in when the validation loss is taken and a checkpoint written, so that the best one can be loaded."""
+    by_epoch = given.get("save_strategy") == "epoch" and "eval_steps" not in given
+    given.setdefault("eval_strategy", "epoch" if by_epoch else "steps")
+    given.setdefault("save_strategy", given["eval_strategy"])
+    if given["eval_strategy"] == "steps":
+        given.setdefault("eval_steps", given.get("save_steps", _TENTH))
+    if given["save_strategy"] == "steps":
+        given.setdefault("save_steps", given.get("eval_steps", _TENTH))
+    given.setdefault("save_total_limit", 1)
+    is_evaluated = given["eval_strategy"] != "no"
+    given.setdefault(
+        "load_best_model_at_end", is_evaluated and given["save_strategy"] in (given["eval_strategy"], "best")
+    )
+    chooses = given["load_best_model_at_end"] or (is_evaluated and given["save_strategy"] == "best")
+    given.setdefault("metric_for_best_model", "eval_loss" if chooses else None)
+
+
 def _arguments_class(task: Task) -> type[TrainingArguments]:
     if isinstance(task, QuestionTask):
-        from trl import SFTConfig
+        from trl import SFTConfig  # pyright: ignore[reportPrivateImportUsage]  # TRL imports it lazily
 
         return SFTConfig
     if isinstance(task, PreferenceTask):
-        from trl import DPOConfig
+        from trl import DPOConfig  # pyright: ignore[reportPrivateImportUsage]  # TRL imports it lazily
 
         return DPOConfig
     return TrainingArguments

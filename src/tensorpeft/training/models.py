@@ -53,7 +53,7 @@ def load_base(
     elif isinstance(task, LabelTask):
         assert tokenizer is not None
         arguments.setdefault("num_labels", max(len(task.label_names), 1))
-        model = AutoModelForSequenceClassification.from_pretrained(recipe.model, **arguments)
+        model = _load_classifier(recipe.model, arguments)
         if task.label_names:
             model.config.id2label = dict(enumerate(task.label_names))
             model.config.label2id = {name: label for label, name in enumerate(task.label_names)}
@@ -66,6 +66,16 @@ def load_base(
         check_keys(arguments, ("rounds", "double_quant", "skip_modules"), "quantize")
         model = quantize_residual(model, config, **arguments)  # pyright: ignore[reportArgumentType]
     return model
+
+
+def _load_classifier(name: str, arguments: dict[str, Any]) -> PreTrainedModel:
+    try:
+        return AutoModelForSequenceClassification.from_pretrained(name, **arguments)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{name}: it cannot be loaded with a head of {arguments['num_labels']} outputs ({error}). If it has the head of "
+            "another task, write model_arguments: {ignore_mismatched_sizes: true}; the head then starts from noise."
+        ) from None
 
 
 def _load_folding_model(name: str, arguments: dict[str, Any]) -> PreTrainedModel:

@@ -45,7 +45,7 @@ class SeedResult:
     def write(self, path: Path) -> None:
         """Write JSON; a file that is there is always whole."""
         partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(dataclasses.asdict(self), indent=1, default=float) + "\n", encoding="utf-8")
         partial.replace(path)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+import datasets
 from omegaconf import OmegaConf
 from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
@@ -26,6 +27,8 @@ from tensorpeft.training.results import SeedResult, read_result
 from tensorpeft.training.splits import Splits, load_splits
 from tensorpeft.training.trainers import make_trainer
 
+# TRL prepares so many rows long enough for its own bars to be of use.
+_MANY_ROWS = 10_000
 _RECIPE, _RESULTS, _STATE = "recipe.yaml", "results.json", "trainer_state.json"
 
 
@@ -63,6 +66,8 @@ def run_training(
     if is_main:
         output.mkdir(parents=True, exist_ok=True)
         (output / _RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
+    if len(splits.train) < _MANY_ROWS:
+        datasets.disable_progress_bars()
     results = [_run_seed(recipe, splits, arguments[seed], options, resume, console) for seed in recipe.seeds]
     if is_main:
         write_report(recipe, splits, results, command, output)

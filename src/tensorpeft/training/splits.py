@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from tensorpeft.tasks.registry import TASKS, find_task
+from tensorpeft.tasks.registry import find_task
 from tensorpeft.tasks.sources import find_leaks, load_examples
-from tensorpeft.tasks.task import Example, Task
+from tensorpeft.tasks.task import Example, LabelTask, StructureTask, Task
 from tensorpeft.training.recipe import DataRecipe, Recipe
 
 
@@ -18,7 +18,7 @@ class Leak:
     """Rows of one split whose text is trained on, too.
 
     Args:
-        split: "validation", or the name of the test's task.
+        split: "validation", or "test (NAME)" with the name of the test's task.
         num_rows: of the split.
         rows: which of them, by index.
     """
@@ -56,7 +56,8 @@ def load_splits(recipe: Recipe) -> Splits:
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a row is malformed, or there are fewer rows than the recipe asks for.
+        ValueError: a row is malformed, there are fewer rows than the recipe asks for, or a model for the recipe's task
+            cannot be tested on another task.
     """
     task, data = find_task(recipe.task), recipe.data
     rows = load_examples(task, data.train)
@@ -70,22 +71,31 @@ def load_splits(recipe: Recipe) -> Splits:
         _check_count(data.train_rows, order, f"data.train_rows={data.train_rows}")
         order = order[: data.train_rows]
     train = [rows[i] for i in order]
-    test = _load_tests(recipe.task, data)
+    test = _load_tests(task, data)
     splits = {"validation": validation} | {f"test ({name})": examples for name, (_, examples) in test.items()}
     leaks = [Leak(name, len(examples), tuple(find_leaks(train, examples))) for name, examples in splits.items()]
     return Splits(task, train, validation, test, tuple(leak for leak in leaks if leak.rows))
 
 
-def _load_tests(name: str, data: DataRecipe) -> dict[str, tuple[Task, Sequence[Example]]]:
+def _load_tests(trained: Task, data: DataRecipe) -> dict[str, tuple[Task, Sequence[Example]]]:
     if data.test is None:
         return {}
-    sources: Mapping[str, Any] = {name: data.test}
-    if isinstance(data.test, Mapping) and set(data.test) <= set(TASKS):
-        sources = data.test
-    return {
-        key: (find_task(key), load_examples(find_task(key), source)[: data.test_rows])
-        for key, source in sources.items()
-    }
+    by_task = isinstance(data.test, Mapping) and "hub" not in data.test
+    sources: Mapping[str, Any] = data.test if by_task else {trained.name: data.test}
+    tests = {}
+    for name, source in sources.items():
+        task = find_task(name)
+        if _head_of(task) != _head_of(trained):
+            raise ValueError(f"data.test.{name}: a model for {trained.name} has no head for {name}. Leave it out.")
+        tests[name] = (task, load_examples(task, source)[: data.test_rows])
+    return tests
+
+
+def _head_of(task: Task) -> str | tuple[str, ...]:
+    """What a model has for a task: its classes, a folding head, or that of a language model."""
+    if isinstance(task, LabelTask):
+        return task.label_names
+    return "folding" if isinstance(task, StructureTask) else "language"
 
 
 def _check_count(wanted: int, rows: Sequence[Any], what: str) -> None:
@@ -104,4 +114,4 @@ def describe_source(source: Any) -> str:
     if isinstance(source, int):
         return f"{source} of the training rows"
     path = Path(source)
-    return f"{path.parent.name}/{path.name}"
+    return "/".join(name for name in (path.parent.name, path.name) if name)

@@ -160,17 +160,20 @@ def _sft_trainer(**arguments: Any) -> Trainer:
     from trl import SFTTrainer
 
     trainer = SFTTrainer(**arguments)
-    for name in ("train_dataset", "eval_dataset"):
-        rows: Any = getattr(trainer, name)
-        if "labels" in rows.column_names:
-            answered = rows.filter(lambda row: any(label != -100 for label in row["labels"][1:]))
-            if len(answered) < len(rows):
-                # They would teach nothing, and a batch of nothing else has no loss.
+    if not trainer.args.packing:
+        for name in ("train_dataset", "eval_dataset"):
+            # TRL drops rows of which nothing is left to learn, and does not say so.
+            given, kept = len(arguments[name]), len(getattr(trainer, name))
+            if kept == 0:
+                raise ValueError(
+                    f"all {given} rows of {name} have prompts that alone fill trainer.max_length="
+                    f"{trainer.args.max_length}. Pass a larger trainer.max_length."
+                )
+            if kept < given:
                 print(
-                    f"{len(rows) - len(answered)} of {len(rows)} rows of {name} left out: their prompts alone fill "
+                    f"{given - kept} of {given} rows of {name} left out: their prompts alone fill "
                     f"trainer.max_length={trainer.args.max_length}."
                 )
-                setattr(trainer, name, answered)
     return trainer
 
 

@@ -1,0 +1,221 @@
+"""`tensorpeft train` from the recipe to the report, on tiny models; on real data: tests/recipes."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+pytest.importorskip("omegaconf")
+pytest.importorskip("trl")
+from evaluation.evaluated import LLAMA, WORDS, tiny_bert, word_tokenizer
+from tensorpeft.cli import main
+from tensorpeft.training.recipe import load_recipe
+from tensorpeft.training.results import read_result
+from tensorpeft.training.run import run_training
+
+RATES = {"trainer.learning_rate": "1e-2", "trainer.bf16": "false", "trainer.gradient_checkpointing": "false"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with models, data and recipes."""
+    folder = tmp_path_factory.mktemp("recipes")
+    LLAMA.fresh().save_pretrained(folder / "llama")
+    word_tokenizer(bos=True).save_pretrained(folder / "llama")
+    tiny_bert().bert.save_pretrained(folder / "bert")
+    word_tokenizer(pairs=True).save_pretrained(folder / "bert")
+    rows = [{"prompt": " ".join(WORDS[k : k + 4]) + " ", "response": " ".join(WORDS[k + 4 : k + 7])} for k in range(40)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    pairs = [{"prompt": r["prompt"], "chosen": r["response"], "rejected": r["response"][::-1]} for r in rows]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
+    lines = [f"{' '.join(WORDS[k : k + 3])}\t{k % 2}\n" for k in range(60)]
+    (folder / "labels.tsv").write_text("sentence\tlabel\n" + "".join(lines), encoding="utf-8")
+    write(folder, "sft", "llama", "instructions", "rows.jsonl", "{method: dota, r: 4, num_cores: 3}")
+    write(folder, "dpo", "llama", "preferences", "pairs.jsonl", "{method: lorta, r: 4}")
+    write(folder, "labels", "bert", "sst2", "labels.tsv", "{method: lorta, r: 4, target_modules: [query, key, value]}")
+    return folder
+
+
+def write(folder, name, model, task, data, adapter):
+    (folder / f"{name}.yaml").write_text(
+        f"model: {folder / model}\ntask: {task}\nadapter: {adapter}\n"
+        f"data: {{train: {folder / data}, validation: 8, test: {folder / data}, test_rows: 6}}\n"
+        "trainer: {max_steps: 6, eval_steps: 2, logging_steps: 1, per_device_train_batch_size: 4}\n",
+        encoding="utf-8",
+    )
+
+
+def train(place, name, output, *overrides, resume=False):
+    rates = [f"{key}={value}" for key, value in RATES.items() if name != "labels" or "checkpointing" not in key]
+    recipe = load_recipe(place / f"{name}.yaml", [*rates, f"output={output}", *overrides])
+    return run_training(recipe, resume)
+
+
+def losses(result):
+    return dict(result.curve("loss"))
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo", "labels"])
+def test_a_run_leaves_its_adapter_curves_and_report(name, place, tmp_path):
+    (result,) = train(place, name, tmp_path / "run")
+    folder = tmp_path / "run"
+    assert sorted(losses(result)) == [1, 2, 3, 4, 5, 6]
+    assert [step for step, _ in result.curve("eval_loss")] == [2, 4, 6]
+    assert result.validation["loss"] == pytest.approx(min(loss for _, loss in result.curve("eval_loss")), abs=1e-6)
+    assert result.best_step in (2, 4, 6)
+    assert read_result(folder / "seed-0" / "results.json") == result
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    report = (folder / "report.md").read_text(encoding="utf-8")
+    assert f"{result.validation['loss']:.4f}" in report
+    assert f"{result.trained_parameters:,}" in report
+    predictions = next((folder / "seed-0").glob("predictions-*.jsonl")).read_text(encoding="utf-8").splitlines()
+    assert len(predictions) == 6
+    assert not list((folder / "seed-0" / "adapter").glob("*.bin"))
+    assert load_recipe(folder / "recipe.yaml") == load_recipe(
+        place / f"{name}.yaml",
+        [f"{k}={v}" for k, v in RATES.items() if name != "labels" or "checkpointing" not in k] + [f"output={folder}"],
+    )
+
+
+def test_the_saved_adapter_is_the_best_checkpoint(place, tmp_path):
+    (result,) = train(place, "sft", tmp_path / "run", "trainer.learning_rate=1", "trainer.save_total_limit=9")
+    seed = tmp_path / "run" / "seed-0"
+    saved, best = (
+        AutoPeftModelForCausalLM.from_pretrained(seed / name).state_dict()
+        for name in ("adapter", f"checkpoint-{result.best_step}")
+    )
+    assert all(torch.equal(saved[key], best[key]) for key in best)
+    assert result.best_step != 6  # so large a rate overshoots: the last one is not the best
+
+
+def test_leaks_are_printed_and_reported(place, tmp_path, capsys):
+    train(place, "sft", tmp_path / "run")  # its test rows are the training file's
+    assert "of 6 test (instructions) rows are training rows, too" in " ".join(capsys.readouterr().out.split())
+    assert "rows are training rows, too" in (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo", "labels"])
+def test_a_run_goes_on_at_its_last_whole_checkpoint(name, place, tmp_path):
+    (whole,) = train(place, name, tmp_path / "whole", "trainer.save_total_limit=9")
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    seed = tmp_path / "killed" / "seed-0"
+    (seed / "results.json").unlink()
+    shutil.rmtree(seed / "checkpoint-6")
+    (seed / "checkpoint-4" / "trainer_state.json").write_text('{"half', encoding="utf-8")  # killed while writing
+    (resumed,) = train(place, name, tmp_path / "killed", "trainer.save_total_limit=9", resume=True)
+    assert losses(resumed) == pytest.approx(losses(whole), abs=1e-6)
+    assert dict(resumed.curve("eval_loss")) == pytest.approx(dict(whole.curve("eval_loss")), abs=1e-6)
+    assert resumed.tests == whole.tests
+
+
+def test_finished_seeds_are_not_run_again(place, tmp_path):
+    first = train(place, "labels", tmp_path / "run", "seeds=[3]")
+    state = tmp_path / "run" / "seed-3" / "adapter" / "adapter_model.safetensors"
+    written = state.stat().st_mtime_ns
+    both = train(place, "labels", tmp_path / "run", "seeds=[3,4]", resume=True)
+    assert state.stat().st_mtime_ns == written
+    assert both[0] == first[0]
+    assert losses(both[1]) != losses(both[0])
+    assert " ± " in (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
+
+
+def test_a_run_is_not_written_over(place, tmp_path):
+    train(place, "labels", tmp_path / "run", "trainer.max_steps=2")
+    before = sorted(path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*"))
+    with pytest.raises(FileExistsError, match="--resume"):
+        train(place, "labels", tmp_path / "run", "trainer.max_steps=2")
+    with pytest.raises(ValueError, match="the run has trainer.*max_steps': 2.*the recipe.*max_steps': 3"):
+        train(place, "labels", tmp_path / "run", "trainer.max_steps=3", resume=True)
+    assert sorted(path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")) == before
+
+
+def test_the_head_has_its_own_rate(place, tmp_path):
+    from tensorpeft.training.arguments import make_arguments
+    from tensorpeft.training.models import load_tokenizer
+    from tensorpeft.training.splits import load_splits
+    from tensorpeft.training.trainers import make_trainer
+
+    recipe = load_recipe(place / "labels.yaml", ["head_learning_rate=0.5", "trainer.weight_decay=0.1"])
+    splits = load_splits(recipe)
+    arguments = make_arguments(recipe.trainer, splits.task, tmp_path, 0)
+    trainer = make_trainer(recipe, splits, load_tokenizer(recipe.model), arguments)
+    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+    groups = trainer.create_optimizer().param_groups
+    rates = {names[id(p)]: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    assert set(rates) == {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert {rate for name, (rate, _) in rates.items() if "classifier" in name} == {0.5}
+    assert {rate for name, (rate, _) in rates.items() if "classifier" not in name} == {arguments.learning_rate}
+    assert {decay for name, (_, decay) in rates.items() if name.endswith("bias")} == {0.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "auto"), [("sft", AutoModelForCausalLM), ("labels", AutoModelForSequenceClassification)]
+)
+def test_all_weights_can_be_trained(name, auto, place, tmp_path):
+    more = ["data.test=null"] if name == "sft" else []
+    (result,) = train(place, name, tmp_path / "run", "adapter=null", *more)
+    assert result.trained_parameters == result.all_parameters
+    assert auto.from_pretrained(tmp_path / "run" / "seed-0" / "model").num_parameters() == result.all_parameters
+
+
+def test_a_head_of_another_task_is_refused_with_the_remedy(place, tmp_path):
+    shutil.copytree(place / "bert", tmp_path / "bert")
+    tiny_bert(num_labels=5).save_pretrained(tmp_path / "bert")
+    more = [f"model={tmp_path / 'bert'}", "trainer.max_steps=1"]
+    with pytest.raises(ValueError, match="ignore_mismatched_sizes: true"):
+        train(place, "labels", tmp_path / "run", *more)
+    train(place, "labels", tmp_path / "run2", *more, "model_arguments.ignore_mismatched_sizes=true")
+
+
+def test_a_quantised_base(place, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    (result,) = train(place, "sft", tmp_path / "run", "quantize.rounds=2", "trainer.max_steps=2")
+    (plain,) = train(
+        place, "sft", tmp_path / "qlora", "quantize.residual=false", "trainer.max_steps=2", "adapter.method=lora"
+    )
+    assert result.validation["loss"] != plain.validation["loss"]
+
+
+def test_rows_whose_prompts_fill_the_length_are_left_out_and_said(place, tmp_path, capsys):
+    more = ["trainer.max_steps=1", "data.test=null"]
+    long = {"prompt": " ".join(WORDS[:20]) + " ", "response": WORDS[20]}
+    rows = (place / "rows.jsonl").read_text(encoding="utf-8") + 3 * (json.dumps(long) + "\n")
+    (tmp_path / "rows.jsonl").write_text(rows, encoding="utf-8")
+    data = [f"data.train={tmp_path / 'rows.jsonl'}", f"data.validation={place / 'rows.jsonl'}"]
+    train(place, "sft", tmp_path / "run", *data, "trainer.max_length=12", *more)
+    assert "3 of 43 rows of train_dataset left out" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="all 40 rows of train_dataset"):
+        train(
+            place,
+            "sft",
+            tmp_path / "other",
+            "data.validation=1",
+            f"data.train={place / 'rows.jsonl'}",
+            f"data.validation={place / 'rows.jsonl'}",
+            "trainer.max_length=4",
+            *more,
+        )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["trainer.learning_rat=1"], "Did you mean learning_rate?"),
+        (["adapter.method=dotta"], "Did you mean dota?"),
+        (["task=instruction"], "Did you mean instructions?"),
+        (["data.train=nowhere.jsonl"], "no file nowhere.jsonl"),
+        (["data.validation=40"], "expected at least 41 rows, got 40"),
+        (["evaluate.beams=3"], "evaluate: unknown key 'beams'"),
+        (["adapter.target_modules=[nothing]"], "nothing"),
+    ],
+)
+def test_user_errors_are_one_line_and_leave_nothing(overrides, message, place, tmp_path, capsys):
+    command = ["train", str(place / "sft.yaml"), f"output={tmp_path / 'run'}", *overrides]
+    assert main(command) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("tensorpeft: ")
+    assert message in error
+    assert not list(tmp_path.glob("run/seed-*/adapter"))
