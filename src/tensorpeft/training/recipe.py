@@ -270,7 +270,10 @@ def _method(tree: DictConfig) -> str | None:
 
 
 def _package_folder(name: str) -> str:
-    spec = find_spec(name)
+    try:
+        spec = find_spec(name)
+    except ModuleNotFoundError:  # of what stands before a dot
+        spec = None
     if spec is None or spec.origin is None:
         raise ImportError(f'the recipe needs the package {name}, which is not installed. Run: pip install "{name}"')
     return str(Path(spec.origin).parent)

@@ -1,0 +1,65 @@
+"""Two processes train as one does with a batch twice as large; `make recipes` runs these, `make test` does not."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tensorpeft.training.results import read_result
+
+ROOT = Path(__file__).parents[2]
+DATA = Path(os.environ.get("TENSORPEFT_DATA", ROOT.parent / "shared"))
+pytestmark = [
+    pytest.mark.recipes,
+    pytest.mark.skipif(not (DATA / "data").is_dir(), reason=f"no data in {DATA}; set TENSORPEFT_DATA"),
+]
+LORTA = ["adapter.method=lorta", "adapter.r=8", "adapter.target_modules=[q_proj,k_proj,v_proj,o_proj]"]
+METHODS = {"dota": [], "lorta": [*LORTA, "trainer.learning_rate=1e-2"]}
+TORCHRUN = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
+# On CPUs accelerate starts several processes with MPI only; torchrun, which it uses for GPUs, starts them here.
+ACCELERATE = ["accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m"]
+
+
+def free_port() -> str:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return str(listener.getsockname()[1])
+
+
+def train(output: Path, batch_size: int, launcher: list[str], *overrides: str):
+    """The result of a small SFT run, in one process or in those of a launcher."""
+    command = [sys.executable, "-m", *launcher]
+    command += ["tensorpeft", "train", str(ROOT / "recipes/small/stories_sft.yaml"), "--smoke", f"output={output}"]
+    command += [f"trainer.per_device_train_batch_size={batch_size}", "trainer.max_steps=6", "trainer.eval_steps=3"]
+    environment = os.environ | {"TENSORPEFT_DATA": str(DATA), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *overrides], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("Report, curves, adapters") == 1  # the main process alone speaks
+    return read_result(output / "seed-0" / "results.json")
+
+
+def assert_same(two, one):
+    assert dict(two.curve("loss")) == pytest.approx(dict(one.curve("loss")), abs=1e-5)
+    assert dict(two.curve("eval_loss")) == pytest.approx(dict(one.curve("eval_loss")), abs=1e-5)
+    assert two.tests["instructions"] == pytest.approx(one.tests["instructions"], rel=1e-5)
+    assert dict(one.curve("loss"))[6] < dict(one.curve("loss"))[1]
+
+
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_are_one_with_the_doubled_batch(method, checkpointing, tmp_path):
+    more = [*METHODS[method], f"trainer.gradient_checkpointing={checkpointing}"]
+    one = train(tmp_path / "one", 8, [], *more)
+    two = train(tmp_path / "two", 4, [*TORCHRUN, free_port(), "-m"], *more)
+    assert_same(two, one)
+
+
+def test_accelerate_launches_the_command(tmp_path):
+    plain = train(tmp_path / "plain", 4, [], *METHODS["lorta"])
+    launched = train(tmp_path / "launched", 4, ACCELERATE, *METHODS["lorta"])
+    assert_same(launched, plain)
