@@ -1,11 +1,11 @@
-# The two commands: `make demo` and `make test`. Both make their own environment in .venv, from constraints.txt.
+# The commands `make demo`, `make test` and `make recipes`. Each makes its own environment in .venv, from constraints.txt.
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test check
+.PHONY: demo test recipes check
 
 # torch first and alone: the pinned wheel must be chosen before any other package names a range of it.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -21,6 +21,11 @@ demo: $(VENV)/.installed
 test: export OMP_NUM_THREADS ?= 1
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# Every recipe's small version on real data, whole, killed and resumed; two processes. A quarter of an hour.
+recipes: export OMP_NUM_THREADS ?= 1
+recipes: $(VENV)/.installed
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m recipes
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -1,7 +1,7 @@
 """MiniLM-L6 on CoLA, RTE and 10,000 rows of SST-2: full fine-tuning, LoRA, DoTA and LoRTA, three seeds each.
 
-Runs recipes/small/minilm_glue.yaml for every task and method, and prints a Markdown table. Finished runs are kept in the
-output folder and not run again; with --print-only nothing is run. Two to three hours of one CPU thread.
+Runs recipes/small/minilm_glue.yaml for every task and method, and prints a Markdown table. Finished runs are kept in
+the output folder and not run again; with --print-only nothing is run. Two hours of one CPU thread.
 
 The learning rates are those that `tensorpeft demo --task cola` chose on CoLA's validation loss (docs/demo.md), for all
 three tasks; the head's is 1e-3 with every method.

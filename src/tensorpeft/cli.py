@@ -283,7 +283,7 @@ def _source(data: str) -> object:
     parts = data.split(":")[1:]
     if len(parts) not in (2, 3) or not all(parts):
         raise ValueError(
-            f"--data {data}: expected hub:NAME:SPLIT or hub:NAME:CONFIG:SPLIT, such as hub:nyu-mll/glue:cola:validation."
+            f"--data {data}: expected hub:NAME:SPLIT or hub:NAME:CONFIG:SPLIT, such as hub:nyu-mll/glue:cola:test."
         )
     return {"hub": parts[0], "split": parts[-1]} | ({"name": parts[1]} if len(parts) == 3 else {})
 

@@ -36,7 +36,12 @@ def train(output: Path, batch_size: int, launcher: list[str], *overrides: str):
     command += [f"trainer.per_device_train_batch_size={batch_size}", "trainer.max_steps=6", "trainer.eval_steps=3"]
     environment = os.environ | {"TENSORPEFT_DATA": str(DATA), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, *overrides], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600
+        [*command, *overrides],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout
     assert done.stdout.count("Report, curves, adapters") == 1  # the main process alone speaks

@@ -127,7 +127,7 @@ def test_a_run_is_not_written_over(place, tmp_path):
     before = sorted(path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*"))
     with pytest.raises(FileExistsError, match="--resume"):
         train(place, "labels", tmp_path / "run", "trainer.max_steps=2")
-    with pytest.raises(ValueError, match="the run has trainer.*max_steps': 2.*the recipe.*max_steps': 3"):
+    with pytest.raises(ValueError, match=r"the run has trainer.*max_steps': 2.*the recipe.*max_steps': 3"):
         train(place, "labels", tmp_path / "run", "trainer.max_steps=3", resume=True)
     assert sorted(path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")) == before
 

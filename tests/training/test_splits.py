@@ -163,7 +163,7 @@ def test_a_leak_is_told_in_a_sentence():
             {"rte": "a/b/c.tsv", "mrpc": ["d.tsv", {"hub": "glue", "split": "test"}]},
             "rte: b/c.tsv; mrpc: d.tsv, glue test",
         ),
-        (15, "15 of the training rows"),
+        (15, "the training source, drawn before the training rows"),
     ],
 )
 def test_a_source_as_a_report_calls_it(source, name):

@@ -48,6 +48,7 @@ def load_base(
     """The model as it is before an adapter: quantised, where the recipe says so."""
     set_seed(seed)
     arguments = dict(recipe.model_arguments)
+    model: Any
     if isinstance(task, StructureTask):
         model = _load_folding_model(recipe.model, arguments)
     elif isinstance(task, LabelTask):
@@ -73,8 +74,8 @@ def _load_classifier(name: str, arguments: dict[str, Any]) -> PreTrainedModel:
         return AutoModelForSequenceClassification.from_pretrained(name, **arguments)
     except RuntimeError as error:
         raise ValueError(
-            f"{name}: it cannot be loaded with a head of {arguments['num_labels']} outputs ({error}). If it has the head of "
-            "another task, write model_arguments: {ignore_mismatched_sizes: true}; the head then starts from noise."
+            f"{name}: it cannot be loaded with a head of {arguments['num_labels']} outputs ({error}). If it has the head "
+            "of another task, write model_arguments: {ignore_mismatched_sizes: true}; it then starts from noise."
         ) from None
 
 

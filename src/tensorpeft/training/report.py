@@ -100,7 +100,8 @@ def _is_score(key: str) -> bool:
 def _title(recipe: Recipe, results: Sequence[SeedResult]) -> str:
     method = "all weights" if recipe.adapter is None else str(recipe.adapter["method"])
     trained = f"{results[0].trained_parameters:,} of {results[0].all_parameters:,} parameters"
-    return f"{Path(recipe.model).name}, {method} ({trained}), {recipe.task}, {results[0].steps} steps"
+    model = "/".join(Path(recipe.model).parts[-2:])
+    return f"{model}, {method} ({trained}), {recipe.task}, {results[0].steps} steps"
 
 
 def _metrics(results: Sequence[SeedResult]) -> list[tuple[str, str]]:

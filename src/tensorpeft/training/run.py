@@ -116,7 +116,7 @@ def _run_seed(
     resume: bool,
     console: Console,
 ) -> SeedResult:
-    folder = Path(arguments.output_dir)
+    folder = Path(str(arguments.output_dir))
     if resume and (folder / _RESULTS).is_file():
         return read_result(folder / _RESULTS)
     tokenizer = None if isinstance(splits.task, StructureTask) else load_tokenizer(recipe.model)
@@ -129,17 +129,19 @@ def _run_seed(
         trainer.train(resume_from_checkpoint=_last_whole_checkpoint(folder) if resume else None)
     finally:
         bar.stop()
+    history = tuple(trainer.state.log_history)  # before the kept checkpoint is evaluated, under the last step's number
     validation = {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items()}
     _save(trainer, folder / ("model" if recipe.adapter is None else "adapter"))
+    parameters = list(trainer.model.parameters())  # pyright: ignore[reportOptionalMemberAccess]
     result = SeedResult(
         seed=arguments.seed,
-        history=tuple(trainer.state.log_history),
+        history=history,
         validation=_only_numbers(validation),
         best_step=trainer.state.best_global_step if arguments.load_best_model_at_end else None,
         steps=trainer.state.max_steps,
         tests=_test(trainer, tokenizer, splits, options, folder, console),
-        trained_parameters=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
-        all_parameters=sum(p.numel() for p in trainer.model.parameters()),
+        trained_parameters=sum(p.numel() for p in parameters if p.requires_grad),
+        all_parameters=sum(p.numel() for p in parameters),
     )
     if trainer.is_world_process_zero():
         result.write(folder / _RESULTS)

@@ -112,6 +112,6 @@ def describe_source(source: Any) -> str:
     if isinstance(source, Mapping):
         return "; ".join(f"{name}: {describe_source(part)}" for name, part in source.items())
     if isinstance(source, int):
-        return f"{source} of the training rows"
+        return "the training source, drawn before the training rows"
     path = Path(source)
     return "/".join(name for name in (path.parent.name, path.name) if name)

@@ -41,7 +41,7 @@ class HeadRateTrainer(Trainer):
         """The optimiser of the arguments, the groups of its parameters split where the rates differ."""
         optimizer = super().create_optimizer(model)
         if self.head_learning_rate is not None:
-            trained = self.model if model is None else model
+            trained: Any = self.model if model is None else model
             head = {id(p) for name, p in trained.named_parameters() if set(name.split(".")) & set(_HEADS)}
             groups = list(optimizer.param_groups)
             optimizer.param_groups.clear()
@@ -116,8 +116,8 @@ def _label_rows(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int | None,
 ) -> Dataset:
-    columns = [list(column) for column in zip(*(example.texts for example in examples), strict=True)]
-    rows = tokenizer(*columns, truncation=True, max_length=max_length)
+    first, *pair = (list(column) for column in zip(*(example.texts for example in examples), strict=True))
+    rows = tokenizer(first, text_pair=pair[0] if pair else None, truncation=True, max_length=max_length)
     labels = [int(example.label) if task.label_names else float(example.label) for example in examples]
     return Dataset.from_dict({**rows, "labels": labels})
 
@@ -128,10 +128,14 @@ def _structure_trainer(model: Any, recipe: Recipe, splits: Splits, arguments: Tr
         head_learning_rate=recipe.head_learning_rate,
         model=model,
         args=arguments,
-        train_dataset=[_crop(chain, recipe.data.max_length) for chain in splits.train],
-        eval_dataset=[_crop(chain, recipe.data.max_length) for chain in splits.validation],
+        train_dataset=_chains(splits.train, recipe.data.max_length),
+        eval_dataset=_chains(splits.validation, recipe.data.max_length),
         data_collator=collate_structures,
     )
+
+
+def _chains(examples: Sequence[Any], max_length: int | None) -> list[Structure]:
+    return [_crop(chain, max_length) for chain in examples]
 
 
 def _crop(chain: Structure, max_length: int | None) -> Structure:
@@ -157,27 +161,28 @@ def _preference_rows(examples: Sequence[Any], loss_on: str) -> list[dict[str, st
 
 
 def _sft_trainer(**arguments: Any) -> Trainer:
-    from trl import SFTTrainer
+    from trl.trainer.sft_trainer import SFTTrainer
 
     trainer = SFTTrainer(**arguments)
-    if not trainer.args.packing:
+    settings: Any = trainer.args
+    if not settings.packing:
         for name in ("train_dataset", "eval_dataset"):
             # TRL drops rows of which nothing is left to learn, and does not say so.
             given, kept = len(arguments[name]), len(getattr(trainer, name))
             if kept == 0:
                 raise ValueError(
                     f"all {given} rows of {name} have prompts that alone fill trainer.max_length="
-                    f"{trainer.args.max_length}. Pass a larger trainer.max_length."
+                    f"{settings.max_length}. Pass a larger trainer.max_length."
                 )
             if kept < given:
                 print(
                     f"{given - kept} of {given} rows of {name} left out: their prompts alone fill "
-                    f"trainer.max_length={trainer.args.max_length}."
+                    f"trainer.max_length={settings.max_length}."
                 )
     return trainer
 
 
 def _dpo_trainer(**arguments: Any) -> Trainer:
-    from trl import DPOTrainer
+    from trl.trainer.dpo_trainer import DPOTrainer
 
     return DPOTrainer(**arguments)
