@@ -5,11 +5,13 @@ import pytest
 pytest.importorskip("sklearn")
 pytest.importorskip("trl")
 import torch
+from peft import LoraConfig
 from transformers import TrainingArguments
 from trl import DPOConfig, SFTConfig
 
 from tensorpeft.tasks.registry import find_task
 from tensorpeft.tasks.task import StructureTask
+from tensorpeft.training.adapters import make_config
 from tensorpeft.training.arguments import make_arguments
 
 FOLDING = StructureTask("chains", "Chains.", load=lambda path: [])
@@ -158,3 +160,24 @@ def test_what_a_recipe_says_elsewhere_is_refused(tmp_path, name, instead):
 def test_unknown_names_and_wrong_values(tmp_path, task, trainer, message):
     with pytest.raises(ValueError, match=rf"^trainer.*{message}"):
         make_arguments(trainer, find_task(task), tmp_path, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "message"),
+    [
+        ({"method": "dotta"}, r"adapter\.method: unknown key 'dotta'\. Did you mean dota\?"),
+        ({"method": 3}, r"adapter\.method: unknown key '3'\. Known are"),
+        ({"method": "dota", "num_core": 3}, r"adapter, method dota: unknown key 'num_core'\. Did you mean num_cores\?"),
+        ({"method": "lora", "rank": 3}, "adapter, method lora: unknown key 'rank'"),
+    ],
+)
+def test_a_wrong_adapter(adapter, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        make_config(adapter, "CAUSAL_LM")
+
+
+def test_an_adapter():
+    config = make_config({"method": "LoRA", "r": 3, "target_modules": ["q"]}, "SEQ_CLS")
+    assert type(config) is LoraConfig
+    assert (config.r, config.target_modules, config.task_type) == (3, {"q"}, "SEQ_CLS")
+    assert make_config({"method": "dota"}, None).task_type is None

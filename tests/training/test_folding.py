@@ -323,6 +323,7 @@ def test_gradients_reach_every_factor_of_an_adapter():
     assert all(p.grad is None for name, p in adapted.named_parameters() if name.endswith("query.base_layer.weight"))
 
 
+@pytest.mark.recipes
 def test_an_adapter_learns_a_structure_with_the_trainer(tmp_path):
     structure = helix()
     arguments = TrainingArguments(
@@ -357,6 +358,7 @@ def test_fold_returns_the_final_frames_and_leaves_the_mode():
         np.testing.assert_allclose(found, expected.detach().numpy(), rtol=1e-5)
 
 
+@pytest.mark.recipes
 @needs_data
 def test_real_structures_are_learnt(tmp_path):
     pytest.importorskip("gemmi")

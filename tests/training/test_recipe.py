@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 
 pytest.importorskip("omegaconf")
-from tensorpeft.training.adapters import make_config
 from tensorpeft.training.recipe import DataRecipe, Recipe, load_recipe
 
 BASE = "model: m\ntask: rte\ndata: {train: a.tsv, validation: b.tsv}\n"
@@ -299,127 +298,6 @@ def test_what_is_no_override(refused, override):
 
 def test_an_override_that_is_not_yaml(refused):
     refused(r"^'adapter\.target_modules=\[q': the value is not YAML", BASE, "seeds=3", "adapter.target_modules=[q")
-
-
-# What is refused
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("modle: m", r"unknown key 'modle'\. Did you mean model\?"),
-        ("trainer_arguments: {}", r"unknown key 'trainer_arguments'\. Did you mean"),
-        ("xyz: 1", r"unknown key 'xyz'\. Known are adapter, data,"),
-        ("data.trian: a", r"data: unknown key 'trian'\. Did you mean train\?"),
-        ("3: 4", "unknown key 3"),
-        ("data: rows.tsv", "data='rows.tsv': expected a mapping of fields"),
-        ("data: 3", "data=3: expected a mapping"),
-        ("trainer: 3", "trainer=3: expected a mapping"),
-        ("trainer: no", "trainer=False: expected a mapping"),
-        ("adapter: lora", "adapter='lora': expected a mapping"),
-        ("quantize: true", "quantize=True: expected a mapping"),
-        ("evaluate: x", "evaluate='x': expected a mapping"),
-        ("model_arguments: x", "model_arguments='x': expected a mapping"),
-        ("data: null", "data is missing"),
-        ("model: ''", "model is missing"),
-        ("task: null", "task is missing"),
-        ("data.train: null", "data.train is missing: a file"),
-        ("data.validation: []", "data.validation is missing"),
-        ("model: 3", "model=3: expected a text"),
-        ("task: [rte]", r"task=\['rte'\]: expected a text"),
-        ("output: 3", "output=3: expected a text"),
-        ("output: ' '", "output=' ': expected a text"),
-        ("description: {a: b}", "description={'a': 'b'}: expected a text"),
-        ("adapter: {r: 8}", "adapter={'r': 8}: expected a field method"),
-        ("head_learning_rate: fast", "head_learning_rate='fast': expected a number"),
-        ("head_learning_rate: yes", "head_learning_rate=True: expected a number"),
-        ("seeds: a", r"seeds=\['a'\]: expected a list of different whole numbers"),
-        ("seeds: []", r"seeds=\[\]: expected"),
-        ("seeds: [0, 0]", r"seeds=\[0, 0\]: expected"),
-        ("seeds: [0, 1.5]", r"seeds=\[0, 1\.5\]: expected"),
-        ("seeds: [true]", r"seeds=\[True\]: expected"),
-        ("seeds: 1.5", r"seeds=\[1\.5\]: expected"),
-        ("seeds: '12'", r"seeds=\['12'\]: expected"),
-        ("seeds: [[1]]", r"seeds=\[\[1\]\]: expected"),
-        ("seeds: {a: 1}", r"seeds=\[{'a': 1}\]: expected"),
-        ("seeds: -1", r"seeds=\[-1\]: expected"),
-        ("seeds: 4294967296", r"seeds=\[4294967296\]: expected"),
-        ("data.loss_on: prompt", "data.loss_on='prompt': expected text or response"),
-        ("data.train_rows: 0", "data.train_rows=0: expected a whole number, at least 1"),
-        ("data.train_rows: true", "data.train_rows=True: expected a whole number"),
-        ("data.test_rows: '8'", "data.test_rows='8': expected a whole number"),
-        ("data.max_length: 1e2", "data.max_length=100.0: expected a whole number"),
-        ("data.validation: -5", "data.validation=-5: expected a source, or a number of rows, at least 1"),
-        ("data.validation: 0", "data.validation=0: expected a source"),
-        ("data.validation: yes", "data.validation=True: expected a source"),
-        ("data.seed: a", "data.seed='a': expected a whole number"),
-        ("data.seed: true", "data.seed=True: expected a whole number"),
-    ],
-)
-def test_a_wrong_recipe(refused, line, message):
-    key, _, value = line.partition(": ")
-    text = f"inherits: base.yaml\ndata: {{{key.removeprefix('data.')}: {value}}}\n" if "." in key else None
-    refused(rf"recipe\.yaml: {message}", text or f"inherits: base.yaml\n{line}\n", base=BASE)
-
-
-def test_rows_for_validation_are_drawn_or_taken_but_not_both(refused):
-    text = "inherits: parent.yaml\ndata: {validation_rows: 50}\n"
-    refused("data.validation_rows=50: data.validation=100 says how many rows are drawn already", text)
-
-
-@pytest.mark.parametrize("section", ["trainer: [1]", "adapter: [1]", "data: [1]", "evaluate: [1]"])
-def test_a_list_where_the_file_below_has_a_mapping(refused, section):
-    below = BASE + "trainer: {a: 1}\nadapter: {method: lora}\nevaluate: {a: 1}\n"
-    refused(r"\[1\].*mapping", f"inherits: base.yaml\n{section}\n", base=below)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("model: [", "not YAML"),
-        ("model: m\nmodel: n\n", "not YAML.*duplicate key model"),
-        ("- model\n", "expected a mapping with model, task and data"),
-        ("3\n", "not YAML"),
-        ("", "model is missing"),
-        (BASE.replace("m\n", "???\n"), "Missing mandatory value: model"),
-    ],
-)
-def test_what_is_no_recipe(refused, text, message):
-    refused(rf"recipe\.yaml: {message}", text)
-
-
-def test_bytes_that_are_no_text_and_a_missing_file(tmp_path):
-    (tmp_path / "recipe.yaml").write_bytes(b"model: \xff\n")
-    with pytest.raises(ValueError, match=r"recipe\.yaml: not YAML: 'utf-8'"):
-        load_recipe(tmp_path / "recipe.yaml")
-    for path in (tmp_path, tmp_path / "none.yaml"):
-        with pytest.raises(FileNotFoundError, match=r"no recipe .*\. Pass the path of a YAML file"):
-            load_recipe(path)
-
-
-@pytest.mark.parametrize(
-    ("adapter", "message"),
-    [
-        ({"method": "dotta"}, r"adapter\.method: unknown key 'dotta'\. Did you mean dota\?"),
-        ({"method": 3}, r"adapter\.method: unknown key '3'\. Known are"),
-        ({"method": "dota", "num_core": 3}, r"adapter, method dota: unknown key 'num_core'\. Did you mean num_cores\?"),
-        ({"method": "lora", "rank": 3}, "adapter, method lora: unknown key 'rank'"),
-    ],
-)
-def test_a_wrong_adapter(adapter, message):
-    with pytest.raises(ValueError, match=f"^{message}"):
-        make_config(adapter, "CAUSAL_LM")
-
-
-def test_an_adapter():
-    config = make_config({"method": "LoRA", "r": 3, "target_modules": ["q"]}, "SEQ_CLS")
-    assert (type(config).__name__, config.r, config.target_modules, config.task_type) == (
-        "LoraConfig",
-        3,
-        {"q"},
-        "SEQ_CLS",
-    )
-    assert make_config({"method": "dota"}, None).task_type is None
 
 
 # To YAML and back

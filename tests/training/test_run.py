@@ -16,6 +16,7 @@ from tensorpeft.training.recipe import load_recipe
 from tensorpeft.training.results import read_result
 from tensorpeft.training.run import run_training
 
+long = pytest.mark.recipes
 RATES = {"trainer.learning_rate": "1e-2", "trainer.bf16": "false", "trainer.gradient_checkpointing": "false"}
 
 
@@ -58,7 +59,7 @@ def losses(result):
     return dict(result.curve("loss"))
 
 
-@pytest.mark.parametrize("name", ["sft", "dpo", "labels"])
+@pytest.mark.parametrize("name", ["sft", pytest.param("dpo", marks=long), pytest.param("labels", marks=long)])
 def test_a_run_leaves_its_adapter_curves_and_report(name, place, tmp_path):
     (result,) = train(place, name, tmp_path / "run")
     folder = tmp_path / "run"
@@ -80,6 +81,7 @@ def test_a_run_leaves_its_adapter_curves_and_report(name, place, tmp_path):
     )
 
 
+@long
 def test_the_saved_adapter_is_the_best_checkpoint(place, tmp_path):
     (result,) = train(place, "sft", tmp_path / "run", "trainer.learning_rate=1", "trainer.save_total_limit=9")
     seed = tmp_path / "run" / "seed-0"
@@ -91,13 +93,14 @@ def test_the_saved_adapter_is_the_best_checkpoint(place, tmp_path):
     assert result.best_step != 6  # so large a rate overshoots: the last one is not the best
 
 
+@long
 def test_leaks_are_printed_and_reported(place, tmp_path, capsys):
     train(place, "sft", tmp_path / "run")  # its test rows are the training file's
     assert "of 6 test (instructions) rows are training rows, too" in " ".join(capsys.readouterr().out.split())
     assert "rows are training rows, too" in (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["sft", "dpo", "labels"])
+@pytest.mark.parametrize("name", ["sft", pytest.param("dpo", marks=long), pytest.param("labels", marks=long)])
 def test_a_run_goes_on_at_its_last_whole_checkpoint(name, place, tmp_path):
     (whole,) = train(place, name, tmp_path / "whole", "trainer.save_total_limit=9")
     shutil.copytree(tmp_path / "whole", tmp_path / "killed")
@@ -111,6 +114,7 @@ def test_a_run_goes_on_at_its_last_whole_checkpoint(name, place, tmp_path):
     assert resumed.tests == whole.tests
 
 
+@long
 def test_finished_seeds_are_not_run_again(place, tmp_path):
     first = train(place, "labels", tmp_path / "run", "seeds=[3]")
     state = tmp_path / "run" / "seed-3" / "adapter" / "adapter_model.safetensors"
@@ -151,6 +155,7 @@ def test_the_head_has_its_own_rate(place, tmp_path):
     assert {decay for name, (_, decay) in rates.items() if name.endswith("bias")} == {0.0}
 
 
+@long
 @pytest.mark.parametrize(
     ("name", "auto"), [("sft", AutoModelForCausalLM), ("labels", AutoModelForSequenceClassification)]
 )
@@ -161,6 +166,7 @@ def test_all_weights_can_be_trained(name, auto, place, tmp_path):
     assert auto.from_pretrained(tmp_path / "run" / "seed-0" / "model").num_parameters() == result.all_parameters
 
 
+@long
 def test_a_head_of_another_task_is_refused_with_the_remedy(place, tmp_path):
     shutil.copytree(place / "bert", tmp_path / "bert")
     tiny_bert(num_labels=5).save_pretrained(tmp_path / "bert")
@@ -170,6 +176,7 @@ def test_a_head_of_another_task_is_refused_with_the_remedy(place, tmp_path):
     train(place, "labels", tmp_path / "run2", *more, "model_arguments.ignore_mismatched_sizes=true")
 
 
+@long
 def test_a_quantised_base(place, tmp_path):
     pytest.importorskip("bitsandbytes")
     (result,) = train(place, "sft", tmp_path / "run", "quantize.rounds=2", "trainer.max_steps=2")
@@ -179,6 +186,7 @@ def test_a_quantised_base(place, tmp_path):
     assert result.validation["loss"] != plain.validation["loss"]
 
 
+@long
 def test_rows_whose_prompts_fill_the_length_are_left_out_and_said(place, tmp_path, capsys):
     more = ["trainer.max_steps=1", "data.test=null"]
     long = {"prompt": " ".join(WORDS[:20]) + " ", "response": WORDS[20]}
