@@ -142,7 +142,7 @@ def test_a_method_that_a_value_names_keeps_the_fields_beside_it(load):
 
 def test_null_takes_back_what_is_said_below(load):
     found = load("inherits: parent.yaml\ntrainer: {warmup_steps: null}\nseeds: null\noutput: null\ndescription: null\n")
-    assert found.trainer == {"learning_rate": 1e-3}
+    assert found.trainer == {"learning_rate": 1e-3, "warmup_steps": None}  # the trainer's arguments know what it means
     assert (found.seeds, found.output, found.description) == ((0,), "runs/train", "")
     below = BASE + "evaluate: {beta: 1}\nquantize: {rounds: 5}\nmodel_arguments: {dtype: float32}\nseeds: [4]\n"
     found = load("inherits: base.yaml\nevaluate: null\nquantize: {rounds: null}\nmodel_arguments: null\n", base=below)
@@ -247,7 +247,11 @@ def test_references_to_nothing(refused, reference, message):
     ("overrides", "section", "expected"),
     [
         (["trainer.learning_rate=5e-4"], "trainer", {"learning_rate": 5e-4, "warmup_steps": 10}),
-        (["trainer.a=1", "trainer.a=2", "trainer.warmup_steps=null"], "trainer", {"learning_rate": 1e-3, "a": 2}),
+        (
+            ["trainer.a=1", "trainer.a=2", "trainer.warmup_steps=null"],
+            "trainer",
+            {"learning_rate": 1e-3, "warmup_steps": None, "a": 2},
+        ),
         (["trainer={a: 1}"], "trainer", {"learning_rate": 1e-3, "warmup_steps": 10, "a": 1}),
         (["seeds=[1,2]"], "seeds", (1, 2)),
         (["seeds=4"], "seeds", (4,)),

@@ -218,6 +218,10 @@ def test_rows_whose_prompts_fill_the_length_are_left_out_and_said(place, tmp_pat
         (["data.validation=40"], "expected at least 41 rows, got 40"),
         (["evaluate.beams=3"], "evaluate: unknown key 'beams'"),
         (["adapter.target_modules=[nothing]"], "nothing"),
+        (["adapter.num_core=3"], "Did you mean num_cores?"),
+        (["evaluate.mode=likelihood"], "expected choices"),
+        (["data.max_length=8"], "trainer.max_length"),
+        (["head_learning_rate=1e-3"], "gets no new head"),
     ],
 )
 def test_user_errors_are_one_line_and_leave_nothing(overrides, message, place, tmp_path, capsys):
@@ -226,4 +230,4 @@ def test_user_errors_are_one_line_and_leave_nothing(overrides, message, place, t
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("tensorpeft: ")
     assert message in error
-    assert not list(tmp_path.glob("run/seed-*/adapter"))
+    assert not list(tmp_path.glob("run/recipe.yaml"))  # the corrected command may use the folder

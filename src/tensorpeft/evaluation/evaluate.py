@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tensorpeft.evaluation.generation import evaluate_generation
 from tensorpeft.evaluation.labels import evaluate_labels
-from tensorpeft.evaluation.likelihood import evaluate_likelihood
+from tensorpeft.evaluation.likelihood import check_choices, evaluate_likelihood
 from tensorpeft.evaluation.loss import evaluate_loss
 from tensorpeft.evaluation.options import EvaluationOptions
 from tensorpeft.evaluation.preferences import evaluate_preferences
@@ -99,6 +99,17 @@ def find_mode(task: Task, options: EvaluationOptions) -> str:
     if options.mode == "generate" and task.score is None:
         raise ValueError(f"mode='generate': the task {task.name} cannot score a text. Use mode loss.")
     return options.mode or ("loss" if task.score is None else "generate")
+
+
+def check_mode(task: Task, examples: Sequence[Example], options: EvaluationOptions) -> None:
+    """What an evaluation would refuse without a model, long before there is one.
+
+    Raises:
+        ValueError: the mode does not suit the task or an example.
+    """
+    if find_mode(task, options) == "likelihood":
+        for example in examples:
+            check_choices(task, example)  # pyright: ignore[reportArgumentType]  # of a question task
 
 
 @contextmanager

@@ -31,7 +31,7 @@ def evaluate_likelihood(
         ValueError: a question has no choices, or does not say which is right.
     """
     for example in examples:
-        _check(task, example)
+        check_choices(task, example)
     limit = find_limit(model, tokenizer, options.max_length)
     groups = encode_responses(
         tokenizer, [example.prompt for example in examples], [example.choices for example in examples]
@@ -56,7 +56,12 @@ def evaluate_likelihood(
     return {name: sum(row["metrics"][name] for row in described) / len(described) for name in names}, described
 
 
-def _check(task: QuestionTask, example: Question) -> None:
+def check_choices(task: QuestionTask, example: Question) -> None:
+    """Refuse a question that has no choices, a blank one, or does not say which is right.
+
+    Raises:
+        ValueError: it is such a question.
+    """
     if not example.choices or example.gold is None or not 0 <= example.gold < len(example.choices):
         raise ValueError(
             f"task {task.name}, row {example.key!r}: got {len(example.choices)} choices and gold={example.gold}, "

@@ -37,9 +37,12 @@ def make_arguments(
     if own := [name for name in _OWN if name in trainer]:
         raise ValueError(f"trainer.{own[0]}: a recipe says this with {_OWN[own[0]]}. Remove it here.")
     check_keys(trainer, known, f"trainer ({arguments_class.__name__})")
+    values = {field.name: field for field in dataclasses.fields(arguments_class)}
     # YAML reads an unquoted "no" as False.
     given: dict[str, Any] = {
-        key: "no" if value is False and key.endswith("_strategy") else value for key, value in trainer.items()
+        key: "no" if value is False and key.endswith("_strategy") else value
+        for key, value in trainer.items()
+        if value is not None or _may_be_none(values[key])
     }
     for field in dataclasses.fields(arguments_class):
         if isinstance(given.get(field.name), str) and isinstance(field.default, int | float):
@@ -56,6 +59,11 @@ def make_arguments(
         return arguments_class(output_dir=str(folder), seed=seed, data_seed=seed, **given)
     except (TypeError, ValueError) as error:
         raise ValueError(f"trainer ({arguments_class.__name__}): {error}") from None
+
+
+def _may_be_none(field: "dataclasses.Field[Any]") -> bool:
+    """Whether None is a value of its own, such as TRL's max_length (cut nothing), and not the default once more."""
+    return field.default is not None and "None" in str(field.type)
 
 
 def _choose_checkpoints(given: dict[str, Any]) -> None:

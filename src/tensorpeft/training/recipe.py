@@ -284,9 +284,9 @@ def _as_recipe(tree: dict[str, Any], place: str) -> Recipe:
     for name in ("data", "model_arguments", "quantize", "trainer", "evaluate", "adapter"):
         if tree.get(name) is not None and not isinstance(tree[name], dict):
             raise ValueError(f"{place}: {name}={tree[name]!r}: expected a mapping of fields.")
-    # Null takes back what a file below says. Not in an adapter: some fields of PEFT's mean something by None.
+    # Null takes back what a file below says. Not in adapter and trainer: some of their fields mean something by None.
     tree = _without_nulls(tree)
-    for name in ("data", "model_arguments", "quantize", "trainer", "evaluate"):
+    for name in ("data", "model_arguments", "quantize", "evaluate"):
         if name in tree:
             tree[name] = _without_nulls(tree[name])
     if missing := [name for name in ("model", "task", "data") if not tree.get(name)]:

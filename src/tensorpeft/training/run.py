@@ -14,12 +14,12 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArg
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as transformers_logging
 
-from tensorpeft.evaluation.evaluate import evaluate_task
+from tensorpeft.evaluation.evaluate import check_mode, evaluate_task
 from tensorpeft.evaluation.options import EvaluationOptions
 from tensorpeft.tasks.registry import find_task
-from tensorpeft.tasks.task import StructureTask
+from tensorpeft.tasks.task import LabelTask, PreferenceTask, QuestionTask, StructureTask, Task
 from tensorpeft.training.arguments import make_arguments
-from tensorpeft.training.models import load_tokenizer
+from tensorpeft.training.models import adapter_config, load_tokenizer
 from tensorpeft.training.progress import ProgressBar
 from tensorpeft.training.recipe import Recipe, check_keys
 from tensorpeft.training.report import print_summary, write_report
@@ -56,16 +56,17 @@ def run_training(
     task, output = find_task(recipe.task), Path(recipe.output)
     arguments = {seed: make_arguments(recipe.trainer, task, output / f"seed-{seed}", seed) for seed in recipe.seeds}
     options = _options(recipe)
+    _check_fields(recipe, task)
+    adapter_config(recipe, task)
     is_main = arguments[recipe.seeds[0]].process_index == 0
     console = Console(file=terminal, quiet=not is_main)
     if is_main:
         _check_output(output, recipe, resume)
     splits = load_splits(recipe)
+    for test, examples in splits.test.values():
+        check_mode(test, examples, options)
     for leak in splits.leaks:
         console.print(f"Leak: {leak}.", soft_wrap=True)
-    if is_main:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / _RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
     if len(splits.train) < _MANY_ROWS:
         datasets.disable_progress_bars()
     results = [_run_seed(recipe, splits, arguments[seed], options, resume, console) for seed in recipe.seeds]
@@ -87,6 +88,29 @@ def _quieten() -> None:
 def _options(recipe: Recipe) -> EvaluationOptions:
     check_keys(recipe.evaluate, EvaluationOptions.__dataclass_fields__, "evaluate")
     return EvaluationOptions(**recipe.evaluate)
+
+
+def _check_fields(recipe: Recipe, task: Task) -> None:
+    """Refuse what the task's trainer would not look at, and a test that would have no reference."""
+    if isinstance(task, PreferenceTask) and recipe.adapter is None and recipe.data.test is not None:
+        raise ValueError(
+            "data.test: preferences are tested against the base, which is gone where all weights are trained."
+        )
+    has_head = isinstance(task, LabelTask | StructureTask)
+    if recipe.data.max_length is not None and not has_head:
+        raise ValueError(f"data.max_length: the task {task.name} is cut by trainer.max_length. Write it there.")
+    if recipe.head_learning_rate is not None and not has_head:
+        raise ValueError(f"head_learning_rate: a model for the task {task.name} gets no new head. Remove it.")
+    if recipe.data.loss_on == "text" and not isinstance(task, QuestionTask):
+        raise ValueError(f"data.loss_on: text: only questions have a prompt to learn, {task.name} has none. Remove it.")
+
+
+def _claim(output: Path, recipe: Recipe) -> None:
+    """Make the folder that of this recipe: from here on it holds a run."""
+    output.mkdir(parents=True, exist_ok=True)
+    partial = output / f"{_RECIPE}.partial"
+    partial.write_text(recipe.to_yaml(), encoding="utf-8")
+    partial.replace(output / _RECIPE)
 
 
 def _check_output(output: Path, recipe: Recipe, resume: bool) -> None:
@@ -121,6 +145,8 @@ def _run_seed(
         return read_result(folder / _RESULTS)
     tokenizer = None if isinstance(splits.task, StructureTask) else load_tokenizer(recipe.model)
     trainer = make_trainer(recipe, splits, tokenizer, arguments)
+    if trainer.is_world_process_zero():
+        _claim(folder.parent, recipe)  # not before: a model or an adapter that cannot be made leaves no run behind
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     bar = ProgressBar(console, f"seed {arguments.seed}")
