@@ -74,7 +74,7 @@ def _load_classifier(name: str, arguments: dict[str, Any]) -> PreTrainedModel:
         return AutoModelForSequenceClassification.from_pretrained(name, **arguments)
     except RuntimeError as error:
         raise ValueError(
-            f"{name}: it cannot be loaded with a head of {arguments['num_labels']} outputs ({error}). If its head is of "
+            f"{name}: it cannot be loaded with a head of {arguments['num_labels']} outputs: {error}. If its head is of "
             "another task, write model_arguments: {ignore_mismatched_sizes: true}; it then starts from noise."
         ) from None
 
