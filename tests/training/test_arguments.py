@@ -36,6 +36,7 @@ OURS = {
     "report_to": [],
     "disable_tqdm": True,
     "dataloader_pin_memory": torch.cuda.is_available(),
+    "ddp_timeout": 7 * 24 * 3600,
     "use_cpu": not torch.accelerator.is_available(),
     "seed": 7,
     "data_seed": 7,

@@ -12,6 +12,8 @@ pytest.importorskip("omegaconf")
 pytest.importorskip("trl")
 from evaluation.evaluated import LLAMA, WORDS, tiny_bert, word_tokenizer
 from tensorpeft.cli import main
+from tensorpeft.evaluation.options import EvaluationOptions
+from tensorpeft.evaluation.run import run_evaluate
 from tensorpeft.training.recipe import load_recipe
 from tensorpeft.training.results import read_result
 from tensorpeft.training.run import run_training
@@ -145,7 +147,7 @@ def test_the_head_has_its_own_rate(place, tmp_path):
     recipe = load_recipe(place / "labels.yaml", ["head_learning_rate=0.5", "trainer.weight_decay=0.1"])
     splits = load_splits(recipe)
     arguments = make_arguments(recipe.trainer, splits.task, tmp_path, 0)
-    trainer = make_trainer(recipe, splits, load_tokenizer(recipe.model), arguments)
+    trainer = make_trainer(recipe, splits, load_tokenizer(recipe), arguments)
     names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
     groups = trainer.create_optimizer().param_groups
     rates = {names[id(p)]: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
@@ -177,13 +179,37 @@ def test_a_head_of_another_task_is_refused_with_the_remedy(place, tmp_path):
 
 
 @long
-def test_a_quantised_base(place, tmp_path):
+@pytest.mark.parametrize("more", [["quantize.rounds=2"], ["quantize.residual=false", "adapter.method=lora"]])
+def test_an_adapter_of_a_quantised_base_finds_it(more, place, tmp_path):
     pytest.importorskip("bitsandbytes")
-    (result,) = train(place, "sft", tmp_path / "run", "quantize.rounds=2", "trainer.max_steps=2")
-    (plain,) = train(
-        place, "sft", tmp_path / "qlora", "quantize.residual=false", "trainer.max_steps=2", "adapter.method=lora"
-    )
-    assert result.validation["loss"] != plain.validation["loss"]
+    (result,) = train(place, "sft", tmp_path / "run", "trainer.max_steps=2", *more)
+    adapter, data = tmp_path / "run" / "seed-0" / "adapter", place / "rows.jsonl"
+    found = run_evaluate(str(adapter), None, "instructions", str(data), EvaluationOptions(), tmp_path / "found", rows=6)
+    assert found.metrics["loss"] == pytest.approx(result.tests["instructions"]["loss"], abs=1e-5)
+
+
+@long
+def test_a_run_killed_after_its_last_step_does_no_further_one(place, tmp_path):
+    (whole,) = train(place, "sft", tmp_path / "run", "trainer.max_steps=5", "trainer.eval_steps=5")
+    seed = tmp_path / "run" / "seed-0"
+    (seed / "results.json").unlink()
+    shutil.rmtree(seed / "adapter")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    (resumed,) = train(place, "sft", tmp_path / "moved", "trainer.max_steps=5", "trainer.eval_steps=5", resume=True)
+    assert (resumed.curve("loss"), resumed.curve("eval_loss")) == (whole.curve("loss"), whole.curve("eval_loss"))
+    assert (resumed.steps, resumed.best_step, resumed.tests) == (whole.steps, whole.best_step, whole.tests)
+    assert resumed.validation["loss"] == whole.validation["loss"]
+    assert (tmp_path / "moved" / "seed-0" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@long
+def test_pairs_that_trl_drops_are_told(place, tmp_path, capsys):
+    rows = (place / "pairs.jsonl").read_text(encoding="utf-8")
+    long = {"prompt": " ".join(WORDS[:20]) + " ", "chosen": WORDS[20], "rejected": WORDS[21]}
+    (tmp_path / "pairs.jsonl").write_text(rows + 3 * (json.dumps(long) + "\n"), encoding="utf-8")
+    data = [f"data.train={tmp_path / 'pairs.jsonl'}", f"data.validation={place / 'pairs.jsonl'}", "data.test=null"]
+    train(place, "dpo", tmp_path / "run", *data, "trainer.max_length=12", "trainer.max_steps=1")
+    assert "3 of 43 rows of train_dataset left out" in capsys.readouterr().out
 
 
 @long
@@ -195,7 +221,7 @@ def test_rows_whose_prompts_fill_the_length_are_left_out_and_said(place, tmp_pat
     data = [f"data.train={tmp_path / 'rows.jsonl'}", f"data.validation={place / 'rows.jsonl'}"]
     train(place, "sft", tmp_path / "run", *data, "trainer.max_length=12", *more)
     assert "3 of 43 rows of train_dataset left out" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="all 40 rows of train_dataset"):
+    with pytest.raises(ValueError, match="none of the 40 rows of train_dataset"):
         train(
             place,
             "sft",
@@ -222,6 +248,7 @@ def test_rows_whose_prompts_fill_the_length_are_left_out_and_said(place, tmp_pat
         (["evaluate.mode=likelihood"], "expected choices"),
         (["data.max_length=8"], "trainer.max_length"),
         (["head_learning_rate=1e-3"], "gets no new head"),
+        (["model_arguments.atn_implementation=eager"], "atn_implementation"),
     ],
 )
 def test_user_errors_are_one_line_and_leave_nothing(overrides, message, place, tmp_path, capsys):

@@ -56,7 +56,11 @@ def _hub_records(arguments: dict[str, Any]) -> Iterator[Record]:
     if not isinstance(drop, Mapping) or not all(isinstance(values, list | tuple) for values in drop.values()):
         raise ValueError(f"{place}: drop={drop!r}: expected a list of values by column, such as {{status: [tie]}}.")
     seen = dropped = 0
-    for seen, row in enumerate(islice(load_dataset(name, **arguments), rows), 1):
+    try:
+        table = load_dataset(name, **arguments)
+    except RuntimeError as error:  # a data set of the Hub that is a script
+        raise ValueError(f"{place}: {error}. Try revision: refs/convert/parquet, or a published file.") from None
+    for seen, row in enumerate(islice(table, rows), 1):
         record = Record(row, f"{place}, row {seen - 1}")
         if missing := [column for column in drop if not record.has(column)]:
             raise ValueError(f"{place}: drop has the column {missing[0]}; expected one of {', '.join(row)}.")

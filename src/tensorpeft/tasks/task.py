@@ -110,7 +110,7 @@ class LabelTask:
         description: one sentence, for reports.
         read: the rows of a published file.
         parse: the examples in a row of a published file, or of the same data set on the Hub.
-        metrics: function by name, in the order of a report; the first one chooses the best checkpoint.
+        metrics: function by name, in the order of a report; the first one is the task's main metric.
         label_names: name of each class; none: the label is a number.
     """
 

@@ -27,7 +27,7 @@ def make_arguments(
     Their defaults hold, but for these: the validation loss is taken ten times, a checkpoint is written each time, the
     best one is loaded at the end, of the others the last one is kept, the training loss is logged forty times, and
     nothing is reported to others. `data_seed` is the seed, `disable_tqdm` is set because the command has a bar of its
-    own; `dataloader_pin_memory` and `use_cpu` are as the machine is.
+    own; `dataloader_pin_memory` and `use_cpu` are as the machine is; `ddp_timeout` is a week.
 
     Raises:
         ValueError: a name is unknown, is said elsewhere in a recipe, or the libraries refuse its value.
@@ -53,6 +53,7 @@ def make_arguments(
     given.setdefault("report_to", "none")
     given.setdefault("disable_tqdm", True)
     given.setdefault("dataloader_pin_memory", torch.cuda.is_available())
+    given.setdefault("ddp_timeout", 7 * 24 * 3600)  # the others wait while the main process tests
     # Left to themselves, several processes without an accelerator train side by side and know nothing of each other.
     given.setdefault("use_cpu", not torch.accelerator.is_available())
     try:

@@ -1,7 +1,9 @@
 """The model of a recipe, with its adapter, and its tokenizer."""
 
+from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from peft import PeftConfig, get_peft_model
 from torch import nn
 from transformers import (
@@ -21,6 +23,8 @@ from tensorpeft.training.adapters import make_config
 from tensorpeft.training.folding import VOCABULARY, build_folding_model
 from tensorpeft.training.recipe import Recipe, check_keys
 
+# Arguments of from_pretrained that say which files are meant.
+_FOR_BOTH = ("revision", "token", "trust_remote_code", "subfolder", "cache_dir")
 # What all ESM-2 models have in common.
 _ESM2 = {
     "vocab_size": len(VOCABULARY),
@@ -31,9 +35,10 @@ _ESM2 = {
 }
 
 
-def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model; one without a padding token pads with its end of sequence."""
-    tokenizer = AutoTokenizer.from_pretrained(model)
+def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The tokenizer of the recipe's model; one without a padding token pads with its end of sequence."""
+    shared = {key: recipe.model_arguments[key] for key in _FOR_BOTH if key in recipe.model_arguments}
+    tokenizer = AutoTokenizer.from_pretrained(recipe.model, **shared)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -60,18 +65,37 @@ def load_base(
             model.config.label2id = {name: label for label, name in enumerate(task.label_names)}
         model.config.pad_token_id = tokenizer.pad_token_id
     else:
-        model = AutoModelForCausalLM.from_pretrained(recipe.model, **arguments)
+        model = _load(AutoModelForCausalLM, recipe.model, arguments)
     if recipe.quantize is not None:
         arguments = dict(recipe.quantize)
         config = adapter_config(recipe, task) if arguments.pop("residual", True) else None
         check_keys(arguments, ("rounds", "double_quant", "skip_modules"), "quantize")
         model = quantize_residual(model, config, **arguments)  # pyright: ignore[reportArgumentType]
+        _keep_base(model, tokenizer, Path(recipe.output).absolute() / "base")
     return model
+
+
+def _keep_base(model: Any, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
+    """Save a base that exists nowhere else, and let adapters name it."""
+    if PartialState().is_main_process and not folder.is_dir():
+        partial = folder.with_name(f"{folder.name}.partial")
+        model.save_pretrained(partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        partial.rename(folder)
+    model.name_or_path = model.config._name_or_path = str(folder)
+
+
+def _load(auto: Any, name: str, arguments: dict[str, Any]) -> Any:
+    try:
+        return auto.from_pretrained(name, **arguments)
+    except TypeError as error:  # an argument that neither transformers nor the model knows
+        raise ValueError(f"{name}: model_arguments {sorted(arguments)}: {error}") from None
 
 
 def _load_classifier(name: str, arguments: dict[str, Any]) -> PreTrainedModel:
     try:
-        return AutoModelForSequenceClassification.from_pretrained(name, **arguments)
+        return _load(AutoModelForSequenceClassification, name, arguments)
     except RuntimeError as error:
         raise ValueError(
             f"{name}: it cannot be loaded with a head of {arguments['num_labels']} outputs: {error}. If its head is of "

@@ -1,7 +1,6 @@
 """``tensorpeft train``: a recipe from its rows to its report; killed at any moment, it goes on where it stood."""
 
 import json
-import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +10,6 @@ import datasets
 from omegaconf import OmegaConf
 from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as transformers_logging
 
 from tensorpeft.evaluation.evaluate import check_mode, evaluate_task
@@ -19,6 +17,7 @@ from tensorpeft.evaluation.options import EvaluationOptions
 from tensorpeft.tasks.registry import find_task
 from tensorpeft.tasks.task import LabelTask, PreferenceTask, QuestionTask, StructureTask, Task
 from tensorpeft.training.arguments import make_arguments
+from tensorpeft.training.checkpoints import last_whole_checkpoint, train_from
 from tensorpeft.training.models import adapter_config, load_tokenizer
 from tensorpeft.training.progress import ProgressBar
 from tensorpeft.training.recipe import Recipe, check_keys
@@ -29,7 +28,7 @@ from tensorpeft.training.trainers import make_trainer
 
 # TRL prepares so many rows long enough for its own bars to be of use.
 _MANY_ROWS = 10_000
-_RECIPE, _RESULTS, _STATE = "recipe.yaml", "results.json", "trainer_state.json"
+_RECIPE, _RESULTS = "recipe.yaml", "results.json"
 
 
 def run_training(
@@ -55,10 +54,16 @@ def run_training(
     _quieten()
     task, output = find_task(recipe.task), Path(recipe.output)
     arguments = {seed: make_arguments(recipe.trainer, task, output / f"seed-{seed}", seed) for seed in recipe.seeds}
-    options = _options(recipe)
+    first = arguments[recipe.seeds[0]]
+    options = _options(recipe, first)
+    if first.n_gpu > 1:
+        raise ValueError(
+            f"{first.n_gpu} GPUs and one process: a batch would silently be {first.n_gpu} times as large. Start with "
+            "accelerate launch -m tensorpeft train ..., or show one with CUDA_VISIBLE_DEVICES=0."
+        )
     _check_fields(recipe, task)
     adapter_config(recipe, task)
-    is_main = arguments[recipe.seeds[0]].process_index == 0
+    is_main = first.process_index == 0
     console = Console(file=terminal, quiet=not is_main)
     if is_main:
         _check_output(output, recipe, resume)
@@ -85,9 +90,11 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 
 
-def _options(recipe: Recipe) -> EvaluationOptions:
+def _options(recipe: Recipe, arguments: TrainingArguments) -> EvaluationOptions:
+    """Those of the recipe; the DPO loss is tested with the beta that it is trained with."""
     check_keys(recipe.evaluate, EvaluationOptions.__dataclass_fields__, "evaluate")
-    return EvaluationOptions(**recipe.evaluate)
+    trained = {"beta": arguments.beta} if hasattr(arguments, "beta") else {}  # pyright: ignore[reportAttributeAccessIssue]
+    return EvaluationOptions(**{**trained, **recipe.evaluate})
 
 
 def _check_fields(recipe: Recipe, task: Task) -> None:
@@ -143,7 +150,7 @@ def _run_seed(
     folder = Path(str(arguments.output_dir))
     if resume and (folder / _RESULTS).is_file():
         return read_result(folder / _RESULTS)
-    tokenizer = None if isinstance(splits.task, StructureTask) else load_tokenizer(recipe.model)
+    tokenizer = None if isinstance(splits.task, StructureTask) else load_tokenizer(recipe)
     trainer = make_trainer(recipe, splits, tokenizer, arguments)
     if trainer.is_world_process_zero():
         _claim(folder.parent, recipe)  # not before: a model or an adapter that cannot be made leaves no run behind
@@ -152,7 +159,9 @@ def _run_seed(
     bar = ProgressBar(console, f"seed {arguments.seed}")
     trainer.add_callback(bar)
     try:
-        trainer.train(resume_from_checkpoint=_last_whole_checkpoint(folder) if resume else None)
+        with arguments.main_process_first(local=False):  # it removes what is half-written, the others find it gone
+            checkpoint = last_whole_checkpoint(folder) if resume else None
+        train_from(trainer, checkpoint)
     finally:
         bar.stop()
     history = tuple(trainer.state.log_history)  # before the kept checkpoint is evaluated, under the last step's number
@@ -177,20 +186,8 @@ def _run_seed(
 def _save(trainer: Trainer, folder: Path) -> None:
     trainer.save_model(str(folder))
     if trainer.is_world_process_zero():
-        (folder / "training_args.bin").unlink(
-            missing_ok=True
-        )  # a pickle; nobody who is given the adapter should load it
-
-
-def _last_whole_checkpoint(folder: Path) -> str | None:
-    """The last checkpoint that was written to its end; what a killed run left half-written is removed."""
-    while folder.is_dir() and (last := get_last_checkpoint(str(folder))) is not None:
-        try:  # the state is what Trainer writes last
-            json.loads((Path(last) / _STATE).read_text(encoding="utf-8"))
-            return last
-        except (OSError, ValueError):
-            shutil.rmtree(last)
-    return None
+        # A pickle: nobody who is given the adapter should have to trust it.
+        (folder / "training_args.bin").unlink(missing_ok=True)
 
 
 def _only_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -163,26 +163,26 @@ def _preference_rows(examples: Sequence[Any], loss_on: str) -> list[dict[str, st
 def _sft_trainer(**arguments: Any) -> Trainer:
     from trl.trainer.sft_trainer import SFTTrainer
 
-    trainer = SFTTrainer(**arguments)
-    settings: Any = trainer.args
-    if not settings.packing:
-        for name in ("train_dataset", "eval_dataset"):
-            # TRL drops rows of which nothing is left to learn, and does not say so.
-            given, kept = len(arguments[name]), len(getattr(trainer, name))
-            if kept == 0:
-                raise ValueError(
-                    f"all {given} rows of {name} have prompts that alone fill trainer.max_length="
-                    f"{settings.max_length}. Pass a larger trainer.max_length."
-                )
-            if kept < given:
-                print(
-                    f"{given - kept} of {given} rows of {name} left out: their prompts alone fill "
-                    f"trainer.max_length={settings.max_length}."
-                )
+    trainer: Any = SFTTrainer(**arguments)
+    if not trainer.args.packing:
+        _tell_dropped_rows(trainer, arguments)
     return trainer
 
 
 def _dpo_trainer(**arguments: Any) -> Trainer:
     from trl.trainer.dpo_trainer import DPOTrainer
 
-    return DPOTrainer(**arguments)
+    trainer = DPOTrainer(**arguments)
+    _tell_dropped_rows(trainer, arguments)
+    return trainer
+
+
+def _tell_dropped_rows(trainer: Any, arguments: dict[str, Any]) -> None:
+    """TRL drops rows of which ``max_length`` leaves nothing to learn, and does not say so."""
+    for name in ("train_dataset", "eval_dataset"):
+        given, kept = len(arguments[name]), len(getattr(trainer, name))
+        why = f"their prompts alone fill trainer.max_length={trainer.args.max_length}"
+        if kept == 0:
+            raise ValueError(f"none of the {given} rows of {name} is left: {why}. Pass a larger trainer.max_length.")
+        if kept < given and trainer.is_world_process_zero():
+            print(f"{given - kept} of {given} rows of {name} left out: {why}.")
