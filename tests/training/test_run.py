@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 pytest.importorskip("omegaconf")
@@ -183,6 +184,9 @@ def test_a_head_of_another_task_is_refused_with_the_remedy(place, tmp_path):
 def test_an_adapter_of_a_quantised_base_finds_it(more, place, tmp_path):
     pytest.importorskip("bitsandbytes")
     (result,) = train(place, "sft", tmp_path / "run", "trainer.max_steps=2", *more)
+    saved = load_file(tmp_path / "run" / "seed-0" / "adapter" / "adapter_model.safetensors")
+    dtypes = {tensor.dtype for tensor in saved.values() if tensor.is_floating_point()}
+    assert dtypes == {torch.float32}  # TRL would have made them bfloat16
     adapter, data = tmp_path / "run" / "seed-0" / "adapter", place / "rows.jsonl"
     found = run_evaluate(str(adapter), None, "instructions", str(data), EvaluationOptions(), tmp_path / "found", rows=6)
     assert found.metrics["loss"] == pytest.approx(result.tests["instructions"]["loss"], abs=1e-5)

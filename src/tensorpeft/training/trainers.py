@@ -72,7 +72,8 @@ def make_trainer(
             make, rows = _sft_trainer, _question_rows
         case PreferenceTask():
             make, rows = _dpo_trainer, _preference_rows
-    return make(
+    exact = {} if recipe.quantize is None else _fresh_adapter(base, recipe, splits, arguments.seed)
+    trainer = make(
         model=base,
         args=arguments,
         train_dataset=Dataset.from_list(rows(splits.train, recipe.data.loss_on)),
@@ -80,6 +81,24 @@ def make_trainer(
         processing_class=tokenizer,
         peft_config=adapter_config(recipe, splits.task),
     )
+    for name, parameter in trainer.model.named_parameters():  # pyright: ignore[reportOptionalMemberAccess]
+        if name in exact:
+            assert torch.equal(parameter.data, exact[name].to(parameter.dtype)), name
+            parameter.data = exact[name]
+    return trainer
+
+
+def _fresh_adapter(base: Any, recipe: Recipe, splits: Splits, seed: int) -> dict[str, torch.Tensor]:
+    """The trained parameters of a new adapter, as they are before TRL rounds them.
+
+    On a base in 4 bits TRL casts them to bfloat16, as QLoRA's paper does for LoRA. DoTA's cores would then no longer
+    start where they were decomposed, and small updates would be lost.
+    """
+    adapted: Any = adapt(base, recipe, splits.task)
+    values = {name: p.detach().clone() for name, p in adapted.named_parameters() if p.requires_grad}
+    adapted.unload()
+    set_seed(seed)
+    return values
 
 
 def _label_trainer(
