@@ -98,7 +98,7 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
 def find_versions() -> dict[str, str]:
     """Versions of what a result depends on, as far as it is installed."""
     found = {"python": platform.python_version(), "tensorpeft": tensorpeft.__version__}
-    for library in ("torch", "transformers", "tokenizers", "peft", "lm_eval"):
+    for library in ("torch", "transformers", "tokenizers", "peft", "trl", "accelerate", "datasets", "lm_eval"):
         try:
             found[library] = version(library)
         except PackageNotFoundError:

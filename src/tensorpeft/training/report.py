@@ -1,9 +1,7 @@
 """The report of a training run: a summary for the terminal, Markdown, and the curves."""
 
-import platform
 import statistics
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -11,14 +9,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-import tensorpeft
+from tensorpeft.evaluation.report import find_versions
 from tensorpeft.training.recipe import Recipe
 from tensorpeft.training.results import SeedResult
 from tensorpeft.training.splits import Splits, describe_source
 
 # What TRL logs for diagnosis.
 _UNREPORTED = ("entropy", "num_tokens", "logps", "logits")
-_LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
 
 
 def print_summary(recipe: Recipe, results: Sequence[SeedResult], console: Console) -> None:
@@ -51,8 +48,7 @@ def write_report(
         "\n".join(f"- {line}" for line in _data(recipe, splits)),
     ]
     sections += ["## Recipe", f"```yaml\n{recipe.to_yaml().rstrip()}\n```"]
-    versions = [f"- Python {platform.python_version()}", f"- tensorpeft {tensorpeft.__version__}"]
-    sections += ["## Versions", "\n".join(versions + [f"- {name} {version(name)}" for name in _installed()])]
+    sections += ["## Versions", "\n".join(f"- {name} {version}" for name, version in find_versions().items())]
     text = "\n\n".join(section for section in sections if section) + "\n"
     (output / "report.md").write_text(text, encoding="utf-8")
 
@@ -150,9 +146,3 @@ def _data(recipe: Recipe, splits: Splits) -> list[str]:
         lines.append(f"Test {name}: {len(examples)} rows. {task.description}")
     leaks = [f"Leak: {leak}." for leak in splits.leaks]
     return lines + (leaks or ["No text of validation or test is also a training row's (case and spaces apart)."])
-
-
-def _installed() -> list[str]:
-    from importlib.util import find_spec
-
-    return [name for name in _LIBRARIES if find_spec(name) is not None]

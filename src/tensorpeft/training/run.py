@@ -1,6 +1,5 @@
 """``tensorpeft train``: a recipe from its rows to its report; killed at any moment, it goes on where it stood."""
 
-import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from tensorpeft.evaluation.evaluate import check_mode, evaluate_task
 from tensorpeft.evaluation.options import EvaluationOptions
+from tensorpeft.evaluation.report import to_json, write_lines
 from tensorpeft.tasks.registry import find_task
 from tensorpeft.tasks.task import LabelTask, PreferenceTask, QuestionTask, StructureTask, Task
 from tensorpeft.training.arguments import make_arguments
@@ -114,10 +114,7 @@ def _check_fields(recipe: Recipe, task: Task) -> None:
 
 def _claim(output: Path, recipe: Recipe) -> None:
     """Make the folder that of this recipe: from here on it holds a run."""
-    output.mkdir(parents=True, exist_ok=True)
-    partial = output / f"{_RECIPE}.partial"
-    partial.write_text(recipe.to_yaml(), encoding="utf-8")
-    partial.replace(output / _RECIPE)
+    write_lines(output / _RECIPE, [recipe.to_yaml().rstrip()])
 
 
 def _check_output(output: Path, recipe: Recipe, resume: bool) -> None:
@@ -210,7 +207,6 @@ def _test(
     for name, (task, examples) in splits.test.items():
         with console.status(f"test: {name}, {len(examples)} rows"):
             found = evaluate_task(trainer.accelerator.unwrap_model(trainer.model), tokenizer, task, examples, options)
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found.rows)
-        (folder / f"predictions-{name}.jsonl").write_text(lines, encoding="utf-8")
+        write_lines(folder / f"predictions-{name}.jsonl", (to_json(row) for row in found.rows))
         metrics[name] = dict(found.metrics)
     return metrics
