@@ -53,7 +53,8 @@ def curve(result: SeedResult) -> dict[int, float]:
 
 
 @over_recipes
-def test_a_recipe_runs_and_goes_on_where_it_was_killed(recipe, tmp_path):
+def test_a_recipe_runs_and_goes_on_where_it_was_killed(recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORPEFT_DATA", str(DATA))  # as in the command's process: recipes name the folder
     printed = finish(start(recipe, tmp_path / "whole"))
     whole = read_result(tmp_path / "whole" / "seed-0" / "results.json")
     assert "Report, curves, adapters" in printed
