@@ -23,7 +23,7 @@ ARROWS: dict[str, set[str] | None] = {
     "tasks": set(),
     "evaluation": {"", "tasks"},
     "training": {"", "evaluation", "quantization", "tasks"},
-    "studies": {"", "quantization", "tasks"},
+    "studies": {"", "evaluation", "quantization", "tasks", "training"},
     "cli": {"", "evaluation", "export", "quantization", "studies", "tasks", "training"},
     "__main__": {"cli"},
 }

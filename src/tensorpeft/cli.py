@@ -98,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     dense.add_argument("--dtype", choices=_DTYPES, default="bfloat16", help="of the weights (default: %(default)s)")
     dense.set_defaults(run=_export_dense)
     _add_train(commands)
+    _add_compare(commands)
     _add_evaluate(commands)
     plan = commands.add_parser(
         "plan",
@@ -167,6 +168,34 @@ def _add_train(commands) -> None:  # commands: what add_subparsers returns
     train.set_defaults(run=_train, extra="train")
 
 
+def _add_compare(commands) -> None:  # commands: what add_subparsers returns
+    compare = commands.add_parser(
+        "compare",
+        help="several methods on one recipe: the same data, model and steps, each at its own best learning rate",
+        description="Run a recipe with several methods and seeds; print a table, write a report (HTML), plots and raw "
+        "results. Called again, it goes on: finished cells are not run again.",
+    )
+    compare.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file, such as recipes/demo.yaml")
+    compare.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the recipe, as in tensorpeft train")
+    compare.add_argument(
+        "--methods",
+        metavar="A,B",
+        help="of the recipe's, or full, lora, dota, dota-random, lorta, lotr (these by default), fact-tt, fact-tk, "
+        "loretta, loretta-adapter, flora, nola, quanta, dora, rslora, pissa, vera, ia3",
+    )
+    compare.add_argument("--seeds", type=int, metavar="N", help="final runs per method (default: the recipe's, or 3)")
+    compare.add_argument("--budget", metavar="N", help="equal size: ranks that come closest to it, such as 50k")
+    compare.add_argument(
+        "--target-loss", type=float, metavar="L", help="for the time to a loss (default: all reach it)"
+    )
+    compare.add_argument(
+        "--timing-rounds", type=int, default=7, metavar="N", help="timed steps; 0: time nothing (default: %(default)s)"
+    )
+    compare.add_argument("--smoke", action="store_true", help="the recipe's small version: shows that it runs, no more")
+    compare.add_argument("--output", type=Path, metavar="DIR", help="(default: the recipe's, or runs/compare/RECIPE)")
+    compare.set_defaults(run=_compare, extra="train")
+
+
 def _add_evaluate(commands) -> None:  # commands: what add_subparsers returns
     evaluate = commands.add_parser(
         "evaluate",
@@ -232,6 +261,26 @@ def _train(arguments: argparse.Namespace, command: str) -> None:
     run_training(recipe, arguments.resume, command)
 
 
+def _compare(arguments: argparse.Namespace, command: str) -> None:
+    from tensorpeft.studies.budget import parse_count
+    from tensorpeft.studies.compare.entries import load_entries
+    from tensorpeft.studies.compare.run import run_compare
+
+    if arguments.timing_rounds < 0:
+        raise ValueError(f"--timing-rounds {arguments.timing_rounds}: expected 0 or more.")
+    comparison = load_entries(
+        arguments.recipe,
+        arguments.methods,
+        arguments.seeds,
+        arguments.overrides,
+        arguments.smoke,
+        arguments.output,
+        None if arguments.budget is None else parse_count(arguments.budget),
+        arguments.target_loss,
+    )
+    run_compare(comparison, arguments.timing_rounds, command)
+
+
 def _evaluate(arguments: argparse.Namespace, command: str) -> None:
     from tensorpeft.evaluation.options import EvaluationOptions
     from tensorpeft.evaluation.run import run_evaluate, run_lm_eval_command
@@ -289,8 +338,9 @@ def _source(data: str) -> object:
 
 
 def _plan(arguments: argparse.Namespace, command: str) -> None:
+    from tensorpeft.studies.budget import parse_count
     from tensorpeft.studies.plan import choose_methods
-    from tensorpeft.studies.plan_report import parse_count, parse_size, run_plan
+    from tensorpeft.studies.plan_report import parse_size, run_plan
 
     run_plan(
         arguments.model,

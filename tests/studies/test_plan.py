@@ -12,9 +12,10 @@ from transformers import AutoModel, BertConfig, LlamaConfig, LlamaForCausalLM
 pytest.importorskip("rich")
 
 from tensorpeft.cli import main
+from tensorpeft.studies.budget import parse_count
 from tensorpeft.studies.measure import peak_memory
 from tensorpeft.studies.plan import METHODS, choose_methods, plan_model
-from tensorpeft.studies.plan_report import legend, parse_count, parse_size, rich_table
+from tensorpeft.studies.plan_report import legend, parse_size, rich_table
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 

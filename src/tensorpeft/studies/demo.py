@@ -19,9 +19,10 @@ from transformers.utils import logging as transformers_logging
 
 import tensorpeft
 from tensorpeft.studies.costs import Costs, measure_costs
-from tensorpeft.studies.demo_methods import Method, rates_beyond
+from tensorpeft.studies.demo_methods import Method
 from tensorpeft.studies.finetune import Recipe, Row, build_model, draw_batches, encode, evaluate, finetune
 from tensorpeft.studies.plot import plot_curves
+from tensorpeft.studies.rates import rates_beyond
 from tensorpeft.studies.report import TABLE_WIDTH, markdown_report, rich_table
 from tensorpeft.studies.results import MethodResult, Run, Study
 from tensorpeft.tasks.classification import ClassificationTask

@@ -1,6 +1,6 @@
 """The methods that ``tensorpeft demo`` compares. To compare another one, add it to ``METHODS``."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from peft import IA3Config, LoraConfig, PeftConfig, VeraConfig
@@ -204,14 +204,3 @@ def choose_methods(
         raise ValueError(f"--methods {keys}: no method {unknown[0]!r}. Choose from {', '.join(known)}.")
     chosen = [method for method in METHODS if method.key in wanted]
     return tuple(replace(method, rates=tuple(rate * rate_scale for rate in method.rates)) for method in chosen)
-
-
-def rates_beyond(
-    rates: Sequence[float],  # those tried, at least two
-    best: float,
-) -> list[float]:
-    """The next rate beyond an edge of the grid, spaced as the grid is there, where ``best`` is that edge; else none."""
-    grid = sorted(rates)
-    if best == grid[0]:
-        return [grid[0] ** 2 / grid[1]]
-    return [grid[-1] ** 2 / grid[-2]] if best == grid[-1] else []

@@ -25,6 +25,7 @@ from tensorpeft import (
     QuantaConfig,
 )
 from tensorpeft.quantization.model import plan_layers
+from tensorpeft.studies.budget import closest_value
 from tensorpeft.studies.fake_step import StepCosts, count_step
 
 # Models of at most so many layers are stepped through in full. Of others two and three layers are, which give the rest:
@@ -257,7 +258,7 @@ def _plan_method(
 ) -> MethodPlan:
     value = rank if rank is not None and method.follows_rank and method.knob else method.default
     if budget is not None and method.knob:
-        value = _closest(lambda value: skeleton.count_trained(method.make(value, targets)), budget)
+        value = closest_value(lambda value: skeleton.count_trained(method.make(value, targets)), budget)
     config = method.make(value, targets)
     adapted = skeleton.adapt(config, model=copy.deepcopy(model))
     frozen = _num_bytes(tensor for key, tensor in adapted.named_buffers() if "_update." in key)
@@ -267,17 +268,6 @@ def _plan_method(
 
 def _num_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _closest(count: Callable[[int], int], budget: int) -> int:
-    """The value from 1 whose count is closest to the budget; counts grow with the value."""
-    low, high = 1, 2
-    while count(high) < budget and high < 2**14:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if count(middle) < budget else (low, middle)
-    return min((low, high), key=lambda value: abs(count(value) - budget))
 
 
 def _with_ratio(plan: MethodPlan, reference: int) -> MethodPlan:

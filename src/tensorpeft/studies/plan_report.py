@@ -28,21 +28,6 @@ def parse_size(text: str) -> int:  # bytes
     return round(float(match[1]) * 2**30)
 
 
-def parse_count(text: str) -> int:
-    """The number of `1M`, `50k` or `120000` parameters.
-
-    Raises:
-        ValueError: not such a number.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKmMbB]?)\s*", text)
-    count = (
-        0 if match is None else round(float(match[1]) * {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}[match[2].lower()])
-    )
-    if count < 1:
-        raise ValueError(f"--budget {text}: expected a number of parameters, such as 1M or 50k.")
-    return count
-
-
 def run_plan(
     name: str,
     gpu: int | None = None,  # bytes

@@ -19,12 +19,15 @@ import math
 import re
 import sysconfig
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
 from sklearn.metrics import accuracy_score
 
 from tensorpeft.tasks.classification import ClassificationTask, Split
+from tensorpeft.tasks.records import Record
+from tensorpeft.tasks.task import LabelledText, LabelTask
 
 # Area -> its modules and packages. A name that a Python version lacks is passed over: modules come and go.
 AREAS = {
@@ -92,6 +95,54 @@ def load_docstrings(
         metrics={"accuracy": accuracy_score},
         **{split: _mix(rows) for split, rows in splits.items()},
     )
+
+
+@cache
+def _load_own_library() -> ClassificationTask:
+    return load_docstrings()
+
+
+def read_stdlib(
+    path: Path,  # "stdlib:train", "stdlib:validation" or "stdlib:test"
+) -> Iterator[Record]:
+    """The rows of a split of this Python's own standard library: a source for recipes that needs no file.
+
+    Raises:
+        FileNotFoundError: see `load_docstrings`.
+        ValueError: no such split.
+    """
+    splits = ("train", "validation", "test")
+    library, _, split = str(path).partition(":")
+    if library != "stdlib" or split not in splits:
+        raise ValueError(
+            f"{path}: the task docstrings reads this Python's own library. Expected one of "
+            f"{', '.join(f'stdlib:{name}' for name in splits)} as the source."
+        )
+    rows: Split = getattr(_load_own_library(), split)
+    for index, (text, label) in enumerate(zip(rows.texts, rows.labels, strict=True)):
+        yield Record({"text": text, "label": label}, f"{path}, row {index}")
+
+
+def parse_docstring(
+    record: Record,  # fields ``text`` and ``label``, an index into `AREAS`
+) -> Sequence[LabelledText]:
+    """The labelled docstring of a row.
+
+    Raises:
+        ValueError: a field is missing or malformed.
+    """
+    return [LabelledText((record.text("text"),), record.choice("label", {i: i for i in range(len(AREAS))}))]
+
+
+DOCSTRINGS = LabelTask(
+    name="docstrings",
+    description="Which area of Python's standard library is a docstring from? Accuracy.",
+    read=read_stdlib,
+    parse=parse_docstring,
+    metrics={"accuracy": lambda labels, predictions: float(accuracy_score(labels, predictions))},
+    label_names=tuple(AREAS),
+)
+TASKS = (DOCSTRINGS,)
 
 
 def _read_groups(root: Path, name: str) -> Iterator[Group]:

@@ -5,6 +5,7 @@ import difflib
 from tensorpeft.tasks import (
     arithmetic,
     commonsense,
+    docstrings,
     glue,
     instructions,
     preferences,
@@ -14,7 +15,7 @@ from tensorpeft.tasks import (
 )
 from tensorpeft.tasks.task import Task
 
-_MODULES = (glue, commonsense, arithmetic, question_answering, instructions, preferences, texts, structures)
+_MODULES = (docstrings, glue, commonsense, arithmetic, question_answering, instructions, preferences, texts, structures)
 TASKS: dict[str, Task] = {task.name: task for module in _MODULES for task in module.TASKS}
 
 

@@ -8,6 +8,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 class ProgressBar(TrainerCallback):
     """One bar over the steps of a run, with the latest losses.
 
+    A context that leaves the bar as it stands.
+
     Args:
         console: where it is drawn, by the main process.
         name: of the run.
@@ -56,6 +58,14 @@ class ProgressBar(TrainerCallback):
         text = self._name + (f", loss {loss}" if loss else "") + (f", validation {validation}" if validation else "")
         self._progress.update(self._bar, description=text)
 
-    def stop(self) -> None:
-        """Leave the bar as it stands."""
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: object
+    ) -> None:
+        """Leave the bar as it stands: others may draw now."""
+        self._progress.stop()
+
+    def __enter__(self) -> "ProgressBar":
+        return self
+
+    def __exit__(self, *error: object) -> None:
         self._progress.stop()

@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 # Keys of a file that are no part of the finished recipe.
-_INHERITS, _SMOKE, _VALUES = "inherits", "smoke", "values"
+_INHERITS, _SMOKE, _VALUES, _COMPARE = "inherits", "smoke", "values", "compare"
 _NUM_SEEDS = 2**32  # numpy takes no others
 
 
@@ -125,27 +125,48 @@ def load_recipe(
     path: str | Path,
     overrides: Sequence[str] = (),  # each KEY=VALUE, such as "trainer.learning_rate=1e-3"
     smoke: bool = False,  # with the file's ``smoke`` section on top
+    on_top: Mapping[str, Any] | None = None,  # what comes last, a part of a recipe
 ) -> Recipe:
     """The recipe of a YAML file.
 
     ``inherits: OTHER.yaml`` puts a file under it; ``smoke`` is put on top where it is asked for; ``values`` are free,
-    for others to refer to. ``${values.name}``, ``${oc.env:NAME,default}`` and ``${package:NAME}`` (the folder of an
-    installed package) are filled in. A mapping is merged field by field, but a source of data or an adapter of another
-    method replaces the one below. Smoke sections are put on in the order of their files; what one says of an adapter
-    goes with an adapter that is replaced. Null takes back what is said below.
+    for others to refer to; ``compare`` is for `load_comparison`. ``${values.name}``, ``${oc.env:NAME,default}`` and
+    ``${package:NAME}`` (the folder of an installed package) are filled in. A mapping is merged field by field, but a
+    source of data or an adapter of another method replaces the one below. Smoke sections are put on in the order of
+    their files; what one says of an adapter goes with an adapter that is replaced. Null takes back what is said below.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is no recipe; names the key and what is known.
     """
+    plain = _load_plain(path, overrides, smoke, on_top or {})
+    for key in (_VALUES, _COMPARE):
+        plain.pop(key, None)
+    return _as_recipe(plain, str(path))
+
+
+def load_comparison(path: str | Path, overrides: Sequence[str] = (), smoke: bool = False) -> dict[str, Any]:
+    """The section ``compare`` of a YAML file as `load_recipe` reads it; empty where it has none.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no recipe, or the section is no mapping.
+    """
+    section = _load_plain(path, overrides, smoke, {}).get(_COMPARE) or {}
+    if not isinstance(section, dict):
+        raise ValueError(f"{path}: {_COMPARE}={section!r}: expected a mapping of fields.")
+    return section
+
+
+def _load_plain(path: str | Path, overrides: Sequence[str], smoke: bool, on_top: Mapping[str, Any]) -> dict[str, Any]:
     OmegaConf.register_resolver("package", _package_folder, replace=True)
     try:
-        tree = _compose(_read(Path(path)), smoke, str(path))
-        plain: Any = OmegaConf.to_container(_override(tree, overrides), resolve=True, throw_on_missing=True)
+        tree = _override(_compose(_read(Path(path)), smoke, str(path)), overrides)
+        tree = _put_on(tree, OmegaConf.create(_as_yaml(on_top))) if on_top else tree
+        plain: Any = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ValueError(f"{path}: {error}") from None
-    plain.pop(_VALUES, None)
-    return _as_recipe(plain, str(path))
+    return plain
 
 
 def check_keys(

@@ -1,34 +1,29 @@
 """``tensorpeft train``: a recipe from its rows to its report; killed at any moment, it goes on where it stood."""
 
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import datasets
-from omegaconf import OmegaConf
 from rich.console import Console
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.utils import logging as transformers_logging
 
-from tensorpeft.evaluation.evaluate import check_mode, evaluate_task
+from tensorpeft.evaluation.evaluate import check_mode
 from tensorpeft.evaluation.options import EvaluationOptions
-from tensorpeft.evaluation.report import to_json, write_lines
 from tensorpeft.tasks.registry import find_task
 from tensorpeft.tasks.task import LabelTask, PreferenceTask, QuestionTask, StructureTask, Task
 from tensorpeft.training.arguments import make_arguments
-from tensorpeft.training.checkpoints import last_whole_checkpoint, train_from
-from tensorpeft.training.models import adapter_config, load_tokenizer
+from tensorpeft.training.models import adapter_config
 from tensorpeft.training.progress import ProgressBar
 from tensorpeft.training.recipe import Recipe, check_keys
 from tensorpeft.training.report import print_summary, write_report
-from tensorpeft.training.results import SeedResult, read_result
-from tensorpeft.training.splits import Splits, load_splits
-from tensorpeft.training.trainers import make_trainer
+from tensorpeft.training.results import SeedResult
+from tensorpeft.training.seed import check_output, run_seed
+from tensorpeft.training.splits import load_splits
 
 # TRL prepares so many rows long enough for its own bars to be of use.
 _MANY_ROWS = 10_000
-_RECIPE, _RESULTS = "recipe.yaml", "results.json"
 
 
 def run_training(
@@ -51,22 +46,15 @@ def run_training(
         FileNotFoundError: a file is missing.
         ValueError: the recipe, a row or a value is wrong, or the folder's run has another recipe.
     """
-    _quieten()
+    quieten()
     task, output = find_task(recipe.task), Path(recipe.output)
     arguments = {seed: make_arguments(recipe.trainer, task, output / f"seed-{seed}", seed) for seed in recipe.seeds}
     first = arguments[recipe.seeds[0]]
-    options = _options(recipe, first)
-    if first.n_gpu > 1:
-        raise ValueError(
-            f"{first.n_gpu} GPUs and one process: a batch would silently be {first.n_gpu} times as large. Start with "
-            "accelerate launch -m tensorpeft train ..., or show one with CUDA_VISIBLE_DEVICES=0."
-        )
-    _check_fields(recipe, task)
-    adapter_config(recipe, task)
+    options = check_recipe(recipe, first)
     is_main = first.process_index == 0
     console = Console(file=terminal, quiet=not is_main)
     if is_main:
-        _check_output(output, recipe, resume)
+        check_output(output, recipe, resume)
     splits = load_splits(recipe)
     for test, examples in splits.test.values():
         check_mode(test, examples, options)
@@ -74,7 +62,10 @@ def run_training(
         console.print(f"Leak: {leak}.", soft_wrap=True)
     if len(splits.train) < _MANY_ROWS:
         datasets.disable_progress_bars()
-    results = [_run_seed(recipe, splits, arguments[seed], options, resume, console) for seed in recipe.seeds]
+    results = []
+    for seed in recipe.seeds:
+        with ProgressBar(console, f"seed {seed}") as bar:
+            results.append(run_seed(recipe, splits, arguments[seed], options, resume, console, bar))
     if is_main:
         write_report(recipe, splits, results, command, output)
         print_summary(recipe, results, console)
@@ -82,7 +73,7 @@ def run_training(
     return results
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Keep what the libraries say on every load out of the progress bar."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -90,9 +81,25 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 
 
-def _options(recipe: Recipe, arguments: TrainingArguments) -> EvaluationOptions:
-    """Those of the recipe; the DPO loss is tested with the beta that it is trained with."""
+def check_recipe(
+    recipe: Recipe,
+    arguments: TrainingArguments,  # of any of its seeds
+) -> EvaluationOptions:
+    """How the recipe is tested, after looking over all that can be known without a row or a model.
+
+    Raises:
+        ValueError: a field is unknown, has a wrong value, or is one that the task's trainer would not look at.
+    """
+    if arguments.n_gpu > 1:
+        raise ValueError(
+            f"{arguments.n_gpu} GPUs and one process: a batch would silently be {arguments.n_gpu} times as large. "
+            "Start with accelerate launch -m tensorpeft train ..., or show one with CUDA_VISIBLE_DEVICES=0."
+        )
+    task = find_task(recipe.task)
+    _check_fields(recipe, task)
+    adapter_config(recipe, task)
     check_keys(recipe.evaluate, EvaluationOptions.__dataclass_fields__, "evaluate")
+    # The DPO loss is tested with the beta that it is trained with.
     trained = {"beta": arguments.beta} if hasattr(arguments, "beta") else {}  # pyright: ignore[reportAttributeAccessIssue]
     return EvaluationOptions(**{**trained, **recipe.evaluate})
 
@@ -110,103 +117,3 @@ def _check_fields(recipe: Recipe, task: Task) -> None:
         raise ValueError(f"head_learning_rate: a model for the task {task.name} gets no new head. Remove it.")
     if recipe.data.loss_on == "text" and not isinstance(task, QuestionTask):
         raise ValueError(f"data.loss_on: text: only questions have a prompt to learn, {task.name} has none. Remove it.")
-
-
-def _claim(output: Path, recipe: Recipe) -> None:
-    """Make the folder that of this recipe: from here on it holds a run."""
-    write_lines(output / _RECIPE, [recipe.to_yaml().rstrip()])
-
-
-def _check_output(output: Path, recipe: Recipe, resume: bool) -> None:
-    """Refuse to write over another run, or to go on with another recipe."""
-    if not (output / _RECIPE).is_file():
-        return
-    if not resume:
-        raise FileExistsError(
-            f"{output} holds a run already. Pass --resume to go on with it, output=FOLDER for another folder, or "
-            "remove it."
-        )
-    found: Any = OmegaConf.to_container(OmegaConf.load(output / _RECIPE))
-    wanted: Any = OmegaConf.to_container(OmegaConf.create(recipe.to_yaml()))
-    # More seeds may be added, and a folder may be moved.
-    if other := [key for key in wanted if key not in ("seeds", "output") and found.get(key) != wanted[key]]:
-        raise ValueError(
-            f"{output / _RECIPE}: the run has {other[0]}: {found.get(other[0])}, the recipe {wanted[other[0]]}. Resume "
-            "with the recipe of the run, or pass another output=FOLDER."
-        )
-
-
-def _run_seed(
-    recipe: Recipe,
-    splits: Splits,
-    arguments: TrainingArguments,
-    options: EvaluationOptions,
-    resume: bool,
-    console: Console,
-) -> SeedResult:
-    folder = Path(str(arguments.output_dir))
-    if resume and (folder / _RESULTS).is_file():
-        return read_result(folder / _RESULTS)
-    tokenizer = None if isinstance(splits.task, StructureTask) else load_tokenizer(recipe)
-    trainer = make_trainer(recipe, splits, tokenizer, arguments)
-    if trainer.is_world_process_zero():
-        _claim(folder.parent, recipe)  # not before: a model or an adapter that cannot be made leaves no run behind
-    for callback in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(callback)
-    bar = ProgressBar(console, f"seed {arguments.seed}")
-    trainer.add_callback(bar)
-    try:
-        with arguments.main_process_first(local=False):  # it removes what is half-written, the others find it gone
-            checkpoint = last_whole_checkpoint(folder) if resume else None
-        train_from(trainer, checkpoint)
-    finally:
-        bar.stop()
-    history = tuple(trainer.state.log_history)  # before the kept checkpoint is evaluated, under the last step's number
-    validation = {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items()}
-    _save(trainer, folder / ("model" if recipe.adapter is None else "adapter"))
-    parameters = list(trainer.model.parameters())  # pyright: ignore[reportOptionalMemberAccess]
-    result = SeedResult(
-        seed=arguments.seed,
-        history=history,
-        validation=_only_numbers(validation),
-        best_step=trainer.state.best_global_step if arguments.load_best_model_at_end else None,
-        steps=trainer.state.max_steps,
-        tests=_test(trainer, tokenizer, splits, options, folder, console),
-        trained_parameters=sum(p.numel() for p in parameters if p.requires_grad),
-        all_parameters=sum(p.numel() for p in parameters),
-    )
-    if trainer.is_world_process_zero():
-        result.write(folder / _RESULTS)
-    return result
-
-
-def _save(trainer: Trainer, folder: Path) -> None:
-    trainer.save_model(str(folder))
-    if trainer.is_world_process_zero():
-        # A pickle: nobody who is given the adapter should have to trust it.
-        (folder / "training_args.bin").unlink(missing_ok=True)
-
-
-def _only_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    timings = ("runtime", "samples_per_second", "steps_per_second", "epoch")
-    return {key: float(value) for key, value in metrics.items() if key not in timings and value is not None}
-
-
-def _test(
-    trainer: Trainer,
-    tokenizer: Any,
-    splits: Splits,
-    options: EvaluationOptions,
-    folder: Path,
-    console: Console,
-) -> dict[str, dict[str, float]]:
-    """The metrics of every test by name, on the main process; its predictions are written beside the adapter."""
-    if not trainer.is_world_process_zero():
-        return {}
-    metrics = {}
-    for name, (task, examples) in splits.test.items():
-        with console.status(f"test: {name}, {len(examples)} rows"):
-            found = evaluate_task(trainer.accelerator.unwrap_model(trainer.model), tokenizer, task, examples, options)
-        write_lines(folder / f"predictions-{name}.jsonl", (to_json(row) for row in found.rows))
-        metrics[name] = dict(found.metrics)
-    return metrics

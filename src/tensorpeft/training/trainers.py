@@ -42,15 +42,22 @@ class HeadRateTrainer(Trainer):
         optimizer = super().create_optimizer(model)
         if self.head_learning_rate is not None:
             trained: Any = self.model if model is None else model
-            head = {id(p) for name, p in trained.named_parameters() if set(name.split(".")) & set(_HEADS)}
+            head = {id(p) for name, p in trained.named_parameters() if is_head(name)}
             groups = list(optimizer.param_groups)
             optimizer.param_groups.clear()
             for group in groups:
-                for is_head, rate in ((False, group["lr"]), (True, self.head_learning_rate)):
-                    chosen = [p for p in group["params"] if (id(p) in head) == is_head]
+                for in_head, rate in ((False, group["lr"]), (True, self.head_learning_rate)):
+                    chosen = [p for p in group["params"] if (id(p) in head) == in_head]
                     if chosen:
                         optimizer.add_param_group({**group, "params": chosen, "lr": rate})
         return optimizer
+
+
+def is_head(
+    name: str,  # of a parameter
+) -> bool:
+    """Whether a parameter is of a head that is new to the model."""
+    return not set(name.split(".")).isdisjoint(_HEADS)
 
 
 def make_trainer(

@@ -1,0 +1,111 @@
+"""What an entry's training step costs, beside the reference's in the same rounds."""
+
+import dataclasses
+import statistics
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer
+
+from tensorpeft.studies.compare.entries import REFERENCE, Comparison, Entry
+from tensorpeft.studies.compare.results import EntryCosts
+from tensorpeft.studies.measure import median_step_times, peak_memory
+from tensorpeft.tasks.task import StructureTask
+from tensorpeft.training.arguments import make_arguments
+from tensorpeft.training.models import load_tokenizer
+from tensorpeft.training.splits import Splits
+from tensorpeft.training.trainers import is_head, make_trainer
+
+# Of so many first batches, the one of the middle length is stepped on.
+_NUM_BATCHES = 9
+
+
+class TrainedStep:
+    """Forward, backward and update of an entry on one batch of its own trainer, gradients freed at the end.
+
+    Args:
+        entry: what is trained, at the rate in the middle of its grid.
+        splits: its rows.
+    """
+
+    def __init__(self, entry: Entry, splits: Splits) -> None:
+        rate = entry.rates[len(entry.rates) // 2]
+        recipe = dataclasses.replace(entry.recipe, trainer={**entry.recipe.trainer, "learning_rate": rate})
+        self._folder = tempfile.TemporaryDirectory()
+        arguments = make_arguments(recipe.trainer, splits.task, Path(self._folder.name), seed=0)
+        recipe = dataclasses.replace(recipe, output=self._folder.name)
+        tokenizer = None if isinstance(splits.task, StructureTask) else load_tokenizer(recipe)
+        self.trainer: Trainer = make_trainer(recipe, splits, tokenizer, arguments)
+        self.model: Any = self.trainer.model
+        self.optimizer = self.trainer.create_optimizer()
+        self.batch = _typical_batch(self.trainer)
+
+    def __call__(self) -> None:
+        """One step."""
+        # Not training_step, which only a running Trainer can take.
+        self.model.train()
+        with self.trainer.accelerator.autocast():
+            loss: Any = self.trainer.compute_loss(self.model, self.trainer._prepare_inputs(dict(self.batch)))
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def parameters(self) -> tuple[int, int]:
+        """Trained parameters: the new head apart, and of the head."""
+        sizes = {name: p.numel() for name, p in self.model.named_parameters() if p.requires_grad}
+        head = sum(size for name, size in sizes.items() if is_head(name))
+        return sum(sizes.values()) - head, head
+
+
+class CostMeter:
+    """Measures entries one after the other, each in turns with the reference: two models in memory at a time.
+
+    Args:
+        comparison: its reference is the entry `REFERENCE`; where there is none, no ratio is given.
+        splits: the rows.
+        rounds: of steps; 0: only parameters are counted.
+    """
+
+    def __init__(self, comparison: Comparison, splits: Splits, rounds: int) -> None:
+        self._reference: TrainedStep | None = None
+        self._entry = next((entry for entry in comparison.entries if entry.key == REFERENCE), None)
+        self._splits = splits
+        self.rounds = rounds
+
+    def measure(self, entry: Entry) -> EntryCosts:
+        """The costs of an entry."""
+        if self.rounds == 0:
+            parameters, head = TrainedStep(entry, self._splits).parameters()
+            return EntryCosts(parameters, head)
+        if self._reference is None and self._entry is not None:
+            self._reference = TrainedStep(self._entry, self._splits)
+        is_reference = entry is self._entry
+        step = self._reference if is_reference and self._reference else TrainedStep(entry, self._splits)
+        steps = {"entry": step} if is_reference or self._reference is None else {"": self._reference, "entry": step}
+        seconds = {name: statistics.median(times) for name, times in median_step_times(steps, self.rounds).items()}
+        ratio = seconds["entry"] / seconds[""] if "" in seconds else float(is_reference)
+        peak = peak_memory(step, step.trainer.args.device)
+        parameters, head = step.parameters()
+        return EntryCosts(parameters, head, seconds["entry"], ratio, peak)
+
+
+def _typical_batch(trainer: Trainer) -> dict[str, Any]:
+    """Of the first batches, one of the middle length."""
+    batches: list[Any] = []
+    for batch in trainer.get_train_dataloader():
+        batches.append(batch)
+        if len(batches) == _NUM_BATCHES:
+            break
+    return sorted(batches, key=_size)[len(batches) // 2]
+
+
+def _size(batch: dict[str, Any]) -> int:
+    return max((value.numel() for value in batch.values() if hasattr(value, "numel")), default=0)
+
+
+def saved_bytes(folders: Sequence[Path]) -> int:
+    """The safetensors in the first of these folders that there is."""
+    folder = next((folder for folder in folders if folder.is_dir()), None)
+    return 0 if folder is None else sum(path.stat().st_size for path in folder.glob("*.safetensors"))

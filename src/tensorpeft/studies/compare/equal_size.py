@@ -1,0 +1,65 @@
+"""Entries of equal size: every method's rank is set to come closest to one number of trained parameters."""
+
+import copy
+import dataclasses
+from functools import cache, partial
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from torch import nn
+
+from tensorpeft.studies.budget import closest_value
+from tensorpeft.studies.compare.entries import Comparison, Entry
+from tensorpeft.tasks.task import StructureTask, Task
+from tensorpeft.training.models import adapter_config, load_base, load_tokenizer
+from tensorpeft.training.recipe import Recipe
+from tensorpeft.training.trainers import is_head
+
+
+def fit_budget(
+    comparison: Comparison,
+    task: Task,
+    budget: int,  # trained parameters, the new head apart
+) -> Comparison:
+    """The comparison with every entry's knob at the value that comes closest to the budget.
+
+    Counted on the meta device: nothing is decomposed. An entry without a knob (full fine-tuning, QuanTA) stays as it
+    is; a knob called ``budget`` gets the number itself.
+
+    Raises:
+        ValueError: the budget is below 1, or an adapter cannot be built on the recipe's model.
+    """
+    if budget < 1:
+        raise ValueError(f"budget={budget}: expected a number of parameters of at least 1.")
+    base = _skeleton(comparison.recipe, task)
+    entries = tuple(_fit(entry, base, task, budget) for entry in comparison.entries)
+    return dataclasses.replace(comparison, entries=entries, budget=budget)
+
+
+def _skeleton(recipe: Recipe, task: Task) -> nn.Module:
+    """The recipe's model without numbers."""
+    plain = dataclasses.replace(recipe, quantize=None)
+    tokenizer = None if isinstance(task, StructureTask) else load_tokenizer(plain)
+    return load_base(plain, task, tokenizer, seed=0).to("meta")
+
+
+def _fit(entry: Entry, base: nn.Module, task: Task, budget: int) -> Entry:
+    if entry.knob is None or entry.recipe.adapter is None:
+        return entry
+    value = budget if entry.knob == "budget" else closest_value(cache(partial(_count, entry, base, task)), budget)
+    return dataclasses.replace(
+        entry, recipe=_with_knob(entry, value), label=f"{entry.label.split(f' {entry.knob}=')[0]} {entry.knob}={value}"
+    )
+
+
+def _with_knob(entry: Entry, value: int) -> Recipe:
+    assert entry.recipe.adapter is not None
+    return dataclasses.replace(entry.recipe, adapter={**entry.recipe.adapter, entry.knob: value})
+
+
+def _count(entry: Entry, base: nn.Module, task: Task, value: int) -> int:
+    config: Any = adapter_config(_with_knob(entry, value), task)
+    with torch.device("meta"):  # what an adapter draws at random, too
+        model: Any = get_peft_model(copy.deepcopy(base), config, low_cpu_mem_usage=True)  # pyright: ignore[reportArgumentType]
+    return sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and not is_head(name))

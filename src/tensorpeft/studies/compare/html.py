@@ -1,0 +1,49 @@
+"""The report of a comparison as one HTML file that needs no network."""
+
+import base64
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+from jinja2 import Environment
+
+from tensorpeft.evaluation.report import write_lines
+from tensorpeft.studies.compare.entries import Comparison
+from tensorpeft.studies.compare.results import EntryResult
+from tensorpeft.studies.compare.table import legend, make_cells, search_cells, seed_cells, title
+
+
+def write_html(
+    comparison: Comparison,
+    results: Sequence[EntryResult],
+    command: str,
+    plots: Sequence[tuple[str, Path]],  # heading, PNG
+    versions: dict[str, str],
+    path: Path,
+) -> None:
+    """Write the report; pictures and style are inside, and every text is escaped."""
+    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
+        files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8")
+    )
+    pictures = [(heading, base64.b64encode(file.read_bytes()).decode()) for heading, file in plots]
+    page = template.render(
+        title=title(comparison),
+        description=comparison.recipe.description.strip(),
+        command=command,
+        table=make_cells(comparison, results),
+        legend=legend(comparison, results),
+        pictures=pictures,
+        search=search_cells(results),
+        seeds=seed_cells(results),
+        recipe=comparison.recipe.to_yaml().rstrip(),
+        adapters=[(result.entry.label, _fields(result)) for result in results],
+        versions=versions,
+    )
+    write_lines(path, [page.rstrip()])
+
+
+def _fields(result: EntryResult) -> str:
+    adapter = result.entry.recipe.adapter
+    if adapter is None:
+        return "all weights are trained"
+    return ", ".join(f"{name}={value}" for name, value in adapter.items())

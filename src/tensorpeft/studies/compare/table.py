@@ -1,0 +1,165 @@
+"""A comparison as a table for the terminal and as Markdown."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Group
+
+from tensorpeft.evaluation.report import make_table
+from tensorpeft.studies.compare.entries import Comparison
+from tensorpeft.studies.compare.results import EntryResult, Run, common_loss, find_metrics, steps_to
+from tensorpeft.studies.report import markdown_table
+
+TABLE_WIDTH = 110
+_FAILED = "failed"
+
+
+def make_cells(comparison: Comparison, results: Sequence[EntryResult]) -> tuple[list[str], list[list[str]]]:
+    """Headers, of up to two lines each, and a row per entry."""
+    metrics = find_metrics(results)
+    timed = any(result.costs is not None and result.costs.step_seconds for result in results)
+    target = target_loss(comparison, results)
+    headers = ["method", *(f"{metric}\n({test})" for test, metric in metrics), "valid.\nloss", "trained,\nhead apart"]
+    headers += ["\nrate", "saved\nMB"]
+    if timed:
+        headers += ["step, ms\n(× LoRA)", "peak\nMiB", f"s to loss\n{target:.3f}" if target else "s to loss"]
+    rows = []
+    for result in results:
+        if not result.finished:
+            rows.append([result.entry.label, _FAILED, *[""] * (len(headers) - 2)])
+            continue
+        row = [result.entry.label, *(mean_and_sd(result.scores(*metric)) for metric in metrics)]
+        row += [mean_and_sd(result.losses()), "" if result.costs is None else f"{result.costs.parameters:,}"]
+        row += [f"{result.rate:g}{'*' if result.chose_the_edge else ''}", f"{result.saved_bytes / 1e6:.2f}"]
+        rows.append(row + (_costs(result, target) if timed else []))
+    return headers, rows
+
+
+def target_loss(comparison: Comparison, results: Sequence[EntryResult]) -> float | None:
+    """The loss of "time to a loss": the one that was asked for, or the lowest that all entries reach."""
+    return comparison.target_loss if comparison.target_loss is not None else common_loss(results)
+
+
+def _costs(result: EntryResult, target: float | None) -> list[str]:
+    costs = result.costs
+    if costs is None:
+        return [_FAILED, "", ""]
+    ratio = f" ({costs.ratio:.2f})" if costs.ratio else ""
+    steps = None if target is None else steps_to(result.mean_curve(), target)
+    seconds = "never" if steps is None else f"{steps * costs.step_seconds:.1f}"
+    return [f"{costs.step_seconds * 1000:.0f}{ratio}", f"{costs.peak_bytes / 2**20:.0f}", seconds]
+
+
+def mean_and_sd(values: Sequence[float], digits: int = 3) -> str:
+    """Mean ± standard deviation; of one value, that; of none, a dash."""
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return "–" if not values else "diverged"
+    mean = f"{statistics.fmean(finite):.{digits}f}"
+    return mean if len(finite) == 1 else f"{mean} ± {statistics.stdev(finite):.{digits}f}"
+
+
+def title(comparison: Comparison) -> str:
+    """What was compared on what, in one line."""
+    recipe = comparison.recipe
+    seeds = f"{comparison.seeds} seed{'s' if comparison.seeds > 1 else ''}"
+    return f"{'/'.join(Path(recipe.model).parts[-2:])} on {recipe.task}, {seeds}"
+
+
+def legend(comparison: Comparison, results: Sequence[EntryResult]) -> list[str]:
+    """What a reader of the table must know, a sentence or two per line."""
+    spread = "mean ± standard deviation over the seeds" if comparison.seeds > 1 else "one seed"
+    head = next((result.costs.head_parameters for result in results if result.costs is not None), 0)
+    lines = [f"Scores: test rows, scored once per final run, {spread}. Valid. loss: in nats, of the kept checkpoint."]
+    lines.append("Rate: the learning rate, chosen for every method on the first seed's validation loss from its grid.")
+    if head:
+        lines.append(f"Trained: every method also trains a new head of {head:,} parameters.")
+    if comparison.budget is not None:
+        lines.append(f"Equal size: ranks set to come closest to {comparison.budget:,} trained parameters.")
+    timed = [result.costs for result in results if result.costs is not None and result.costs.step_seconds]
+    if timed:
+        reference = " in turns with LoRA's in the same rounds," if any(costs.ratio for costs in timed) else ""
+        lines.append(f"Step: median time of a training step,{reference} forward, backward, update. Peak: its memory")
+        lines[-1] += " above weights and optimiser state. s to loss: steps to the mean curve's crossing × step time."
+    if any(result.chose_the_edge for result in results):
+        lines.append("*: the best rate is at the edge of its grid; a better one may lie outside.")
+    for result in results:
+        done, wanted = len(result.finished), len(result.final)
+        if result.problem:
+            lines.append(f"{result.entry.label}: {result.problem.splitlines()[0]}")
+        elif done < wanted:
+            lines.append(f"{result.entry.label}: {wanted - done} of {wanted} final runs failed.")
+        if result.entry.note:
+            lines.append(f"{result.entry.label}: {result.entry.note}")
+    return lines
+
+
+def rich_table(comparison: Comparison, results: Sequence[EntryResult]) -> Group:
+    """The table for a terminal."""
+    headers, rows = make_cells(comparison, results)
+    return make_table(title(comparison), headers, rows, legend(comparison, results))
+
+
+def search_cells(results: Sequence[EntryResult]) -> tuple[list[str], list[list[str]]]:
+    """A row per learning rate that was tried."""
+    rows = [
+        [
+            result.entry.label,
+            f"{run.rate:g}",
+            _loss(run),
+            "chosen" if result.final and run.rate == result.rate else "",
+        ]
+        for result in results
+        for run in result.search
+    ]
+    return ["method", "learning rate", "validation loss, first seed", ""], rows
+
+
+def seed_cells(results: Sequence[EntryResult]) -> tuple[list[str], list[list[str]]]:
+    """A row per final run."""
+    metrics = find_metrics(results)
+    rows = [
+        [result.entry.label, str(run.seed), _loss(run), *(_score(run, *metric) for metric in metrics)]
+        for result in results
+        for run in result.final
+    ]
+    return ["method", "seed", "validation loss", *(f"test {test}: {metric}" for test, metric in metrics)], rows
+
+
+def _loss(run: Run) -> str:
+    if run.result is None:
+        return f"{_FAILED}: {run.problem.splitlines()[0]}"
+    return f"{run.loss:.4f}" if math.isfinite(run.loss) else "diverged"
+
+
+def _score(run: Run, test: str, metric: str) -> str:
+    return "" if run.result is None or test not in run.result.tests else f"{run.result.tests[test][metric]:.4f}"
+
+
+def markdown_report(
+    comparison: Comparison,
+    results: Sequence[EntryResult],
+    command: str,
+    plots: Sequence[tuple[str, Path]],  # title and file, beside the report
+    versions: dict[str, str],
+) -> str:
+    """The whole report."""
+    sections = [
+        f"# {title(comparison)}",
+        comparison.recipe.description.strip(),
+        f"    {command}" if command else "",
+        markdown_table(*make_cells(comparison, results)),
+        "\n".join(f"- {line}" for line in legend(comparison, results)),
+        *(f"![{heading}]({path.name})" for heading, path in plots),
+        "## Choice of the learning rate",
+        markdown_table(*search_cells(results)),
+        "## Seeds",
+        markdown_table(*seed_cells(results)),
+        "## Recipe",
+        f"```yaml\n{comparison.recipe.to_yaml().rstrip()}\n```",
+        "## Versions",
+        "\n".join(f"- {name} {version}" for name, version in versions.items()),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"

@@ -1,0 +1,162 @@
+"""The run of one seed of a recipe: trained, kept, tested; killed at any moment, it goes on where it stood."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from rich.console import Console
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+
+from tensorpeft.evaluation.evaluate import evaluate_task
+from tensorpeft.evaluation.options import EvaluationOptions
+from tensorpeft.evaluation.report import to_json, write_lines
+from tensorpeft.tasks.task import StructureTask
+from tensorpeft.training.checkpoints import last_whole_checkpoint, train_from
+from tensorpeft.training.models import load_tokenizer
+from tensorpeft.training.recipe import Recipe
+from tensorpeft.training.results import SeedResult, read_result
+from tensorpeft.training.splits import Splits
+from tensorpeft.training.trainers import make_trainer
+
+RESULTS = "results.json"
+WHOLE_MODEL = "model"
+_RECIPE = "recipe.yaml"
+
+
+def _claim(output: Path, recipe: Recipe) -> None:
+    """Make the folder that of this recipe: from here on it holds a run."""
+    write_lines(output / _RECIPE, [recipe.to_yaml().rstrip()])
+
+
+def check_output(output: Path, recipe: Recipe, resume: bool) -> None:
+    """Refuse to write over another run, or to go on with another recipe."""
+    if not (output / _RECIPE).is_file():
+        return
+    if not resume:
+        raise FileExistsError(
+            f"{output} holds a run already. Pass --resume to go on with it, output=FOLDER for another folder, or "
+            "remove it."
+        )
+    found: Any = OmegaConf.to_container(OmegaConf.load(output / _RECIPE))
+    wanted: Any = OmegaConf.to_container(OmegaConf.create(recipe.to_yaml()))
+    # More seeds may be added, and a folder may be moved.
+    if other := [key for key in wanted if key not in ("seeds", "output") and found.get(key) != wanted[key]]:
+        raise ValueError(
+            f"{output / _RECIPE}: the run has {other[0]}: {found.get(other[0])}, the recipe {wanted[other[0]]}. Resume "
+            "with the recipe of the run, or pass another output=FOLDER."
+        )
+
+
+def run_seed(
+    recipe: Recipe,
+    splits: Splits,
+    arguments: TrainingArguments,  # of this seed: its folder, too
+    options: EvaluationOptions,
+    resume: bool,
+    console: Console,
+    bar: TrainerCallback,
+) -> SeedResult:
+    """The result of one seed, after writing adapter (or model), predictions and result to the arguments' folder.
+
+    Args:
+        recipe: what is done; its own folder and seeds are not looked at.
+        splits: its rows; where no test is among them, `score_seed` makes up for it.
+        arguments: of this seed, and with the folder that it writes to.
+        options: of the tests.
+        resume: a finished run is not run again, one that was interrupted goes on at its last whole checkpoint.
+        console: of the tests' status.
+        bar: told of every step.
+    """
+    folder = Path(str(arguments.output_dir))
+    if resume and (folder / RESULTS).is_file():
+        return read_result(folder / RESULTS)
+    tokenizer = _tokenizer(recipe, splits)
+    trainer = make_trainer(recipe, splits, tokenizer, arguments)
+    if trainer.is_world_process_zero():
+        _claim(folder.parent, recipe)  # not before: a model or an adapter that cannot be made leaves no run behind
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(bar)
+    with arguments.main_process_first(local=False):  # it removes what is half-written, the others find it gone
+        checkpoint = last_whole_checkpoint(folder) if resume else None
+    train_from(trainer, checkpoint)
+    history = tuple(trainer.state.log_history)  # before the kept checkpoint is evaluated, under the last step's number
+    validation = {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items()}
+    _save(trainer, folder / kept_folder(recipe))
+    parameters = list(trainer.model.parameters())  # pyright: ignore[reportOptionalMemberAccess]
+    result = SeedResult(
+        seed=arguments.seed,
+        history=history,
+        validation=_only_numbers(validation),
+        best_step=trainer.state.best_global_step if arguments.load_best_model_at_end else None,
+        steps=trainer.state.max_steps,
+        tests=_test(trainer, tokenizer, splits, options, folder, console),
+        trained_parameters=sum(p.numel() for p in parameters if p.requires_grad),
+        all_parameters=sum(p.numel() for p in parameters),
+    )
+    if trainer.is_world_process_zero():
+        result.write(folder / RESULTS)
+    return result
+
+
+def score_seed(
+    recipe: Recipe,
+    splits: Splits,
+    arguments: TrainingArguments,
+    options: EvaluationOptions,
+    console: Console,
+) -> SeedResult:
+    """The result of a finished run, tested on what it saved if `run_seed` was given no tests; written again."""
+    folder = Path(str(arguments.output_dir))
+    result = read_result(folder / RESULTS)
+    if result.tests or not splits.test:
+        return result
+    tokenizer = _tokenizer(recipe, splits)
+    trainer = make_trainer(recipe, splits, tokenizer, arguments)
+    trainer._load_from_checkpoint(str(folder / kept_folder(recipe)))
+    result = dataclasses.replace(result, tests=_test(trainer, tokenizer, splits, options, folder, console))
+    result.write(folder / RESULTS)
+    return result
+
+
+def _tokenizer(recipe: Recipe, splits: Splits) -> Any:
+    return None if isinstance(splits.task, StructureTask) else load_tokenizer(recipe)
+
+
+def kept_folder(recipe: Recipe) -> str:
+    """The folder of what a run keeps, in the run's own."""
+    return WHOLE_MODEL if recipe.adapter is None else "adapter"
+
+
+def _save(trainer: Trainer, folder: Path) -> None:
+    trainer.save_model(str(folder))
+    if trainer.is_world_process_zero():
+        # A pickle: nobody who is given the adapter should have to trust it.
+        (folder / "training_args.bin").unlink(missing_ok=True)
+
+
+def _only_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    timings = ("runtime", "samples_per_second", "steps_per_second", "epoch")
+    return {key: float(value) for key, value in metrics.items() if key not in timings and value is not None}
+
+
+def _test(
+    trainer: Trainer,
+    tokenizer: Any,
+    splits: Splits,
+    options: EvaluationOptions,
+    folder: Path,
+    console: Console,
+) -> dict[str, dict[str, float]]:
+    """The metrics of every test by name, on the main process; its predictions are written beside the adapter."""
+    if not trainer.is_world_process_zero():
+        return {}
+    metrics = {}
+    for name, (task, examples) in splits.test.items():
+        with console.status(f"test: {name}, {len(examples)} rows"):
+            found = evaluate_task(trainer.accelerator.unwrap_model(trainer.model), tokenizer, task, examples, options)
+        write_lines(folder / f"predictions-{name}.jsonl", (to_json(row) for row in found.rows))
+        metrics[name] = dict(found.metrics)
+    return metrics
