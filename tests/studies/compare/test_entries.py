@@ -1,0 +1,125 @@
+"""What is compared, read from a recipe: entries, their adapters and their grids. No model is loaded."""
+
+import pytest
+
+pytest.importorskip("omegaconf")
+pytest.importorskip("trl")
+from tensorpeft.studies.compare.entries import BUILT_IN, DEFAULT, load_entries
+from tensorpeft.studies.rates import rate_grid, rates_beyond
+
+RECIPE = """
+model: some/model
+task: sst2
+adapter: {method: dota, r: 32, num_cores: 4, target_modules: [q, v]}
+data: {train: train.tsv, validation: 10}
+trainer: {learning_rate: 1e-3, max_steps: 5}
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(compare: str = "", recipe: str = RECIPE):
+        path = tmp_path / "some.yaml"
+        path.write_text(recipe + compare, encoding="utf-8")
+        return path
+
+    return write
+
+
+def adapters(comparison):
+    return {entry.key: entry.recipe.adapter for entry in comparison.entries}
+
+
+def test_without_a_section_the_default_methods_stand_beside_the_recipes_own(write):
+    comparison = load_entries(write())
+    assert tuple(entry.key for entry in comparison.entries) == DEFAULT
+    assert comparison.seeds == 3
+    assert str(comparison.output) == "runs/compare/some"
+    found = adapters(comparison)
+    assert found["full"] is None
+    assert found["dota"] == comparison.recipe.adapter
+    assert found["dota-random"] == {**comparison.recipe.adapter, "init_weights": "random"}
+    assert found["lora"] == {"method": "lora", "r": 8, "lora_alpha": 16, "target_modules": ["q", "v"]}
+    assert found["lorta"] == {"method": "lorta", "r": 16, "target_modules": ["q", "v"]}
+
+
+def test_grids_follow_the_recipes_rate_and_what_a_method_wants_of_it(write):
+    rates = {entry.key: entry.rates for entry in load_entries(write()).entries}
+    assert rates["dota"] == rates["lora"] == (3e-4, 1e-3, 3e-3)
+    assert rates["lorta"] == (3e-3, 1e-2, 3e-2)
+    # The same rate under another method's adapter is another method's: LoRTA wants ten times LoRA's.
+    of_lorta = RECIPE.replace("method: dota, r: 32, num_cores: 4", "method: lorta, r: 4")
+    rates = {entry.key: entry.rates for entry in load_entries(write(recipe=of_lorta)).entries}
+    assert rates["lorta"] == (3e-4, 1e-3, 3e-3)
+    assert rates["lora"] == (3e-5, 1e-4, 3e-4)
+    scaled = load_entries(write("compare: {rate_scale: 0.1}"), "dota").entries[0]
+    assert scaled.rates == (3e-5, 1e-4, 3e-4)
+
+
+def test_a_variant_is_a_part_of_a_recipe_put_on_top(write):
+    section = """
+compare:
+  seeds: 2
+  methods:
+    small: {label: DoTA R=4, adapter: {r: 4}}
+    slow: {trainer: {lr_scheduler_type: constant}, rates: [1e-3, 1e-4]}
+    lora: {adapter: {r: 2}}
+"""
+    comparison = load_entries(write(section))
+    small, slow, lora = comparison.entries
+    assert comparison.seeds == 2
+    assert small.recipe.adapter == {**comparison.recipe.adapter, "r": 4}
+    assert (small.label, small.knob) == ("DoTA R=4", "r")
+    assert slow.recipe.trainer == {**comparison.recipe.trainer, "lr_scheduler_type": "constant"}
+    assert slow.rates == (1e-4, 1e-3)
+    assert lora.recipe.adapter["r"] == 2
+    assert lora.label == "LoRA r=2"
+    assert [entry.key for entry in load_entries(write(section), "dora,slow").entries] == ["dora", "slow"]
+
+
+def test_overrides_are_of_the_recipe_and_reach_every_entry(write):
+    comparison = load_entries(write(), "lora,dota", overrides=["trainer.max_steps=7", "adapter.target_modules=[k]"])
+    for entry in comparison.entries:
+        assert entry.recipe.trainer["max_steps"] == 7
+        assert entry.recipe.adapter["target_modules"] == ["k"]
+
+
+def test_a_section_is_no_part_of_the_recipe_that_train_runs(write):
+    assert "compare" not in load_entries(write("compare: {seeds: 2}")).recipe.to_yaml()
+
+
+@pytest.mark.parametrize(
+    ("section", "arguments", "message"),
+    [
+        ("", {"methods": "dota,lortaa"}, "unknown key .lortaa.. Did you mean lorta"),
+        ("", {"methods": "dota,dota"}, "twice"),
+        ("", {"seeds": 0}, "seeds=0"),
+        ("", {"overrides": ["trainer.learning_rate=null"]}, "learning_rate=None"),
+        ("compare: {methods: {mine: }}", {}, "mine is empty"),
+        ("compare: {methods: {mine: {rank: 3}}}", {}, "unknown key 'rank'"),
+        ("compare: {methods: {mine: {rates: [1e-3]}}}", {}, "at least two"),
+        ("compare: {methods: {mine: 3}}", {}, "expected a mapping"),
+        ("compare: {methods: [dota]}", {}, "expected a mapping"),
+        ("compare: {sedes: 3}", {}, "Did you mean seeds"),
+        ("compare: {budget: many}", {}, "expected a number of parameters"),
+        ("compare: 3", {}, "expected a mapping"),
+    ],
+)
+def test_what_is_wrong_is_named(write, section, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        load_entries(write(section), **arguments)
+
+
+def test_every_built_in_method_has_a_configuration():
+    from tensorpeft.training.adapters import make_config
+
+    for built_in in BUILT_IN.values():
+        if built_in.adapter is not None:
+            config = make_config({**built_in.adapter, "target_modules": ["q"]}, "SEQ_CLS")
+            assert built_in.knob is None or hasattr(config, built_in.knob)
+
+
+def test_rates():
+    assert rate_grid(0.0028) == (0.001, 0.003, 0.01)
+    assert rate_grid(1e-4, 1) == (1e-4,)
+    assert rates_beyond([0.001, 0.003, 0.01], best=0.001) == [0.0003]
