@@ -70,6 +70,7 @@ class CostMeter:
 
     def __init__(self, comparison: Comparison, splits: Splits, rounds: int) -> None:
         self._reference: TrainedStep | None = None
+        self._reference_seconds = 0.0
         self._entry = next((entry for entry in comparison.entries if entry.key == REFERENCE), None)
         self._splits = splits
         self.rounds = rounds
@@ -77,18 +78,26 @@ class CostMeter:
     def measure(self, entry: Entry) -> EntryCosts:
         """The costs of an entry."""
         if self.rounds == 0:
-            parameters, head = TrainedStep(entry, self._splits).parameters()
-            return EntryCosts(parameters, head)
+            return EntryCosts(*TrainedStep(entry, self._splits).parameters())
         if self._reference is None and self._entry is not None:
             self._reference = TrainedStep(self._entry, self._splits)
-        is_reference = entry is self._entry
-        step = self._reference if is_reference and self._reference else TrainedStep(entry, self._splits)
-        steps = {"entry": step} if is_reference or self._reference is None else {"": self._reference, "entry": step}
-        seconds = {name: statistics.median(times) for name, times in median_step_times(steps, self.rounds).items()}
-        ratio = seconds["entry"] / seconds[""] if "" in seconds else float(is_reference)
+            self._reference_seconds = self._median_seconds({"": self._reference})[""]
+        if self._reference is None:
+            step = TrainedStep(entry, self._splits)
+            ratio, seconds = 0.0, self._median_seconds({"": step})[""]
+        elif entry is self._entry:
+            step, ratio, seconds = self._reference, 1.0, self._reference_seconds
+        else:
+            step = TrainedStep(entry, self._splits)
+            medians = self._median_seconds({"": self._reference, "entry": step})
+            ratio = medians["entry"] / medians[""]
+            # In the reference's own seconds: the machine may have been in another mood when this one was measured.
+            seconds = ratio * self._reference_seconds
         peak = peak_memory(step, step.trainer.args.device)
-        parameters, head = step.parameters()
-        return EntryCosts(parameters, head, seconds["entry"], ratio, peak)
+        return EntryCosts(*step.parameters(), seconds, ratio, peak)
+
+    def _median_seconds(self, steps: dict[str, TrainedStep]) -> dict[str, float]:
+        return {name: statistics.median(times) for name, times in median_step_times(steps, self.rounds).items()}
 
 
 def _typical_batch(trainer: Trainer) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 from tensorpeft.studies.compare.entries import Comparison
 from tensorpeft.studies.compare.results import EntryResult, find_metrics, is_loss
@@ -72,6 +73,8 @@ def plot_front(comparison: Comparison, results: Sequence[EntryResult], path: Pat
     front = _front([(size, mean) for size, mean, *_ in points], lower_is_better)
     axes.step(*zip(*front, strict=True), where="post", color="grey", linewidth=0.8, zorder=0, label="best up to a size")
     axes.set_xscale("log")
+    for formatted in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        formatted(EngFormatter(sep=""))
     axes.set_xlabel("trained parameters, the head apart")
     name = "validation loss (nats)" if metric is None else f"test {metric[1]} ({metric[0]})"
     axes.set_ylabel(f"{name}, {'lower' if lower_is_better else 'higher'} is better")

@@ -40,8 +40,8 @@ class EntryCosts:
     Args:
         parameters: trained, the new head apart.
         head_parameters: trained of the new head, the same for all entries.
-        step_seconds: median time of a training step.
-        ratio: of that to the reference's median in the same rounds; 0: there is no reference.
+        step_seconds: of a training step: the reference's median time, times the ratio; its own where there is none.
+        ratio: of its median time to the reference's in the same rounds; 0: there is no reference.
         peak_bytes: largest memory of a training step above weights and optimiser state.
     """
 

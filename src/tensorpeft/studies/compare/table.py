@@ -80,9 +80,11 @@ def legend(comparison: Comparison, results: Sequence[EntryResult]) -> list[str]:
         lines.append(f"Equal size: ranks set to come closest to {comparison.budget:,} trained parameters.")
     timed = [result.costs for result in results if result.costs is not None and result.costs.step_seconds]
     if timed:
-        reference = " in turns with LoRA's in the same rounds," if any(costs.ratio for costs in timed) else ""
-        lines.append(f"Step: median time of a training step,{reference} forward, backward, update. Peak: its memory")
-        lines[-1] += " above weights and optimiser state. s to loss: steps to the mean curve's crossing × step time."
+        of_lora = " of LoRA, times a method's ratio to it, measured in turns" if any(c.ratio for c in timed) else ""
+        lines.append(f"Step: median time of forward, backward and update{of_lora}.")
+        lines.append(
+            "Peak: memory of a step above weights and optimiser state. s to loss: of the mean curve."
+        )
     if any(result.chose_the_edge for result in results):
         lines.append("*: the best rate is at the edge of its grid; a better one may lie outside.")
     for result in results:
