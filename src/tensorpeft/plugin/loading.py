@@ -125,6 +125,8 @@ def _foreign_start(layer: TensorLayer, update: nn.Module, found: Mapping[str, Te
         return None
     projection = fold(network.halves(start)).to(weight.device)
     energy = projection.square().sum()
+    if hasattr(weight, "full_tensor"):  # FSDP has sharded it; every process asks for the same layer now
+        weight = weight.full_tensor()  # type: ignore[operator]
     share = (weight.to(projection.dtype) * projection).sum() / energy
     if energy == 0 or abs(share - 1) < _SHARE_TOLERANCE:
         return None
