@@ -77,9 +77,9 @@ def test_accelerate_launches_the_command(tmp_path):
 @pytest.mark.parametrize("method", METHODS)
 def test_two_sharded_processes_are_one_with_the_doubled_batch(method, checkpointing, tmp_path):
     """FSDP2; what is saved is the adapter that one process saves, up to rounding."""
-    one = train(tmp_path / "one", 8, [], *METHODS[method], f"trainer.gradient_checkpointing={checkpointing}")
-    sharded = ["trainer.fsdp=true", f"trainer.fsdp_config={{activation_checkpointing: {checkpointing}}}"]
-    two = train(tmp_path / "two", 4, [*TORCHRUN, free_port()], *METHODS[method], *sharded, program=FSDP_ON_CPU)
+    more = [*METHODS[method], f"trainer.gradient_checkpointing={checkpointing}"]
+    one = train(tmp_path / "one", 8, [], *more)
+    two = train(tmp_path / "two", 4, [*TORCHRUN, free_port()], *more, "trainer.fsdp=true", program=FSDP_ON_CPU)
     assert_same(two, one)
     assert two.trained_parameters == one.trained_parameters
     first, second = (load_file(tmp_path / name / "seed-0/adapter/adapter_model.safetensors") for name in ("one", "two"))
