@@ -8,8 +8,8 @@ from typing import Any, TypeVar, Union
 
 import peft.tuners.mixed
 import peft.tuners.mixed.model as mixed_model
-from peft.tuners import tuners_utils
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners import tuners_utils
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import PeftType, register_peft_method
 

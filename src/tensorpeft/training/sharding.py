@@ -28,8 +28,8 @@ def prepare_sharding(trainer: Trainer, recipe: Recipe, task: Task) -> None:
     is_wanted = bool(trainer.args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if is_wanted and not is_sharded(trainer):
         raise ValueError(
-            f"FSDP on {trainer.args.device.type}: accelerate shards in several processes on GPUs alone, and would train "
-            "with a whole model in each here. Start with accelerate launch on GPUs, or remove fsdp."
+            f"FSDP on {trainer.args.device.type}: accelerate shards on GPUs alone, and would train here "
+            "with a whole model in each process. Start with accelerate launch on GPUs, or remove fsdp."
         )
     if not is_sharded(trainer):
         return
