@@ -3,8 +3,9 @@
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
 from peft import PeftModel
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -18,8 +19,8 @@ from tensorpeft.training.recipe import Recipe
 def prepare_sharding(trainer: Trainer, recipe: Recipe, task: Task) -> None:
     """Check what a recipe, or accelerate's configuration, says of FSDP, and keep the adapter's precision.
 
-    Mixed precision rounds all that FSDP gathers to bfloat16: also the adapter's parameters, which are few, and of
-    which no small step may be lost. So what is gathered keeps its dtype; autocast computes in bfloat16 as without FSDP.
+    FSDP2's mixed precision is no autocast: it rounds all that is gathered, also the adapter's parameters, which are
+    few, and of which no small step may be lost. So a base in that dtype is gathered, and computes, as it is.
 
     Raises:
         ValueError: FSDP is asked for and cannot be had, in a form that loses the adapter, or for a model of which no
@@ -48,9 +49,24 @@ def prepare_sharding(trainer: Trainer, recipe: Recipe, task: Task) -> None:
         raise ValueError(
             f"{plugin.state_dict_type}: Trainer would write no adapter. Pass fsdp_state_dict_type: FULL_STATE_DICT."
         )
-    if recipe.adapter is None and isinstance(task, StructureTask):
+    if recipe.adapter is not None:
+        _check_dtype(trainer)
+        plugin.mixed_precision_policy = MixedPrecisionPolicy()
+    elif isinstance(task, StructureTask):
         raise ValueError("adapter: null with FSDP: a model that folds proteins cannot be loaded from a folder yet.")
-    plugin.mixed_precision_policy = MixedPrecisionPolicy()
+
+
+def _check_dtype(trainer: Trainer) -> None:
+    """Refuse mixed precision on a base that is in another: there would be none."""
+    precision, model = trainer.accelerator.mixed_precision, cast(Any, trainer.model)
+    wanted = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    frozen = [p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point() and p.ndim > 1]
+    if wanted is not None and (other := set(frozen) - {wanted}):
+        raise ValueError(
+            f"{precision} with FSDP, on a base in {other.pop()}: FSDP has no autocast, and its mixed precision would "
+            f"round the adapter. Pass model_arguments.dtype={str(wanted).removeprefix('torch.')}, or "
+            f"trainer.{precision}=false."
+        )
 
 
 def is_sharded(trainer: Trainer) -> bool:
