@@ -171,7 +171,7 @@ def dense_logits(mixed, names):
             if "my-lora" in names and "my-lora" in getattr(module, "lora_A", {}):
                 weight += module.scaling["my-lora"] * module.lora_B["my-lora"].weight @ module.lora_A["my-lora"].weight
             if "my-dota" in names and "my-dota" in getattr(module, "dota_update", {}):
-                weight += module.dota_update["my-dota"].weight()
+                weight += module.dota_update["my-dota"].matrix()
     return logits(dense)
 
 

@@ -135,14 +135,14 @@ def test_weight_is_that_of_the_dense_formula(out_axes, in_axes):
     update = random_circuit(out_axes, in_axes)
     expected = oracle(update, out_axes, in_axes)
     assert expected.shape == (prod(out_axes), prod(in_axes))
-    torch.testing.assert_close(update.weight(), expected, rtol=0, atol=1e-13)
+    torch.testing.assert_close(update.matrix(), expected, rtol=0, atol=1e-13)
 
 
 def test_one_tensor_of_two_axes_is_the_update_itself():
     """Its first axis is the last one of the features."""
     update = random_circuit((5, 2), (3, 4))
     expected = torch.einsum("baqp->abpq", update.tensor_1).reshape(10, 12)  # a: first axis of 5, q: last axis of 4
-    torch.testing.assert_close(update.weight(), expected, rtol=0, atol=1e-15)
+    torch.testing.assert_close(update.matrix(), expected, rtol=0, atol=1e-15)
 
 
 @over_circuits
@@ -168,7 +168,7 @@ def test_a_circuit_of_many_axes():
     update = random_circuit(*axes)
     x = torch.randn(3, prod(axes[1]), dtype=torch.float64)
     expected = oracle(update, *axes)
-    torch.testing.assert_close(update.weight(), expected, rtol=0, atol=1e-13)
+    torch.testing.assert_close(update.matrix(), expected, rtol=0, atol=1e-13)
     torch.testing.assert_close(apply_circuit(x, update.deviations(), update.shapes), x @ expected.T, rtol=0, atol=1e-13)
 
 

@@ -76,9 +76,9 @@ def test_several_networks_of_different_cuts_add_up(block_elements):
 def test_update_is_forward_and_weight_of_one_matrix(modes):
     update = MpoUpdate(make_cores(modes, 4), make_cores(modes, 5))
     x = torch.randn(7, shape_of(modes)[1], dtype=torch.float64)
-    torch.testing.assert_close(update(x), x @ update.weight().T)
+    torch.testing.assert_close(update(x), x @ update.matrix().T)
     x32, update32 = x.float(), MpoUpdate(make_cores(modes, 4, torch.float32))
-    torch.testing.assert_close(update32(x32), x32 @ update32.weight().T)
+    torch.testing.assert_close(update32(x32), x32 @ update32.matrix().T)
 
 
 def test_nothing_of_the_weight_s_size_is_saved_for_backward():

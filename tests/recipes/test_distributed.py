@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tensorpeft.training.results import read_result
 
@@ -20,6 +22,7 @@ LORTA = ["adapter.method=lorta", "adapter.r=8", "adapter.target_modules=[q_proj,
 METHODS = {"dota": [], "lorta": [*LORTA, "trainer.learning_rate=1e-2"]}
 TORCHRUN = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
 # On CPUs accelerate starts several processes with MPI only; torchrun, which it uses for GPUs, starts them here.
+FSDP_ON_CPU = str(Path(__file__).with_name("fsdp_on_cpu.py"))
 ACCELERATE = ["accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m"]
 
 
@@ -29,10 +32,10 @@ def free_port() -> str:
         return str(listener.getsockname()[1])
 
 
-def train(output: Path, batch_size: int, launcher: list[str], *overrides: str):
+def train(output: Path, batch_size: int, launcher: list[str], *overrides: str, program: str = "tensorpeft"):
     """The result of a small SFT run, in one process or in those of a launcher."""
     command = [sys.executable, "-m", *launcher]
-    command += ["tensorpeft", "train", str(ROOT / "recipes/small/stories_sft.yaml"), "--smoke", f"output={output}"]
+    command += [program, "train", str(ROOT / "recipes/small/stories_sft.yaml"), "--smoke", f"output={output}"]
     command += [f"trainer.per_device_train_batch_size={batch_size}", "trainer.max_steps=6", "trainer.eval_steps=3"]
     environment = os.environ | {"TENSORPEFT_DATA": str(DATA), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -68,3 +71,18 @@ def test_accelerate_launches_the_command(tmp_path):
     plain = train(tmp_path / "plain", 4, [], *METHODS["lorta"])
     launched = train(tmp_path / "launched", 4, ACCELERATE, *METHODS["lorta"])
     assert_same(launched, plain)
+
+
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
+@pytest.mark.parametrize("method", METHODS)
+def test_two_sharded_processes_are_one_with_the_doubled_batch(method, checkpointing, tmp_path):
+    """FSDP2; what is saved is the adapter that one process saves, up to rounding."""
+    more = [*METHODS[method], f"trainer.gradient_checkpointing={checkpointing}"]
+    one = train(tmp_path / "one", 8, [], *more)
+    two = train(tmp_path / "two", 4, [*TORCHRUN, free_port()], *more, "trainer.fsdp=true", program=FSDP_ON_CPU)
+    assert_same(two, one)
+    assert two.trained_parameters == one.trained_parameters
+    first, second = (load_file(tmp_path / name / "seed-0/adapter/adapter_model.safetensors") for name in ("one", "two"))
+    assert first.keys() == second.keys()
+    for key, tensor in first.items():
+        torch.testing.assert_close(second[key], tensor, rtol=0, atol=1e-4, msg=key)

@@ -148,7 +148,7 @@ def _two_factors(update: AbstractUpdate, rank: int | None) -> tuple[Tensor, Tens
         down, core, up = update.factors()
         return down, up * core if core.ndim == 1 else up @ core, 0.0
     assert rank is not None
-    weight = update.weight()  # type: ignore[union-attr]
+    weight = update.matrix()  # type: ignore[union-attr]
     left, values, right = torch.linalg.svd(weight, full_matrices=False)
     left, values, right = left[:, :rank], values[:rank], right[:rank]
     up, down = left * values.sqrt(), values.sqrt()[:, None] * right

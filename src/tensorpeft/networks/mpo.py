@@ -67,10 +67,12 @@ class MpoUpdate(AbstractFusedUpdate):
             self.register_buffer(BASE_DIGEST, start.digest.clone())
             start = ()
         for k, core in enumerate(cores, 1):
-            # A clone: the start must not follow the trained core.
-            self.register_parameter(f"core_{k}", nn.Parameter(_at_least_float32(core.detach()).clone()))
+            # A clone: the start must not follow the trained core. Contiguous: FSDP shards no other parameter.
+            core = _at_least_float32(core.detach()).clone(memory_format=torch.contiguous_format)
+            self.register_parameter(f"core_{k}", nn.Parameter(core))
         for k, core in enumerate(start or (), 1):
-            self.register_buffer(f"start_{k}", _at_least_float32(core.detach()).clone())
+            core = _at_least_float32(core.detach()).clone(memory_format=torch.contiguous_format)
+            self.register_buffer(f"start_{k}", core)
 
     def cores(self) -> list[Tensor]:
         """The trained cores, first to last."""
@@ -80,7 +82,9 @@ class MpoUpdate(AbstractFusedUpdate):
         """The frozen start cores; empty if nothing is subtracted."""
         if self.base_start is not None:
             return list(self.base_start.cores())
-        return [getattr(self, f"start_{k}") for k in range(1, self.num_cores + 1)] if self.has_start else []
+        # In the cores' dtype: where FSDP gathers those rounded, the start is still exactly the base.
+        starts = [getattr(self, f"start_{k}") for k in range(1, self.num_cores + 1)] if self.has_start else []
+        return [start.to(self.core_1.dtype) for start in starts]
 
     def cut(self) -> Cut:
         """Both networks, to be cut at the bond that makes the halves smallest."""

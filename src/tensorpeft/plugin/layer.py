@@ -238,7 +238,7 @@ class TensorLayer(UpdateHolder):
         else:
             weight = self.read_base_weight()
             for name in self.merged_adapters:
-                weight = weight - self._weight_update(name).weight().to(weight.dtype)
+                weight = weight - self._weight_update(name).matrix().to(weight.dtype)
             self.set_base_weight(as_stored(self.get_base_layer(), weight))
         object.__setattr__(self, "_unmerged", None)
         self.merged_adapters.clear()
@@ -246,7 +246,7 @@ class TensorLayer(UpdateHolder):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW of an adapter in float32, laid out as the base layer stores its weight."""
-        return as_stored(self.get_base_layer(), self._weight_update(adapter).weight())
+        return as_stored(self.get_base_layer(), self._weight_update(adapter).matrix())
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether W' = W + ΔW. A ΔW of high rank converts with an error, by the rank given to PEFT."""

@@ -19,6 +19,13 @@ from tensorpeft.plugin.layer import TensorLayer
 
 # The 4-bit form of a weight moves the share by less than 0.01, a fully fine-tuned base by a few hundredths.
 _SHARE_TOLERANCE = 0.2
+# What torch's checkpointing of activations, as FSDP applies it, adds to the names of modules, not to those of tensors.
+_CHECKPOINTED = "_checkpoint_wrapped_module."
+
+
+def key_of(name: str) -> str:  # of a module, or the beginning of one
+    """Its name in the keys of a state dict."""
+    return name.replace(_CHECKPOINTED, "")
 
 
 def check_state_dict(tuner: BaseTuner, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
@@ -32,9 +39,10 @@ def check_state_dict(tuner: BaseTuner, state_dict: dict[str, Tensor], prefix: st
             the base is a plain torch module). An adapter that was made for this checkpoint
             (`PeftModel.from_pretrained`, `load_adapter`) is taken out of the model again.
     """
-    for name, layer in tuner.named_modules():
+    for module_name, layer in tuner.named_modules():
         if not isinstance(layer, UpdateHolder):
             continue
+        name = key_of(module_name)
         stem = f"{prefix}{name}.{layer.adapter_layer_names[0]}."
         for adapter_name, update in layer.updates.items():
             found = _part(state_dict, f"{stem}{adapter_name}.")
@@ -125,6 +133,8 @@ def _foreign_start(layer: TensorLayer, update: nn.Module, found: Mapping[str, Te
         return None
     projection = fold(network.halves(start)).to(weight.device)
     energy = projection.square().sum()
+    if hasattr(weight, "full_tensor"):  # FSDP has sharded it; every process asks for the same layer now
+        weight = weight.full_tensor()  # type: ignore[operator]
     share = (weight.to(projection.dtype) * projection).sum() / energy
     if energy == 0 or abs(share - 1) < _SHARE_TOLERANCE:
         return None

@@ -9,12 +9,14 @@ from typing import Any, TypeVar, Union
 import peft.tuners.mixed
 import peft.tuners.mixed.model as mixed_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners import tuners_utils
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import PeftType, register_peft_method
 
 from tensorpeft.plugin.config import TensorConfig
 from tensorpeft.plugin.holder import SharedHolder, UpdateHolder
 from tensorpeft.plugin.layer import TensorLayer
+from tensorpeft.plugin.loading import key_of
 from tensorpeft.plugin.tuner import (
     MethodClasses,
     TensorModel,
@@ -91,6 +93,17 @@ def _add_peft_type(name: str) -> PeftType:
     assert PeftType(name) is member
     return member
 
+
+_module_prefixes = tuners_utils._get_tuner_state_dict_key_prefixes
+
+
+def _key_prefixes(model: Any, adapter_name: str | None = None) -> set[str]:
+    """PEFT looks in a state dict for the names of modules; where layers are checkpointed, saves an empty adapter."""
+    return {key_of(prefix) for prefix in _module_prefixes(model, adapter_name)}
+
+
+# Until PEFT knows torch's wrapper, for LoRA too.
+tuners_utils._get_tuner_state_dict_key_prefixes = _key_prefixes
 
 _unload_mixed_model = mixed_model.MixedModel._unload_and_optionally_merge
 _prepare_mixed_config = mixed_model.MixedModel._prepare_adapter_config

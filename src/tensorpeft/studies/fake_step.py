@@ -6,7 +6,6 @@ every operation is seen, with the storages that it makes and when they are freed
 """
 
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
 
@@ -41,9 +40,9 @@ def count_step(
     with FakeTensorMode():
         _make_fake(model)
         tokens = torch.ones(batch, length, dtype=torch.long)
-        with FlopCounterMode(display=False) as flops, _PeakMemory() as memory:
+        with _Counter() as counter:
             _loss(model, tokens).backward()
-    return StepCosts(memory.peak, flops.get_total_flops())
+    return StepCosts(counter.peak, counter.flops)
 
 
 def _loss(model: Any, tokens: Tensor) -> Tensor:
@@ -69,21 +68,27 @@ def _make_fake(model: nn.Module) -> None:
                 tensors[name] = fakes[id(tensor)]  # type: ignore[assignment]
 
 
-class _PeakMemory(TorchDispatchMode):
-    """Adds up the storages that operations make, until they are freed."""
+class _Counter(TorchDispatchMode):
+    """Adds up the storages that operations make, until they are freed, and the operations of products.
+
+    By torch's formulas, but without its FlopCounterMode: that follows the modules with hooks which hold what
+    checkpointing of activations has freed.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.peak = 0
+        self.peak = self.flops = 0
         self._allocated = 0
         self._known = WeakIdKeyDictionary()
 
     def __torch_dispatch__(
-        self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+        self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if function is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
             return args[0].fake_device  # asked more often than all else; the other modes take long
         result = function(*args, **(kwargs or {}))
+        if (formula := flop_registry.get(function._overloadpacket)) is not None:
+            self.flops += formula(*args, **(kwargs or {}), out_val=result)
         given = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):

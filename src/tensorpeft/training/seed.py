@@ -17,6 +17,7 @@ from tensorpeft.training.checkpoints import last_whole_checkpoint, train_from
 from tensorpeft.training.models import load_tokenizer
 from tensorpeft.training.recipe import Recipe
 from tensorpeft.training.results import SeedResult, read_result
+from tensorpeft.training.sharding import prepare_sharding, whole_model
 from tensorpeft.training.splits import Splits
 from tensorpeft.training.trainers import make_trainer
 
@@ -74,6 +75,7 @@ def run_seed(
         return read_result(folder / RESULTS)
     tokenizer = _tokenizer(recipe, splits)
     trainer = make_trainer(recipe, splits, tokenizer, arguments)
+    prepare_sharding(trainer, recipe, splits.task)
     if trainer.is_world_process_zero():
         _claim(folder.parent, recipe)  # not before: a model or an adapter that cannot be made leaves no run behind
     for callback in (PrinterCallback, ProgressCallback):
@@ -84,7 +86,8 @@ def run_seed(
     train_from(trainer, checkpoint)
     history = tuple(trainer.state.log_history)  # before the kept checkpoint is evaluated, under the last step's number
     validation = {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items()}
-    _save(trainer, folder / kept_folder(recipe))
+    saved = folder / kept_folder(recipe)
+    _save(trainer, saved)
     parameters = list(trainer.model.parameters())  # pyright: ignore[reportOptionalMemberAccess]
     result = SeedResult(
         seed=arguments.seed,
@@ -92,7 +95,7 @@ def run_seed(
         validation=_only_numbers(validation),
         best_step=trainer.state.best_global_step if arguments.load_best_model_at_end else None,
         steps=trainer.state.max_steps,
-        tests=_test(trainer, tokenizer, splits, options, folder, console),
+        tests=_test(trainer, recipe, tokenizer, splits, options, saved, console),
         trained_parameters=sum(p.numel() for p in parameters if p.requires_grad),
         all_parameters=sum(p.numel() for p in parameters),
     )
@@ -115,8 +118,10 @@ def score_seed(
         return result
     tokenizer = _tokenizer(recipe, splits)
     trainer = make_trainer(recipe, splits, tokenizer, arguments)
-    trainer._load_from_checkpoint(str(folder / kept_folder(recipe)))
-    result = dataclasses.replace(result, tests=_test(trainer, tokenizer, splits, options, folder, console))
+    saved = folder / kept_folder(recipe)
+    trainer._load_from_checkpoint(str(saved))
+    tests = _test(trainer, recipe, tokenizer, splits, options, saved, console)
+    result = dataclasses.replace(result, tests=tests)
     result.write(folder / RESULTS)
     return result
 
@@ -144,19 +149,20 @@ def _only_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 def _test(
     trainer: Trainer,
+    recipe: Recipe,
     tokenizer: Any,
     splits: Splits,
     options: EvaluationOptions,
-    folder: Path,
+    saved: Path,  # the trained adapter, or model
     console: Console,
 ) -> dict[str, dict[str, float]]:
     """The metrics of every test by name, on the main process; its predictions are written beside the adapter."""
-    if not trainer.is_world_process_zero():
+    if not trainer.is_world_process_zero() or not splits.test:
         return {}
-    metrics = {}
+    metrics, model = {}, whole_model(trainer, recipe, splits.task, tokenizer, saved)
     for name, (task, examples) in splits.test.items():
         with console.status(f"test: {name}, {len(examples)} rows"):
-            found = evaluate_task(trainer.accelerator.unwrap_model(trainer.model), tokenizer, task, examples, options)
-        write_lines(folder / f"predictions-{name}.jsonl", (to_json(row) for row in found.rows))
+            found = evaluate_task(model, tokenizer, task, examples, options)
+        write_lines(saved.with_name(f"predictions-{name}.jsonl"), (to_json(row) for row in found.rows))
         metrics[name] = dict(found.metrics)
     return metrics

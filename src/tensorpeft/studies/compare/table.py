@@ -82,9 +82,7 @@ def legend(comparison: Comparison, results: Sequence[EntryResult]) -> list[str]:
     if timed:
         of_lora = " of LoRA, times a method's ratio to it, measured in turns" if any(c.ratio for c in timed) else ""
         lines.append(f"Step: median time of forward, backward and update{of_lora}.")
-        lines.append(
-            "Peak: memory of a step above weights and optimiser state. s to loss: of the mean curve."
-        )
+        lines.append("Peak: memory of a step above weights and optimiser state. s to loss: of the mean curve.")
     if any(result.chose_the_edge for result in results):
         lines.append("*: the best rate is at the edge of its grid; a better one may lie outside.")
     for result in results:
