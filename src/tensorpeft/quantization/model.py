@@ -137,9 +137,9 @@ def _core_shapes(update: MpoUpdate) -> Shapes:
     return [list(core.shape) for core in update.cores()]
 
 
-def network_of(shapes: Shapes) -> tuple[list[int], list[int], int]:
-    """Output modes, input modes and largest bond of cores with these shapes."""
-    return [shape[1] for shape in shapes], [shape[2] for shape in shapes], max(shape[3] for shape in shapes)
+def network_of(shapes: Shapes) -> tuple[list[int], list[int], list[int]]:
+    """Output modes, input modes and inner bonds of cores with these shapes."""
+    return [shape[1] for shape in shapes], [shape[2] for shape in shapes], [shape[3] for shape in shapes[:-1]]
 
 
 @torch.no_grad()
