@@ -116,6 +116,6 @@ def _check_start(name: str, start: FrozenCores, expected: list[tuple[int, int, i
     if found != expected:
         raise ValueError(
             f"{name}: its residual base was quantised with cores of the shapes {found}, but this configuration asks "
-            f"for {expected}. Use the r (or bonds), num_cores and modes that the base was quantised with, quantise "
+            f"for {expected}. Use the r, num_cores and modes (or bonds) that the base was quantised with, quantise "
             'it again with these, or start elsewhere: init_weights="random".'
         )
