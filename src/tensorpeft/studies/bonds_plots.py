@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator, StrMethodFormatter
 
 from tensorpeft.studies.bonds import RANKS, WeightStudy
 from tensorpeft.studies.inspected_model import short_name
@@ -45,11 +45,15 @@ def plot_spectra(studies: Sequence[WeightStudy], title: str, path: Path) -> None
         axes.set_yscale("log")
         bottom, top = axes.get_ylim()
         axes.set_ylim(max(bottom, _NOISE), min(top, 1.3))
+        # An unfolding's values span less than a decade: its ticks are minor ones, and 0.9 reads better than 9 · 10⁻¹.
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}") if bottom > 0.05 else NullFormatter())
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.set_title("matrix" if index == 0 else f"unfolding {index}: after core {index}", fontsize=10)
         if index % num_columns == 0:
             axes.set_ylabel("singular value / largest")
-        if index // num_columns == num_rows - 1:
+        if index + num_columns >= count:
             axes.set_xlabel("index of the singular value")
     _legend(figure, f"{title}: median and range over the layers")
     figure.savefig(path)
@@ -79,13 +83,18 @@ def plot_errors(studies: Sequence[WeightStudy], title: str, path: Path) -> None:
 def plot_bonds(studies: Sequence[WeightStudy], title: str, path: Path) -> None:
     """Write a PNG: error and parameters of every layer, with uniform and with adaptive bonds, and the SVD's error."""
     figure = Figure(figsize=(max(8.0, 0.24 * len(studies) + 3), 7.6), dpi=150, layout="constrained")
-    forms = (("uniform", "uniform bonds", "o"), ("adaptive", "adaptive bonds", "s"), ("svd", "SVD of equal size", "D"))
+    # Rings and small marks: where two values are one, both are seen.
+    forms = (
+        ("uniform", "uniform bonds", {"marker": "o", "markersize": 8, "fillstyle": "none"}),
+        ("adaptive", "adaptive bonds", {"marker": "s", "markersize": 4}),
+        ("svd", "SVD of equal size", {"marker": "D", "markersize": 4}),
+    )
     panels = (("error", 100, "relative error of the weight (%)"), ("size", 1, "parameters"))
     for index, (field, scale, label) in enumerate(panels):
         axes = figure.add_subplot(2, 1, index + 1)
-        for form, name, marker in forms[: 3 - index]:
+        for form, name, style in forms[: 3 - index]:
             values = [scale * getattr(getattr(study, form), field) for study in studies]
-            axes.plot(values, marker, label=name, markersize=5)
+            axes.plot(values, ls="", label=name, clip_on=False, zorder=3, **style)
         axes.set_ylabel(label)
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
@@ -93,7 +102,7 @@ def plot_bonds(studies: Sequence[WeightStudy], title: str, path: Path) -> None:
         axes.set_xticks(range(len(studies)), names)
         axes.tick_params(axis="x", rotation=90, labelsize=7)
     axes = figure.axes[-1]
-    axes.yaxis.set_major_formatter(lambda value, position: f"{value:,.0f}")
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set_xlabel("layer")
     _legend(figure, title)
     figure.savefig(path)
