@@ -12,6 +12,8 @@ on the validation loss with the first seed; the test split is not touched. Each 
     first            mpo, the singular values moved to the first core (the same MPO)
     r8, r32          mpo with another bond
     random-r8, random-r32
+    auto             mpo with adaptive bonds, as many parameters as bond 16 has
+    random-auto      random cores with the same bonds
 
 Adam's step does not depend on the scale of a gradient, so `balanced` is also the answer to a learning rate per core:
 training the rescaled cores at one rate is training the original ones at rates proportional to their size.
@@ -107,6 +109,8 @@ VARIANTS: dict[str, tuple[dict, Callable[[nn.Module], None] | None]] = {
     "r32": ({"r": 32}, None),
     "random-r8": ({"r": 8, "init_weights": "random"}, None),
     "random-r32": ({"r": 32, "init_weights": "random"}, None),
+    "auto": ({"r": "auto", "budget": 273_042}, None),
+    "random-auto": ({"r": "auto", "budget": 273_042, "init_weights": "random"}, None),
 }
 
 

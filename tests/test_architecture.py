@@ -18,13 +18,15 @@ ARROWS: dict[str, set[str] | None] = {
     "plugin": {"sites", "networks"},
     "methods": {"modes", "networks", "sites", *PLUGIN_FOR_METHODS},
     "__init__": {"methods", "plugin", "quantization"},
-    "quantization": {"networks", "plugin"},
+    "quantization": {"networks", "plugin", "sites"},
     "export": {"plugin", "networks", "quantization"},
     "tasks": set(),
     "evaluation": {"", "tasks"},
     "training": {"", "evaluation", "quantization", "tasks"},
-    "studies": {"", "evaluation", "quantization", "tasks", "training"},
-    "cli": {"", "evaluation", "export", "quantization", "studies", "tasks", "training"},
+    "studies": {"", "evaluation", "networks", "plugin.base_weight", "quantization", "tasks", "training"},
+    "cli": {"", "cli_inspect", "cli_options", "evaluation", "export", "quantization", "studies", "tasks", "training"},
+    "cli_inspect": {"cli_options", "studies"},
+    "cli_options": {""},
     "__main__": {"cli"},
 }
 MAY_IMPORT_PEFT = {"evaluation", "export", "plugin", "studies", "training"}

@@ -1,11 +1,13 @@
 """The command ``tensorpeft``: parses, calls the studies, prints. User errors are one line on stderr and exit code 2."""
 
 import argparse
-import re
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from tensorpeft.cli_inspect import add_inspect, with_view
+from tensorpeft.cli_options import add_double_quant, add_network, add_targets, network_of, targets_of
 
 _DTYPES = ("bfloat16", "float16", "float32")
 
@@ -14,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code of the command: 0, or 2 after a user error."""
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = _parser()
-    arguments, rest = parser.parse_known_args(argv, argparse.Namespace(extra="demo", overrides=None))
+    arguments, rest = parser.parse_known_args(with_view(argv), argparse.Namespace(extra="demo", overrides=None))
     if rest:
         # argparse takes the words of one list from one place only; KEY=VALUE may stand behind an option, too.
         if arguments.overrides is None or any(word.startswith("-") for word in rest):
@@ -111,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--rank", type=int, metavar="R", help="of every method that has one (default: 16)")
     plan.add_argument("--budget", metavar="N", help="trained parameters to come closest to, such as 1M, instead")
     plan.add_argument("--methods", metavar="A,B", help="only these (default: all)")
-    _add_targets(plan)
+    add_targets(plan)
     plan.add_argument("--batch", type=int, default=1, metavar="N", help="texts of a step (default: %(default)s)")
     plan.add_argument("--length", type=int, default=512, metavar="N", help="tokens of a text (default: %(default)s)")
     plan.add_argument("--maps", action="store_true", help="print which weights form which tensor, with which modes")
@@ -125,7 +127,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     quantize.add_argument("model", metavar="MODEL", help="folder or Hub name of a checkpoint in 16 or 32 bits")
     quantize.add_argument("out", type=Path, metavar="OUT", help="folder to write")
-    _add_network(quantize)
+    add_network(quantize)
+    add_double_quant(quantize)
     quantize.add_argument(
         "--rounds", type=int, default=1, metavar="K", help="of decomposition and quantisation (default: 1)"
     )
@@ -134,21 +137,7 @@ def _parser() -> argparse.ArgumentParser:
         "--skip", nargs="+", default=(), metavar="NAME", help="further linear layers to leave as they are"
     )
     quantize.set_defaults(run=_quantize)
-    inspect = commands.add_parser("inspect", help="look into a model's weights before an adapter is trained")
-    views = inspect.add_subparsers(title="views", required=True, metavar="VIEW")
-    errors = views.add_parser(
-        "quantization",
-        help="what 4 bits cost each layer with QLoRA, QPiSSA and QDoTA",
-        description="Relative errors of every layer's 4-bit weight and of its output on text; a table, a plot, JSON.",
-    )
-    errors.add_argument("model", metavar="MODEL", help="folder or Hub name of a checkpoint in 16 or 32 bits")
-    _add_network(errors)
-    errors.add_argument("--rounds", type=int, default=5, metavar="K", help="beside one shot (default: %(default)s)")
-    errors.add_argument("--text", type=Path, metavar="FILE", help="a text per line (default: Python's own docstrings)")
-    errors.add_argument(
-        "--output", type=Path, default=Path("runs/quantization"), metavar="DIR", help="(default: %(default)s)"
-    )
-    errors.set_defaults(run=_inspect_quantization)
+    add_inspect(commands)
     return parser
 
 
@@ -221,36 +210,6 @@ def _add_evaluate(commands) -> None:  # commands: what add_subparsers returns
         "--output", type=Path, default=Path("runs/evaluate"), metavar="DIR", help="(default: %(default)s)"
     )
     evaluate.set_defaults(run=_evaluate, extra="train")
-
-
-def _add_network(parser: argparse.ArgumentParser) -> None:
-    """The options that make a DotaConfig."""
-    parser.add_argument("--r", type=int, default=16, metavar="R", help="largest bond dimension (default: %(default)s)")
-    parser.add_argument("--num-cores", type=int, default=5, metavar="N", help="cores (default: %(default)s)")
-    _add_targets(parser)
-    parser.add_argument("--no-double-quant", action="store_true", help="keep the blocks' scales in 32 bits")
-
-
-def _add_targets(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--target-modules",
-        nargs="+",
-        metavar="NAME",
-        help="endings of layers' names, one regular expression, or all-linear (default: PEFT's for the architecture)",
-    )
-
-
-def _targets(arguments: argparse.Namespace) -> list[str] | str | None:
-    targets = arguments.target_modules
-    if targets and len(targets) == 1 and not re.fullmatch(r"[\w.]+", targets[0]):
-        return targets[0]  # a regular expression, or all-linear
-    return targets
-
-
-def _network(arguments: argparse.Namespace):  # -> DotaConfig
-    from tensorpeft import DotaConfig
-
-    return DotaConfig(r=arguments.r, num_cores=arguments.num_cores, target_modules=_targets(arguments))
 
 
 def _train(arguments: argparse.Namespace, command: str) -> None:
@@ -350,7 +309,7 @@ def _plan(arguments: argparse.Namespace, command: str) -> None:
         methods=choose_methods(arguments.methods),
         rank=arguments.rank,
         budget=None if arguments.budget is None else parse_count(arguments.budget),
-        targets=_targets(arguments),
+        targets=targets_of(arguments),
         batch=arguments.batch,
         length=arguments.length,
     )
@@ -362,7 +321,7 @@ def _quantize(arguments: argparse.Namespace, command: str) -> None:
     from tensorpeft.quantization.streamed import quantize_checkpoint
 
     dtype = None if arguments.compute_dtype is None else getattr(torch, arguments.compute_dtype)
-    config = _network(arguments)
+    config = network_of(arguments)
     quantize_checkpoint(
         arguments.model,
         arguments.out,
@@ -378,19 +337,6 @@ def _quantize(arguments: argparse.Namespace, command: str) -> None:
     )
     targets = sorted(config.target_modules) if isinstance(config.target_modules, set) else config.target_modules
     print(f"DotaConfig(r={config.r}, num_cores={config.num_cores}, target_modules={targets!r})")
-
-
-def _inspect_quantization(arguments: argparse.Namespace, command: str) -> None:
-    from tensorpeft.studies.quantization_report import inspect_quantization
-
-    inspect_quantization(
-        arguments.model,
-        _network(arguments),
-        arguments.rounds,
-        arguments.output,
-        arguments.text,
-        not arguments.no_double_quant,
-    )
 
 
 def _export_dense(arguments: argparse.Namespace, command: str) -> None:

@@ -59,29 +59,37 @@ def factor_modes(size: int, num_modes: int) -> tuple[int, ...]:
     return _largest_in_the_middle(ascending)
 
 
-def bond_dimensions(out_modes: Sequence[int], in_modes: Sequence[int], max_bond: int) -> tuple[int, ...]:
+def bond_dimensions(
+    out_modes: Sequence[int], in_modes: Sequence[int], max_bond: int | Sequence[int]
+) -> tuple[int, ...]:
     """The N + 1 bond dimensions of an MPO, first and last 1: the exact ones, none above `max_bond`.
 
-    `b_k = min(prod_{m<=k} i_m j_m, prod_{m>k} i_m j_m, max_bond)` for modes i of the output, j of the input.
+    `b_k = min(prod_{m<=k} i_m j_m, prod_{m>k} i_m j_m, max_bond)` for modes i of the output, j of the input. With a
+    `max_bond` for each of the N - 1 inner bonds, also none that its neighbours leave unused: `b_k <= b_{k-1} i_k j_k`
+    and `b_k <= i_{k+1} j_{k+1} b_{k+1}`.
 
     Raises:
-        ValueError: the two sides have different numbers of modes, or `max_bond` is below 1.
+        ValueError: the two sides have different numbers of modes, `max_bond` is below 1, or is not one per inner bond.
 
     >>> bond_dimensions((4, 4, 8, 8, 4), (4, 4, 8, 8, 4), 16)
     (1, 16, 16, 16, 16, 1)
+    >>> bond_dimensions((4, 4, 8, 8, 4), (4, 4, 8, 8, 4), [2, 99, 64, 3])
+    (1, 2, 32, 64, 3, 1)
     """
     if len(out_modes) != len(in_modes):
         raise ValueError(
             f"got {len(out_modes)} output modes {tuple(out_modes)} and {len(in_modes)} input modes {tuple(in_modes)}: "
             "each core takes one of each, so their numbers must be equal."
         )
+    pairs = [i * j for i, j in zip(out_modes, in_modes)]
+    if not isinstance(max_bond, int):
+        return _limited_by_neighbours(pairs, max_bond)
     if max_bond < 1:
         raise ValueError(f"got a largest bond dimension of {max_bond}, expected at least 1.")
-    pairs = [i * j for i, j in zip(out_modes, in_modes)]
     return (*(min(prod(pairs[:k]), prod(pairs[k:]), max_bond) for k in range(len(pairs))), 1)
 
 
-def count_parameters(out_modes: Sequence[int], in_modes: Sequence[int], max_bond: int) -> int:
+def count_parameters(out_modes: Sequence[int], in_modes: Sequence[int], max_bond: int | Sequence[int]) -> int:
     """The number of elements of an MPO's cores: the sum of `b_{k-1} i_k j_k b_k`.
 
     >>> count_parameters((4, 4, 8, 8, 4), (4, 4, 8, 8, 4), 16)
@@ -89,6 +97,21 @@ def count_parameters(out_modes: Sequence[int], in_modes: Sequence[int], max_bond
     """
     bonds = bond_dimensions(out_modes, in_modes, max_bond)
     return sum(bonds[k] * i * j * bonds[k + 1] for k, (i, j) in enumerate(zip(out_modes, in_modes)))
+
+
+def _limited_by_neighbours(pairs: Sequence[int], inner: Sequence[int]) -> tuple[int, ...]:
+    """The inner bonds, cut to what the bonds on their left and on their right can use, between two ones."""
+    if len(inner) != len(pairs) - 1 or any(bond < 1 for bond in inner):
+        raise ValueError(
+            f"got the largest bond dimensions {list(inner)} for {len(pairs)} cores, expected {len(pairs) - 1}, one for "
+            "each bond between two cores, and each at least 1."
+        )
+    bonds = [1, *inner, 1]
+    for k, pair in enumerate(pairs[:-1]):
+        bonds[k + 1] = min(bonds[k + 1], bonds[k] * pair)
+    for k in range(len(pairs) - 1, 0, -1):
+        bonds[k] = min(bonds[k], pairs[k] * bonds[k + 1])
+    return tuple(bonds)
 
 
 def _is_prime(number: int) -> bool:

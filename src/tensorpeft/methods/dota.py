@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from tensorpeft.methods.adaptive_bonds import check_request, check_site_bonds, choose_site_bonds
 from tensorpeft.modes import bond_dimensions, factor_modes
 from tensorpeft.networks.mpo import FrozenCores, MpoUpdate, decompose, random_cores
 from tensorpeft.plugin.config import Bases, TensorConfig, check_modes, check_rank
@@ -26,47 +27,66 @@ class DotaConfig(TensorConfig):
     37,376 parameters; LoRA of rank 16 has 131,072.
 
     Args:
-        r: largest bond dimension, the rank of the network.
+        r: largest bond dimension, the rank of the network; or "auto": every bond of every layer is chosen from the
+            weights, so that all of them together lose least (`networks.bonds`).
         num_cores: number of cores, at least 2.
         modes: {size: [mode, …]} for sizes to be factored otherwise than `modes.factor_modes` does; one mode per core.
         init_weights: True: T starts at the MPO of the pretrained weight. "random": at Gaussian cores, the last one
             zero, the paper's ablation. False: at Gaussian cores and nothing subtracted, which is *not* the identity.
         rank_pattern: {name or regular expression: r} for layers with a bond of their own.
+        budget: with "auto": trained parameters of all layers, at most; the bonds come close to it.
+        bonds: with "auto": {full name of a layer: [b_1, …, b_{N-1}]}. None: chosen when the first adapter or residual
+            base is made with this configuration, and **written here**, so that they are saved and used again.
 
     Raises:
         ValueError: a bond below 1, fewer than 2 cores, an unknown start, modes that do not multiply to their size or
-            are not one per core.
+            are not one per core, "auto" without a budget or bonds, or a budget or bonds without "auto".
 
-    Source: DoTA, section 3.2; defaults of its section 4; the scale of the random cores is ours (`networks.mpo`).
+    Source: DoTA, section 3.2; defaults of its section 4; the scale of the random cores is ours (`networks.mpo`), and so
+    are adaptive bonds.
 
     >>> DotaConfig(r=16, target_modules=["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]).num_cores
     5
     """
 
-    r: int = field(default=16, metadata={"help": "Largest bond dimension."})
+    r: int | Literal["auto"] = field(default=16, metadata={"help": 'Largest bond dimension, or "auto".'})
     num_cores: int = field(default=5, metadata={"help": "Number of cores of the matrix product operator."})
     modes: dict[int, list[int]] | None = field(default=None, metadata={"help": "{size: modes} that override ours."})
     init_weights: bool | Literal["random"] = field(default=True, metadata={"help": "Where the cores start."})
     rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "{name or pattern: r}."})
+    budget: int | None = field(default=None, metadata={"help": 'Trained parameters, with r="auto".'})
+    bonds: dict[str, list[int]] | None = field(default=None, metadata={"help": '{layer: bonds}, with r="auto".'})
 
     def __post_init__(self) -> None:
         """Check all that can be known without a model."""
         super().__post_init__()
-        for name, r in {"r": self.r, **{f"rank_pattern[{key!r}]": r for key, r in self.rank_pattern.items()}}.items():
+        given_r = {} if isinstance(self.r, str) else {"r": self.r}
+        for name, r in {**given_r, **{f"rank_pattern[{key!r}]": r for key, r in self.rank_pattern.items()}}.items():
             check_rank(name, r)
         if not isinstance(self.num_cores, int) or self.num_cores < 2:
             raise ValueError(f"num_cores={self.num_cores!r}: expected at least 2 cores, such as the paper's 5.")
         if self.init_weights not in (True, False, "random"):
             raise ValueError(f'init_weights={self.init_weights!r}: expected True, "random" or False.')
         self.modes = check_modes(self.modes, self.num_cores)
+        check_request(self.r, self.budget, self.bonds, self.rank_pattern, self.num_cores)
+
+    def settle(self, sites: Sequence[Site], bases: Bases) -> None:
+        """With r="auto" and no bonds yet: choose them, and keep them in `bonds`. Reads one weight at a time."""
+        if self.r == "auto" and self.bonds is None and sites:
+            assert self.budget is not None  # checked with the fields
+            starts_there = self.init_weights is True
+            self.bonds = choose_site_bonds(sites, bases, self._modes, self.budget, starts_there)
 
     def build(self, sites: Sequence[Site], bases: Bases) -> Mapping[str, MpoUpdate]:
         """An MPO per site. Reads one weight at a time; where the base layer has a start of its own, none."""
+        if self.bonds is not None:
+            check_site_bonds(self.bonds, sites, self._modes, self.budget)
         return {site.name: self._build_one(site, bases) for site in sites}
 
     def _build_one(self, site: Site, bases: Bases) -> MpoUpdate:
         out_modes, in_modes = self._modes(site.out), self._modes(site.in_)
-        r = value_for(site.name, self.rank_pattern, self.r)
+        r = value_for(site.name, self.rank_pattern, self.r) if self.bonds is None else self.bonds[site.name]
+        assert not isinstance(r, str)  # settled
         if self.init_weights is True and (start := bases.start(site)) is not None:
             bonds = bond_dimensions(out_modes, in_modes, r)
             _check_start(site.name, start, list(zip(bonds[:-1], out_modes, in_modes, bonds[1:])))
@@ -96,6 +116,6 @@ def _check_start(name: str, start: FrozenCores, expected: list[tuple[int, int, i
     if found != expected:
         raise ValueError(
             f"{name}: its residual base was quantised with cores of the shapes {found}, but this configuration asks "
-            f"for {expected}. Use the r, num_cores and modes that the base was quantised with, quantise it again with "
-            'these, or start elsewhere: init_weights="random".'
+            f"for {expected}. Use the r, num_cores and modes (or bonds) that the base was quantised with, quantise "
+            'it again with these, or start elsewhere: init_weights="random".'
         )

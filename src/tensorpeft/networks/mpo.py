@@ -115,7 +115,7 @@ def decompose(
     weight: Tensor,  # (out, in), floating point
     out_modes: Sequence[int],
     in_modes: Sequence[int],
-    max_bond: int,
+    max_bond: int | Sequence[int],  # of all inner bonds, or of each of the N - 1
 ) -> list[Tensor]:  # N cores, each (bond_left, out_mode, in_mode, bond_right)
     """The cores of `weight` by TT-SVD of its interleaved tensor, in float32 (float64 for a float64 weight).
 
@@ -128,7 +128,7 @@ def decompose(
 
     Raises:
         ValueError: the weight is not a finite floating-point matrix on a real device, the modes' products are not its
-            shape, or `max_bond` is below 1.
+            shape, or `max_bond` is below 1 or not one per inner bond.
 
     Source: DoTA, section 3.1; TT-SVD: Oseledets (2011), algorithm 1.
 
@@ -180,7 +180,7 @@ def contract(
 def random_cores(
     out_modes: Sequence[int],
     in_modes: Sequence[int],
-    max_bond: int,
+    max_bond: int | Sequence[int],
     device: torch.device | str | None = None,
 ) -> list[Tensor]:  # N cores, each (bond_left, out_mode, in_mode, bond_right)
     """Gaussian cores whose contraction has entries of variance 1 / in, as a freshly initialised linear layer.

@@ -82,6 +82,16 @@ class TensorConfig(PeftConfig, ABC):
                 "is missing: pass both or neither."
             )
 
+    def settle(self, sites: Sequence[Site], bases: Bases) -> None:
+        """Write into the configuration what the updates' shapes take from the weights. Called before `build`.
+
+        Most methods' shapes take nothing from them. What is settled is saved with the adapter: it can be loaded where
+        there are no weights to read, and is not settled anew.
+
+        Raises:
+            ValueError: a weight that is needed cannot be read.
+        """
+
     @abstractmethod
     def build(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -14,8 +14,9 @@ from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from torch import nn
 
 from tensorpeft.networks.update import AbstractUpdate
-from tensorpeft.plugin.config import TensorConfig
-from tensorpeft.plugin.tuner import TensorModel, build_updates
+from tensorpeft.plugin.config import Bases, TensorConfig
+from tensorpeft.plugin.tuner import TensorModel, bases_of, build_updates
+from tensorpeft.sites import Site
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class TensorMap:
 
 
 def tensor_map(model: nn.Module, config: TensorConfig) -> TensorMap:
-    """The tensors that `get_peft_model(model, config)` would make. Reads no weight and changes nothing.
+    """The tensors that `get_peft_model(model, config)` would make. Changes nothing, and reads no weight but for shapes
+    that depend on them (`DotaConfig(r="auto")`).
 
     Raises:
         ValueError: as `get_peft_model` would: no target, or one that the method cannot serve.
@@ -50,13 +52,34 @@ def tensor_map(model: nn.Module, config: TensorConfig) -> TensorMap:
 
 
 def plan_updates(model: nn.Module, config: TensorConfig) -> Mapping[str, AbstractUpdate]:
-    """The updates that `get_peft_model(model, config)` would make, by the names of their weights; reads no weight.
+    """The updates that `get_peft_model(model, config)` would make, by the names of their weights, without numbers.
 
     Raises:
         ValueError: see `tensor_map`.
     """
+    updates = build_updates(*_planning(model, config))
+    if not updates:
+        raise ValueError(f"no layer of the model matches target_modules={config.target_modules!r}.")
+    return updates
+
+
+def settle(
+    model: nn.Module,
+    config: TensorConfig,
+    read_weights: Callable[[Sequence[Site]], Bases] | None = None,  # of a model on the meta device; None: the model's
+) -> None:
+    """Write into `config` what its shapes take from the model's weights, as `get_peft_model(model, config)` would.
+
+    Raises:
+        ValueError: see `tensor_map`.
+    """
+    sites, bases = bases_of(*_planning(model, config))
+    config.settle(sites, bases if read_weights is None else read_weights(sites))
+
+
+def _planning(model: nn.Module, config: TensorConfig) -> tuple[Any, TensorConfig]:
+    """What of a tuner finding its targets takes, and a copy of the configuration with its targets."""
     tuner_cls: type[TensorModel] = PEFT_TYPE_TO_TUNER_MAPPING[config.registered_type]  # type: ignore[assignment]
-    # The three things of a tuner that finding its targets takes.
     tuner: Any = SimpleNamespace(
         model=model,
         target_module_mapping=tuner_cls.target_module_mapping,
@@ -64,11 +87,7 @@ def plan_updates(model: nn.Module, config: TensorConfig) -> Mapping[str, Abstrac
         _allocates_only=True,
     )
     config = tuner_cls._prepare_adapter_config(tuner, copy.deepcopy(config), tuner_cls.get_model_config(model))  # type: ignore[assignment]
-    config = _maybe_include_all_linear_layers(config, model)  # type: ignore[assignment]
-    updates = build_updates(tuner, config)
-    if not updates:
-        raise ValueError(f"no layer of the model matches target_modules={config.target_modules!r}.")
-    return updates
+    return tuner, _maybe_include_all_linear_layers(config, model)  # type: ignore[return-value]
 
 
 def print_tensor_map(model: nn.Module, config: TensorConfig) -> None:

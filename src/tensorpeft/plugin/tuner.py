@@ -244,7 +244,14 @@ def remove_shared_factors(model: nn.Module) -> None:
 
 
 def build_updates(tuner: BaseTuner, config: TensorConfig) -> Mapping[str, AbstractUpdate]:
-    """The method's updates for all targets of a config. Changes nothing in the model."""
+    """The method's updates for all targets of a config, which is settled first. Changes nothing in the model."""
+    sites, bases = bases_of(tuner, config)
+    config.settle(sites, bases)
+    return config.build(sites, replace(bases, allocates_only=getattr(tuner, "_allocates_only", False)))
+
+
+def bases_of(tuner: BaseTuner, config: TensorConfig) -> tuple[list[Site], _Bases]:
+    """All targets of a config, and what the model has there."""
     quantization = get_quantization_kwargs(tuner.model)
     layers: dict[str, tuple[nn.Module, Any]] = {}
     shapes = []
@@ -259,7 +266,7 @@ def build_updates(tuner: BaseTuner, config: TensorConfig) -> Mapping[str, Abstra
         replace(site, convolution=convolution_of(layers[site.name][0]))
         for site in find_sites(shapes, getattr(tuner.model, "config", None))
     ]
-    return config.build(sites, _Bases(layers, getattr(tuner, "_allocates_only", False)))
+    return sites, _Bases(layers)
 
 
 @dataclass(frozen=True)
@@ -267,7 +274,7 @@ class _Bases:
     """What `TensorConfig.build` reads of the model. Layers by name, with PEFT's quantisation backend."""
 
     layers: Mapping[str, tuple[nn.Module, Any]]
-    allocates_only: bool
+    allocates_only: bool = False
 
     def read_weight(self, site: Site) -> Tensor:
         base, backend = self.layers[site.name]

@@ -15,7 +15,7 @@ from tensorpeft.networks.mpo import MpoUpdate
 from tensorpeft.networks.update import AbstractUpdatableLinear
 from tensorpeft.plugin.base_weight import as_matrix, plain_layer, restore_row_order
 from tensorpeft.plugin.config import TensorConfig
-from tensorpeft.plugin.tensor_map import plan_updates
+from tensorpeft.plugin.tensor_map import plan_updates, settle
 from tensorpeft.quantization.quantizer import ResidualConfig, mark_quantised
 
 # What PEFT trains in full, and saves, for tasks with a head of their own.
@@ -40,7 +40,8 @@ def quantize_residual(
 
     Args:
         model: in full or half precision.
-        config: a `DotaConfig`: the layers, the modes and the bond. None: every layer is plain NF4, QLoRA's base.
+        config: a `DotaConfig`: the layers, the modes and the bond; with r="auto" the bonds are chosen now, and written
+            into it. None: every layer is plain NF4, QLoRA's base.
         rounds: of decomposition and quantisation; 1 is the paper's one shot, more lower the error.
         double_quant: whether the scales of the blocks of 64 weights are quantised too, as in QLoRA.
         compute_dtype: what products run in; None: in the dtype of the input.
@@ -101,6 +102,8 @@ def plan_layers(
             "the model is quantised or has adapters already. Load it in full or half precision, without "
             "quantization_config, and quantise it before get_peft_model."
         )
+    if config is not None:
+        settle(model, config)  # in the configuration itself: the adapter has to fit the base that is made with it
     updates = {} if config is None else plan_updates(model, config)
     if other := next((update for update in updates.values() if not isinstance(update, MpoUpdate)), None):
         raise ValueError(
@@ -137,9 +140,9 @@ def _core_shapes(update: MpoUpdate) -> Shapes:
     return [list(core.shape) for core in update.cores()]
 
 
-def network_of(shapes: Shapes) -> tuple[list[int], list[int], int]:
-    """Output modes, input modes and largest bond of cores with these shapes."""
-    return [shape[1] for shape in shapes], [shape[2] for shape in shapes], max(shape[3] for shape in shapes)
+def network_of(shapes: Shapes) -> tuple[list[int], list[int], list[int]]:
+    """Output modes, input modes and inner bonds of cores with these shapes."""
+    return [shape[1] for shape in shapes], [shape[2] for shape in shapes], [shape[3] for shape in shapes[:-1]]
 
 
 @torch.no_grad()

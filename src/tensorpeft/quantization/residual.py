@@ -30,7 +30,7 @@ def split(
     weight: Tensor,  # (out, in), floating point
     out_modes: Sequence[int],
     in_modes: Sequence[int],
-    max_bond: int,
+    max_bond: int | Sequence[int],  # of all inner bonds, or of each
     rounds: int = 1,
     double_quant: bool = True,
 ) -> Split:

@@ -24,8 +24,10 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from tensorpeft.plugin.config import TensorConfig
+from tensorpeft.plugin.tensor_map import settle
 from tensorpeft.quantization.model import Shapes, network_of, plan_layers
 from tensorpeft.quantization.quantizer import ResidualConfig
+from tensorpeft.sites import Site
 
 # What a shard of the output holds, about: a part of the work that an interruption can cost, and memory that is needed.
 _SHARD_BYTES = 2**26
@@ -49,7 +51,7 @@ class _Job:
 def quantize_checkpoint(
     source: str | Path,
     out: str | Path,
-    config: TensorConfig,
+    config: TensorConfig | None,
     rounds: int = 1,
     double_quant: bool = True,
     compute_dtype: torch.dtype | None = None,
@@ -67,7 +69,8 @@ def quantize_checkpoint(
     Args:
         source: folder or Hub name of a safetensors checkpoint in full or half precision.
         out: folder to write; new, empty, or what an interrupted call with the same arguments left.
-        config: a `DotaConfig`: the layers, the modes and the bond.
+        config: a `DotaConfig`: the layers, the modes and the bond; with r="auto" the weights are read twice, first for
+            the bonds, which are written into it.
         rounds: of decomposition and quantisation.
         double_quant: whether the blocks' scales are quantised too.
         compute_dtype: what products run in; None: in the dtype of the input.
@@ -81,6 +84,8 @@ def quantize_checkpoint(
     """
     source, out = _find_source(source), Path(out)
     model_config, model = _empty_model(source)
+    if config is not None:
+        settle(model, config, lambda sites: _StoredBases(source, model, sites))
     shapes, plain = plan_layers(model, config, skip_modules)
     jobs = _plan_jobs(source, model, {*shapes, *plain})
     dtype = None if compute_dtype is None else str(compute_dtype).removeprefix("torch.")
@@ -231,15 +236,34 @@ def _claim(out: Path, fingerprint: str) -> None:
         os.replace(partial, state)
 
 
+def _read(job: _Job) -> Tensor:
+    """The tensor of the checkpoint; a weight as (out, in)."""
+    with _open(job.file) as opened:
+        tensor = opened.get_tensor(job.key).clone()  # a copy: the file's pages can go
+    return tensor.t().contiguous() if job.is_transposed else tensor
+
+
+class _StoredBases:
+    """What a checkpoint has at the sites, for a model on the meta device."""
+
+    def __init__(self, source: Path, model: torch.nn.Module, sites: Sequence[Site]):
+        jobs = _plan_jobs(source, model, {site.name for site in sites})
+        self._jobs = {job.layer: job for job in jobs if job.layer is not None}
+
+    def read_weight(self, site: Site) -> Tensor:
+        return _read(self._jobs[site.name])
+
+    def start(self, site: Site) -> None:
+        return None
+
+
 def _convert(job: _Job, shapes: Mapping[str, Shapes], config: ResidualConfig) -> dict[str, Tensor]:
     """What a tensor of the checkpoint becomes, by key."""
     from tensorpeft.quantization.residual import digest, quantise, split
 
-    with _open(job.file) as opened:
-        tensor = opened.get_tensor(job.key).clone()  # a copy: the file's pages can go
+    weight = _read(job)
     if job.layer is None:
-        return {job.key: tensor}
-    weight = tensor.t().contiguous() if job.is_transposed else tensor
+        return {job.key: weight}
     stem = job.key.removesuffix("weight")
     result: dict[str, Tensor] = {}
     try:

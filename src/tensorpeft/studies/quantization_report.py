@@ -6,22 +6,17 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-import transformers
 from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from transformers import AutoConfig, AutoTokenizer
 
 from tensorpeft import DotaConfig
 from tensorpeft.quantization.errors import LayerErrors, method_names, quantization_errors
+from tensorpeft.studies.inspected_model import load_batch, load_network, short_name
 from tensorpeft.studies.report import TABLE_WIDTH, markdown_table
-from tensorpeft.tasks.docstrings import load_docstrings
 
-# Texts whose activations the output's error is taken on, and tokens of each.
-_NUM_TEXTS, _MAX_TOKENS = 32, 128
 _MARKERS = "osD^v"
 
 
@@ -38,7 +33,7 @@ def inspect_quantization(
     Raises:
         ValueError: no text, or what `quantization_errors` raises.
     """
-    network, batch = _load(model, text)
+    network, batch = load_network(model), load_batch(model, text)
     console = Console()
     with Progress(console=console) as progress:
         bar = progress.add_task("layers", total=None)
@@ -74,23 +69,6 @@ def inspect_quantization(
     return errors
 
 
-def _load(model: str, text: Path | None) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
-    model_config = AutoConfig.from_pretrained(model)
-    model_cls = getattr(transformers, (model_config.architectures or ["AutoModel"])[0])
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    if text is None:
-        lines = list(load_docstrings().validation.texts[:_NUM_TEXTS])
-    else:
-        lines = [line for line in text.read_text(encoding="utf-8").splitlines() if line.strip()][:_NUM_TEXTS]
-    if not lines:
-        raise ValueError(f"{text}: no line of text in it. Pass a file with a text per line.")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    batch = tokenizer(lines, truncation=True, max_length=_MAX_TOKENS, padding=True, return_tensors="pt")
-    batch = {key: value for key, value in batch.items() if key in ("input_ids", "attention_mask")}
-    return model_cls.from_pretrained(model, dtype=torch.float32).eval(), batch
-
-
 def _cells(errors: Sequence[LayerErrors], rounds: int) -> tuple[list[str], list[list[str]]]:
     names = method_names(rounds)
     columns = [
@@ -105,7 +83,7 @@ def _cells(errors: Sequence[LayerErrors], rounds: int) -> tuple[list[str], list[
         mark = "" if best_mpo < best_svd else " ·" if best_mpo < layer.weight["QLoRA"] else " !"
         cells = [f"{100 * layer.weight[name]:.2f}" for name in names]
         cells += [f"{100 * layer.output[name]:.2f}" if layer.output else "" for name in names]
-        rows.append([_short(layer.name) + mark, str(layer.svd_rank), *cells])
+        rows.append([short_name(layer.name) + mark, str(layer.svd_rank), *cells])
     means = [f"{100 * statistics.fmean(layer.weight[name] for layer in errors):.2f}" for name in names]
     means += [
         f"{100 * statistics.fmean(layer.output[name] for layer in errors):.2f}" if errors[0].output else ""
@@ -113,13 +91,6 @@ def _cells(errors: Sequence[LayerErrors], rounds: int) -> tuple[list[str], list[
     ]
     rows.append(["mean", "", *means])
     return headers, rows
-
-
-def _short(name: str) -> str:
-    """The layer's number and the last two parts of its name."""
-    parts = name.split(".")
-    number = next((part for part in parts if part.isdigit()), "")
-    return ".".join([number, *parts[-2:]]) if number else name
 
 
 def _legend(errors: Sequence[LayerErrors], rounds: int) -> list[str]:
@@ -170,7 +141,7 @@ def plot(errors: Sequence[LayerErrors], rounds: int, title: str, path: Path) -> 
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
         axes.set_xticks(
-            range(len(errors)), [_short(layer.name) for layer in errors] if index == len(panels) - 1 else []
+            range(len(errors)), [short_name(layer.name) for layer in errors] if index == len(panels) - 1 else []
         )
         axes.tick_params(axis="x", rotation=90, labelsize=7)
     handles, labels = figure.axes[0].get_legend_handles_labels()

@@ -1,0 +1,53 @@
+"""A model to look into, text to run it on, and short names for its layers."""
+
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer
+
+from tensorpeft.tasks.docstrings import load_docstrings
+
+# Texts whose activations are looked at, and tokens of each.
+_NUM_TEXTS, _MAX_TOKENS = 32, 128
+
+
+def load_network(model: str) -> nn.Module:  # folder or Hub name
+    """The model with the head that its configuration names, in float32 and evaluation mode."""
+    model_config = AutoConfig.from_pretrained(model)
+    model_cls = getattr(transformers, (model_config.architectures or ["AutoModel"])[0])
+    return model_cls.from_pretrained(model, dtype=torch.float32).eval()
+
+
+def load_batch(
+    model: str,  # folder or Hub name
+    text: Path | None = None,  # a text per line; None: docstrings of Python's standard library
+) -> dict[str, Tensor]:  # input_ids and attention_mask, each (texts, tokens)
+    """The first texts as the model's tokenizer has them.
+
+    Raises:
+        ValueError: no text in the file.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    if text is None:
+        lines = list(load_docstrings().validation.texts[:_NUM_TEXTS])
+    else:
+        lines = [line for line in text.read_text(encoding="utf-8").splitlines() if line.strip()][:_NUM_TEXTS]
+    if not lines:
+        raise ValueError(f"{text}: no line of text in it. Pass a file with a text per line.")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    batch = tokenizer(lines, truncation=True, max_length=_MAX_TOKENS, padding=True, return_tensors="pt")
+    return {key: value for key, value in batch.items() if key in ("input_ids", "attention_mask")}
+
+
+def short_name(name: str) -> str:
+    """The layer's number and the last two parts of its name."""
+    number = next((part for part in name.split(".") if part.isdigit()), "")
+    return f"{number}.{kind_of(name)}" if number else name
+
+
+def kind_of(name: str) -> str:
+    """The last two parts of its name, which layers of one kind have in common."""
+    return ".".join(name.split(".")[-2:])
