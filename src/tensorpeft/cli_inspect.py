@@ -61,7 +61,7 @@ def add_inspect(commands) -> None:  # commands: what add_subparsers returns
 
 def _inspect_bonds(arguments: argparse.Namespace, command: str) -> None:
     from tensorpeft.studies.bonds_report import inspect_bonds
-    from tensorpeft.studies.plan_report import parse_count
+    from tensorpeft.studies.budget import parse_count
 
     inspect_bonds(
         arguments.model,

@@ -7,8 +7,8 @@ import shutil
 
 import pytest
 
-for library in ("omegaconf", "trl", "matplotlib", "rich"):
-    pytest.importorskip(library)
+pytest.importorskip("omegaconf")
+pytest.importorskip("trl")
 from evaluation.evaluated import WORDS, tiny_bert, word_tokenizer
 from tensorpeft.cli import main
 from tensorpeft.studies.compare import cells
