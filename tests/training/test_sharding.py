@@ -30,7 +30,7 @@ def trainer(dtype=torch.bfloat16, precision="bf16", is_sharded=True, **more):
 
 
 def recipe(adapter):
-    return Recipe(model="x", task="instructions", data=DataRecipe(train="x.json"), adapter=adapter)
+    return Recipe(model="x", task="instructions", data=DataRecipe(train="x.json", validation=2), adapter=adapter)
 
 
 @pytest.mark.parametrize(
