@@ -1,9 +1,10 @@
 """What `tensorpeft plan` predicts for a training step, beside what a step on the CPU allocates.
 
-    python benchmarks/plan_memory.py [--data ../shared]
+    python benchmarks/plan_memory.py [--data ../shared] [--only-checkpointed]
 
 MiniLM-L6, stories260K (if its folder is in --data) and a Llama of eight layers, whose prediction comes from one and two
 layers. Bases in bfloat16, adapters in float32; the peak above the model by torch's allocator, gradients included.
+Then three methods with gradient checkpointing.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from transformers import AutoConfig, LlamaConfig
 
 from tensorpeft.studies.finetune import find_model
 from tensorpeft.studies.measure import peak_memory
-from tensorpeft.studies.plan import choose_methods, plan_model
+from tensorpeft.studies.plan import choose_methods, enable_checkpointing, plan_model
 
 MIB = 2**20
 BATCH, LENGTH = 4, 128
-METHODS = "lora,dota,lorta,lotr,loretta,loretta-adapter,flora,nola,quanta"
+# With gradient checkpointing, or without.
+METHODS = {False: "lora,dota,lorta,lotr,loretta,loretta-adapter,flora,nola,quanta", True: "lora,dota,lorta"}
 
 
 def training_step(model: Any) -> Callable[[], None]:
@@ -45,6 +47,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=Path("../shared"))
+    parser.add_argument("--only-checkpointed", action="store_true")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         llama = LlamaConfig(
@@ -59,23 +62,42 @@ def main() -> None:
         models = {"MiniLM-L6": find_model(), "Llama, 8 layers": Path(folder)}
         if (stories := arguments.data / "models" / "stories260K").is_dir():
             models["stories260K"] = stories
-        worst = 0.0
-        for name, path in models.items():
-            print(f"{name}, {BATCH} x {LENGTH} tokens, MiB     predicted  measured")
-            plan = plan_model(str(path), choose_methods(METHODS), rank=8, batch=BATCH, length=LENGTH)
-            for method in plan.methods:
-                config = AutoConfig.from_pretrained(path)
-                torch.manual_seed(0)
-                model = getattr(transformers, config.architectures[0])(config).to(torch.bfloat16)
-                model = get_peft_model(model, method.method.make(method.value, None)).train()
-                step = training_step(model.get_base_model())
-                step()
-                for parameter in model.parameters():
-                    parameter.grad = None
-                predicted, measured = method.step.peak_bytes / MIB, peak_memory(step, "cpu") / MIB
-                worst = max(worst, abs(predicted / measured - 1))
-                print(f"  {method.method.name:32s} {predicted:9.2f} {measured:9.2f}  {predicted / measured - 1:+.1%}")
-        print(f"largest deviation: {worst:.1%}")
+        rounds = [(name, path, False) for name, path in models.items() if not arguments.only_checkpointed]
+        rounds += [(name, path, True) for name, path in models.items()]
+        worst = {False: 0.0, True: 0.0}
+        for name, path, checkpointed in rounds:
+            worst[checkpointed] = max(worst[checkpointed], *compare(name, path, checkpointed))
+        for checkpointed, deviation in worst.items():
+            print(f"largest deviation{', checkpointed' if checkpointed else ''}: {deviation:.1%}")
+
+
+def compare(name: str, path: Path, checkpointed: bool) -> list[float]:
+    """The deviations, after printing them."""
+    print(f"{name}, {BATCH} x {LENGTH} tokens{', checkpointed' if checkpointed else ''}, MiB     predicted  measured")
+    plan = plan_model(
+        str(path),
+        choose_methods(METHODS[checkpointed]),
+        rank=8,
+        batch=BATCH,
+        length=LENGTH,
+        gradient_checkpointing=checkpointed,
+    )
+    deviations = []
+    for method in plan.methods:
+        config = AutoConfig.from_pretrained(path)
+        torch.manual_seed(0)
+        model: Any = getattr(transformers, config.architectures[0])(config).to(torch.bfloat16)
+        model = get_peft_model(model, method.method.make(method.value, None)).train()
+        if checkpointed:
+            enable_checkpointing(model)
+        step = training_step(model.get_base_model())
+        step()
+        for parameter in model.parameters():
+            parameter.grad = None
+        predicted, measured = method.step.peak_bytes / MIB, peak_memory(step, "cpu") / MIB
+        deviations.append(abs(predicted / measured - 1))
+        print(f"  {method.method.name:32s} {predicted:9.2f} {measured:9.2f}  {predicted / measured - 1:+.1%}")
+    return deviations
 
 
 if __name__ == "__main__":

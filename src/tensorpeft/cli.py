@@ -116,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     add_targets(plan)
     plan.add_argument("--batch", type=int, default=1, metavar="N", help="texts of a step (default: %(default)s)")
     plan.add_argument("--length", type=int, default=512, metavar="N", help="tokens of a text (default: %(default)s)")
+    plan.add_argument("--gradient-checkpointing", action="store_true", help="steps keep the inputs of blocks alone")
     plan.add_argument("--maps", action="store_true", help="print which weights form which tensor, with which modes")
     plan.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     plan.set_defaults(run=_plan)
@@ -312,6 +313,7 @@ def _plan(arguments: argparse.Namespace, command: str) -> None:
         targets=targets_of(arguments),
         batch=arguments.batch,
         length=arguments.length,
+        gradient_checkpointing=arguments.gradient_checkpointing,
     )
 
 

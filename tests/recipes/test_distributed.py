@@ -22,8 +22,17 @@ LORTA = ["adapter.method=lorta", "adapter.r=8", "adapter.target_modules=[q_proj,
 METHODS = {"dota": [], "lorta": [*LORTA, "trainer.learning_rate=1e-2"]}
 TORCHRUN = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
 # On CPUs accelerate starts several processes with MPI only; torchrun, which it uses for GPUs, starts them here.
+ACCELERATE_FSDP = ["accelerate.commands.launch", "--config_file", str(ROOT / "recipes/accelerate/fsdp.yaml")]
+ACCELERATE_FSDP += ["--main_process_port"]
 FSDP_ON_CPU = str(Path(__file__).with_name("fsdp_on_cpu.py"))
 ACCELERATE = ["accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m"]
+# FSDP2, and who checkpoints activations: nobody, FSDP, or transformers.
+SHARDED = [
+    pytest.param("dota", TORCHRUN, [], id="dota"),
+    pytest.param("dota", TORCHRUN, ["trainer.fsdp_config={activation_checkpointing: true}"], id="dota-by-fsdp"),
+    pytest.param("lorta", ACCELERATE_FSDP, [], id="lorta-fsdp.yaml"),
+    pytest.param("lorta", TORCHRUN, ["trainer.gradient_checkpointing=true"], id="lorta-by-transformers"),
+]
 
 
 def free_port() -> str:
@@ -73,16 +82,26 @@ def test_accelerate_launches_the_command(tmp_path):
     assert_same(launched, plain)
 
 
-@pytest.mark.parametrize("checkpointing", ["false", "true"])
-@pytest.mark.parametrize("method", METHODS)
-def test_two_sharded_processes_are_one_with_the_doubled_batch(method, checkpointing, tmp_path):
-    """FSDP2; what is saved is the adapter that one process saves, up to rounding."""
-    more = [*METHODS[method], f"trainer.gradient_checkpointing={checkpointing}"]
-    one = train(tmp_path / "one", 8, [], *more)
-    two = train(tmp_path / "two", 4, [*TORCHRUN, free_port()], *more, "trainer.fsdp=true", program=FSDP_ON_CPU)
+@pytest.mark.parametrize(("method", "launcher", "checkpointing"), SHARDED)
+def test_two_sharded_processes_are_one_with_the_doubled_batch(method, launcher, checkpointing, tmp_path):
+    """What is saved is the adapter that one process saves, up to rounding."""
+    one = train(tmp_path / "one", 8, [], *METHODS[method])
+    wanted = [] if launcher is ACCELERATE_FSDP else ["trainer.fsdp=true"]
+    more = [*METHODS[method], *wanted, *checkpointing]
+    two = train(tmp_path / "two", 4, [*launcher, free_port()], *more, program=FSDP_ON_CPU)
     assert_same(two, one)
     assert two.trained_parameters == one.trained_parameters
     first, second = (load_file(tmp_path / name / "seed-0/adapter/adapter_model.safetensors") for name in ("one", "two"))
     assert first.keys() == second.keys()
     for key, tensor in first.items():
         torch.testing.assert_close(second[key], tensor, rtol=0, atol=1e-4, msg=key)
+
+
+def test_without_a_gpu_sharding_is_refused(tmp_path):
+    """Accelerate would train with a whole model in each process, and not say so."""
+    command = [sys.executable, "-m", *TORCHRUN, free_port(), "-m", "tensorpeft", "train"]
+    command += [str(ROOT / "recipes/small/stories_sft.yaml"), "--smoke", f"output={tmp_path}", "trainer.fsdp=true"]
+    environment = os.environ | {"TENSORPEFT_DATA": str(DATA), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode != 0
+    assert "accelerate shards on GPUs alone" in done.stderr

@@ -127,6 +127,7 @@ class ModelPlan:
         methods: in the order of `METHODS`.
         batch: texts of a step.
         length: tokens of a text.
+        gradient_checkpointing: whether a step keeps only the inputs of the blocks and computes the rest once more.
     """
 
     name: str
@@ -135,6 +136,7 @@ class ModelPlan:
     methods: tuple[MethodPlan, ...]
     batch: int
     length: int
+    gradient_checkpointing: bool = False
 
 
 def choose_methods(keys: str | None) -> tuple[PlannedMethod, ...]:  # such as "lora,dota"; None: all
@@ -158,20 +160,24 @@ def plan_model(
     targets: list[str] | str | None = None,
     batch: int = 1,
     length: int = 512,
+    gradient_checkpointing: bool = False,
     on_method: Callable[[str], object] = lambda text: None,  # called before each
 ) -> ModelPlan:
     """The plan of every method. Reads no weight and allocates none.
 
     Raises:
-        ValueError: both a rank and a budget, a number below 1, or a model that transformers cannot build.
+        ValueError: both a rank and a budget, a number below 1, or a model that transformers cannot build, or not with
+            gradient checkpointing.
     """
     if rank is not None and budget is not None:
         raise ValueError(f"rank={rank}, budget={budget}: a budget chooses the rank. Pass one of the two.")
     for option, value in (("rank", rank), ("budget", budget), ("batch", batch), ("length", length)):
         if value is not None and value < 1:
             raise ValueError(f"{option}={value}: expected a whole number of at least 1.")
-    skeleton = _Skeleton(transformers.AutoConfig.from_pretrained(name), batch, length)
+    skeleton = _Skeleton(transformers.AutoConfig.from_pretrained(name), batch, length, gradient_checkpointing)
     model = skeleton.build()
+    if gradient_checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
+        raise ValueError(f"{type(model).__name__} has no gradient checkpointing. Plan without it.")
     plans: list[MethodPlan] = []
     for method in methods:
         on_method(method.name)
@@ -184,7 +190,15 @@ def plan_model(
         lora = next(method for method in METHODS if method.key == _REFERENCE)
         reference = skeleton.count_step(lora.make(rank or lora.default, targets)).flops
     plans = [_with_ratio(plan, reference) for plan in plans]
-    return ModelPlan(name, _numel(model), _base_bytes(model), tuple(plans), batch, length)
+    sizes = _numel(model), _base_bytes(model)
+    return ModelPlan(name, *sizes, tuple(plans), batch, length, gradient_checkpointing)
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Let an adapted model checkpoint the activations of its blocks, as Trainer does."""
+    base = model.get_base_model()
+    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    base.config.use_cache = False
 
 
 def build_skeleton(name: str) -> nn.Module:
@@ -199,6 +213,7 @@ class _Skeleton:
     config: PretrainedConfig
     batch: int
     length: int
+    gradient_checkpointing: bool = False
 
     @property
     def depth(self) -> int:
@@ -233,8 +248,10 @@ class _Skeleton:
         return StepCosts(extrapolate(two.peak_bytes, three.peak_bytes), extrapolate(two.flops, three.flops))
 
     def _count(self, config: PeftConfig, depth: int | None) -> StepCosts:
-        model = self.adapt(config, depth).train()
-        return count_step(model.get_base_model(), self.batch, self.length)  # type: ignore[operator]
+        model: Any = self.adapt(config, depth).train()
+        if self.gradient_checkpointing:
+            enable_checkpointing(model)
+        return count_step(model.get_base_model(), self.batch, self.length)
 
     def count_trained(self, config: PeftConfig) -> int:
         """Trained parameters at the full depth."""

@@ -58,8 +58,9 @@ def run_plan(
 
 def rich_table(plan: ModelPlan, gpu: int | None = None) -> Table:
     """A row per method; with a GPU's bytes also which base it fits beside."""
+    step = f"a step of {plan.batch} x {plan.length} tokens{', checkpointed' if plan.gradient_checkpointing else ''}"
     table = Table(
-        title=f"{plan.name}: {plan.num_parameters:,} parameters; a step of {plan.batch} x {plan.length} tokens",
+        title=f"{plan.name}: {plan.num_parameters:,} parameters; {step}",
         title_justify="left",
         box=None,
         padding=(0, 1, 0, 0),
@@ -116,6 +117,7 @@ def to_json(plan: ModelPlan) -> dict[str, Any]:
         "base_bytes": plan.base_bytes,
         "batch": plan.batch,
         "length": plan.length,
+        "gradient_checkpointing": plan.gradient_checkpointing,
         "methods": {
             method.method.key: {"problem": method.problem}
             if method.problem

@@ -37,8 +37,8 @@ def prepare_sharding(trainer: Trainer, recipe: Recipe, task: Task) -> None:
     plugin: Any = trainer.accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:
         raise ValueError(
-            f"FSDP version {plugin.fsdp_version}: it wants one dtype, trained and frozen alike, and wraps a model that "
-            "adapters no longer know. Pass fsdp_version: 2."
+            f"FSDP version {plugin.fsdp_version}: expected 2. The first wants one dtype, trained and frozen alike. "
+            "Pass fsdp_version: 2."
         )
     if plugin.cpu_ram_efficient_loading:
         raise ValueError(
