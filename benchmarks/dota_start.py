@@ -10,6 +10,7 @@ on the validation loss with the first seed; the test split is not touched. Each 
     gaussian         the MPO of a Gaussian matrix of the weight's norm, subtracted again like DoTA's
     balanced         mpo, the cores rescaled to one root mean square (the same MPO)
     first            mpo, the singular values moved to the first core (the same MPO)
+    no-residual      mpo, without the residual W0 - MPO: the weight is its MPO alone
     r8, r32          mpo with another bond
     random-r8, random-r32
     auto             mpo with adaptive bonds, as many parameters as bond 16 has
@@ -35,7 +36,7 @@ from transformers.utils import logging
 
 from tensorpeft import DotaConfig
 from tensorpeft.modes import factor_modes
-from tensorpeft.networks.mpo import MpoUpdate, decompose
+from tensorpeft.networks.mpo import MpoUpdate, contract, decompose
 from tensorpeft.studies.demo_methods import TARGETS, Method
 from tensorpeft.studies.finetune import Recipe, build_model, encode, finetune
 from tensorpeft.tasks.cola import load_cola
@@ -72,6 +73,14 @@ def start_gaussian(model: nn.Module) -> None:
         set_cores(layer.updates["default"], decompose(noise, *modes, R))
 
 
+def start_without_residual(model: nn.Module) -> None:
+    """The residual off: what the MPO does not hold of the weight is gone, so that W = MPO(T) alone."""
+    for layer in layers_of(model):
+        start = contract(layer.updates["default"].cores())
+        with torch.no_grad():
+            layer.base_layer.weight.copy_(start)
+
+
 def start_balanced(model: nn.Module) -> None:
     """The same MPO with cores of one root mean square."""
     for layer in layers_of(model):
@@ -105,6 +114,7 @@ VARIANTS: dict[str, tuple[dict, Callable[[nn.Module], None] | None]] = {
     "gaussian": ({}, start_gaussian),
     "balanced": ({}, start_balanced),
     "first": ({}, start_first),
+    "no-residual": ({}, start_without_residual),
     "r8": ({"r": 8}, None),
     "r32": ({"r": 32}, None),
     "random-r8": ({"r": 8, "init_weights": "random"}, None),

@@ -15,6 +15,8 @@ from sklearn.feature_extraction.text import CountVectorizer
 import tensorpeft
 from tensorpeft.tasks import docstrings
 from tensorpeft.tasks.docstrings import AREAS, load_docstrings
+from tensorpeft.tasks.registry import find_task
+from tensorpeft.tasks.sources import load_examples
 
 SMALL = {area: AREAS[area] for area in ("mail", "numbers and time")}
 
@@ -130,3 +132,18 @@ def test_an_incomplete_library_names_the_area(tmp_path):
     (tmp_path / "ftplib.py").write_text(MODULE)
     with pytest.raises(ValueError, match=r"area 'network and web': 4 usable docstrings.*at least 160"):
         load_docstrings(tmp_path)
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_a_recipe_reads_the_same_rows(task, split):
+    examples = load_examples(find_task("docstrings"), f"stdlib:{split}")
+    rows = getattr(task, split)
+    assert [(example.texts, example.label) for example in examples] == [
+        ((text,), label) for text, label in zip(rows.texts, rows.labels)
+    ]
+
+
+@pytest.mark.parametrize("source", ["stdlib:all", "lib:train", "rows.tsv"])
+def test_another_source_is_refused(source):
+    with pytest.raises(ValueError, match="stdlib:validation"):
+        load_examples(find_task("docstrings"), source)

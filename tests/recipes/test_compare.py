@@ -1,0 +1,65 @@
+"""`tensorpeft compare` on the demo's recipe, killed and called again; the studies' recipes; `make recipes` runs it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tensorpeft.studies.compare.entries import load_entries
+
+ROOT = Path(__file__).parents[2]
+STUDIES = sorted(path for path in (ROOT / "recipes" / "studies").glob("*.yaml") if path.stem != "base")
+
+
+def start(output: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "tensorpeft", "compare", str(ROOT / "recipes" / "demo.yaml"), "--smoke"]
+    command += ["--methods", "lora,dota", "--timing-rounds", "1", "--output", str(output)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    printed, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, printed
+    return printed
+
+
+def losses(output: Path) -> dict[tuple[str, float, int], float]:
+    tree = json.loads((output / "results.json").read_text(encoding="utf-8"))
+    assert not any(entry["problem"] for entry in tree["entries"]), tree
+    runs = [(entry["key"], run) for entry in tree["entries"] for run in entry["search"] + entry["final"]]
+    return {(key, run["rate"], run["seed"]): run["validation"]["loss"] for key, run in runs}
+
+
+@pytest.mark.recipes
+def test_a_comparison_goes_on_where_it_was_killed(tmp_path):
+    printed = finish(start(tmp_path / "whole"))
+    assert "DoTA r=16" in printed
+    assert (tmp_path / "whole" / "report.html").stat().st_size > 50_000
+
+    process = start(tmp_path / "killed")
+    while process.poll() is None and len(list((tmp_path / "killed").rglob("results.json"))) < 4:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed").rglob("rate-*/seed-*/results.json")}
+    finish(start(tmp_path / "killed"))
+    # A cell of the search that is chosen is written once more, with its tests.
+    kept = [path for path, time_ns in before.items() if path.stat().st_mtime_ns == time_ns]
+    assert len(kept) >= len(before) - 2
+    assert losses(tmp_path / "killed") == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_a_study_says_what_it_compares(path):
+    comparison = load_entries(path)
+    assert len(comparison.entries) >= 2
+    assert comparison.seeds == 3
+    assert comparison.output == Path("runs/studies") / path.stem
+    labels = [entry.label for entry in comparison.entries]
+    assert len(set(labels)) == len(labels)
