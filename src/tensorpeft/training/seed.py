@@ -42,8 +42,9 @@ def check_output(output: Path, recipe: Recipe, resume: bool) -> None:
         )
     found: Any = OmegaConf.to_container(OmegaConf.load(output / _RECIPE))
     wanted: Any = OmegaConf.to_container(OmegaConf.create(recipe.to_yaml()))
-    # More seeds may be added, and a folder may be moved.
-    if other := [key for key in wanted if key not in ("seeds", "output") and found.get(key) != wanted[key]]:
+    # More seeds may be added, a folder may be moved, a description says nothing that is run.
+    free = ("seeds", "output", "description")
+    if other := [key for key in wanted if key not in free and found.get(key) != wanted[key]]:
         raise ValueError(
             f"{output / _RECIPE}: the run has {other[0]}: {found.get(other[0])}, the recipe {wanted[other[0]]}. Resume "
             "with the recipe of the run, or pass another output=FOLDER."
