@@ -1,6 +1,7 @@
 """Two processes train as one does with a batch twice as large; `make recipes` runs these, `make test` does not."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -105,3 +106,17 @@ def test_without_a_gpu_sharding_is_refused(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode != 0
     assert "accelerate shards on GPUs alone" in done.stderr
+
+
+def test_a_sharded_run_is_resumed(tmp_path):
+    """In the middle, and where only the adapter and the tests were missing."""
+    more = [*METHODS["dota"], "trainer.fsdp=true", "trainer.save_total_limit=2"]
+    whole = train(tmp_path, 4, [*TORCHRUN, free_port()], *more, program=FSDP_ON_CPU)
+    seed = tmp_path / "seed-0"
+    for lost in ([], ["checkpoint-6"]):
+        (seed / "results.json").unlink()
+        for folder in ("adapter", *lost):
+            shutil.rmtree(seed / folder)
+        resumed = train(tmp_path, 4, [*TORCHRUN, free_port()], *more, "--resume", program=FSDP_ON_CPU)
+        assert_same(resumed, whole)
+        assert (seed / "adapter/adapter_model.safetensors").is_file()

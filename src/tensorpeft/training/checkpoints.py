@@ -7,6 +7,8 @@ from pathlib import Path
 from transformers import Trainer, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
+from tensorpeft.training.sharding import is_sharded, shard
+
 _STATE = "trainer_state.json"  # what Trainer writes last
 
 
@@ -43,6 +45,8 @@ def train_from(trainer: Trainer, checkpoint: Path | None) -> None:
             state.is_world_process_zero = trainer.is_world_process_zero()
             state.is_local_process_zero = trainer.is_local_process_zero()
             trainer.state = state
+            if is_sharded(trainer):
+                shard(trainer)  # as training would have: no other model takes the checkpoint
             if trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None:
                 trainer._load_best_model()
             else:

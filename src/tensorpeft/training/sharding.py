@@ -74,6 +74,13 @@ def is_sharded(trainer: Trainer) -> bool:
     return bool(trainer.is_fsdp_enabled)
 
 
+def shard(trainer: Trainer) -> None:
+    """Shard the model of a trainer that is not going to train; accelerate takes it with an optimiser alone."""
+    trainer.create_optimizer()
+    trainer.model, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
+    trainer.model_wrapped = trainer.model
+
+
 def whole_model(
     trainer: Trainer,
     recipe: Recipe,
