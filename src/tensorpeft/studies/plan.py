@@ -42,11 +42,12 @@ class PlannedMethod:
         key: how ``--methods`` calls it.
         name: how tables call it.
         config_cls: its configuration.
-        knob: the field that a budget sets; None: there is none.
+        knob: the field that makes it larger; None: there is none.
         default: the knob's value where neither a rank nor a budget is given.
         arguments: further fields.
         follows_rank: whether ``--rank`` sets the knob.
         has_own_targets: whether it stands at other layers than those that are named for all.
+        budget_knob: the field that a budget sets, where it is not the knob.
     """
 
     key: str
@@ -57,6 +58,11 @@ class PlannedMethod:
     arguments: tuple[tuple[str, Any], ...] = ()
     follows_rank: bool = True
     has_own_targets: bool = False
+    budget_knob: str | None = None
+
+    def for_budget(self) -> "PlannedMethod":
+        """The method whose knob is the one that a budget sets."""
+        return self if self.budget_knob is None else replace(self, knob=self.budget_knob)
 
     def make(self, value: int, targets: list[str] | str | None) -> PeftConfig:
         """A configuration with this value of the knob."""
@@ -71,7 +77,8 @@ METHODS = (
     PlannedMethod("lotr", "LoTR", LotrConfig),
     PlannedMethod("fact-tt", "FacT-TT", FactConfig),
     PlannedMethod("fact-tk", "FacT-TK", FactConfig, arguments=(("core", "tk"),)),
-    PlannedMethod("loretta", "LoRETTA", LorettaConfig),
+    # Its trains hardly grow with r, and one that is a large prime is one mode.
+    PlannedMethod("loretta", "LoRETTA", LorettaConfig, budget_knob="tt_rank"),
     PlannedMethod(
         "loretta-adapter",
         "LoRETTA-adp",
@@ -275,6 +282,7 @@ def _plan_method(
 ) -> MethodPlan:
     value = rank if rank is not None and method.follows_rank and method.knob else method.default
     if budget is not None and method.knob:
+        method = method.for_budget()
         value = closest_value(lambda value: skeleton.count_trained(method.make(value, targets)), budget)
     config = method.make(value, targets)
     adapted = skeleton.adapt(config, model=copy.deepcopy(model))

@@ -50,7 +50,8 @@ BUILT_IN = {
     "lotr": BuiltIn("LoTR", {"method": "lotr", "r": 16}, 3),
     "fact-tt": BuiltIn("FacT-TT", {"method": "fact", "r": 16}, 3),
     "fact-tk": BuiltIn("FacT-TK", {"method": "fact", "r": 16, "core": "tk"}, 3),
-    "loretta": BuiltIn("LoRETTA", {"method": "loretta", "r": 8}, 3),
+    # Its trains hardly grow with r, and one that is a large prime is one mode.
+    "loretta": BuiltIn("LoRETTA", {"method": "loretta", "r": 8}, 3, "tt_rank"),
     "loretta-adapter": BuiltIn("LoRETTA-adp", {"method": "lorettaadapter"}, 3, "tt_rank"),
     "flora": BuiltIn("FLoRA", {"method": "flora", "r": 8}, 1),
     "nola": BuiltIn("NOLA", {"method": "nola", "r": 8}, 10, "num_bases"),
