@@ -113,6 +113,14 @@ def test_a_method_that_cannot_serve_the_model_says_why_and_the_others_are_planne
     assert any("LoRTA: not on this model" in line for line in legend(plan))
 
 
+def test_a_budget_sets_the_rank_of_lorettas_trains(small):
+    (loretta,) = plan_model(str(small), choose_methods("loretta"), budget=10_000, length=8).methods
+    (smaller,) = plan_model(str(small), choose_methods("loretta"), budget=5_000, length=8).methods
+    assert loretta.method.knob == "tt_rank"
+    assert loretta.trained == pytest.approx(10_000, rel=0.15)
+    assert smaller.value < loretta.value
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
