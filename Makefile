@@ -22,7 +22,7 @@ test: export OMP_NUM_THREADS ?= 1
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-# Every recipe's small version on real data, whole, killed and resumed; two processes. A quarter of an hour.
+# Every recipe's small version on real data, whole, killed and resumed; two processes. Twenty minutes.
 recipes: export OMP_NUM_THREADS ?= 1
 recipes: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m recipes
