@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from tensorpeft.studies.compare.entries import Comparison
 from tensorpeft.studies.compare.results import EntryResult, find_metrics, is_loss
@@ -14,6 +14,8 @@ from tensorpeft.studies.compare.table import target_loss, title
 
 # One marker per method: curves that lie on each other, or print in grey, can still be told apart.
 _MARKERS = "osD^vPX*<>hd"
+# Sizes that differ by more than this factor are shown on a logarithmic axis.
+_WIDE = 4
 
 
 def plot_curves(comparison: Comparison, results: Sequence[EntryResult], path: Path) -> bool:
@@ -72,9 +74,12 @@ def plot_front(comparison: Comparison, results: Sequence[EntryResult], path: Pat
         axes.errorbar(size, mean, yerr=spread, marker=_MARKERS[index % len(_MARKERS)], capsize=3, label=label)
     front = _front([(size, mean) for size, mean, *_ in points], lower_is_better)
     axes.step(*zip(*front, strict=True), where="post", color="grey", linewidth=0.8, zorder=0, label="best up to a size")
-    axes.set_xscale("log")
-    for formatted in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
-        formatted(EngFormatter(sep=""))
+    sizes = [size for size, *_ in points]
+    if max(sizes) > _WIDE * min(sizes):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_xlabel("trained parameters, the head apart")
     name = "validation loss (nats)" if metric is None else f"test {metric[1]} ({metric[0]})"
     axes.set_ylabel(f"{name}, {'lower' if lower_is_better else 'higher'} is better")
