@@ -41,7 +41,8 @@ def _skeleton(recipe: Recipe, task: Task) -> nn.Module:
     """The recipe's model without numbers."""
     plain = dataclasses.replace(recipe, quantize=None)
     tokenizer = None if isinstance(task, StructureTask) else load_tokenizer(plain)
-    return load_base(plain, task, tokenizer, seed=0).to("meta")
+    base: nn.Module = load_base(plain, task, tokenizer, seed=0)
+    return base.to("meta")
 
 
 def _fit(entry: Entry, base: nn.Module, task: Task, budget: int) -> Entry:

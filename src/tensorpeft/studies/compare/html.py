@@ -23,7 +23,7 @@ def write_html(
 ) -> None:
     """Write the report; pictures and style are inside, and every text is escaped."""
     template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
-        files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8")
+        files("tensorpeft.studies.compare").joinpath("report.html.jinja").read_text(encoding="utf-8")
     )
     pictures = [(heading, base64.b64encode(file.read_bytes()).decode()) for heading, file in plots]
     page = template.render(
