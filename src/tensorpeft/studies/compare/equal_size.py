@@ -41,7 +41,7 @@ def _skeleton(recipe: Recipe, task: Task) -> nn.Module:
     """The recipe's model without numbers."""
     plain = dataclasses.replace(recipe, quantize=None)
     tokenizer = None if isinstance(task, StructureTask) else load_tokenizer(plain)
-    base: nn.Module = load_base(plain, task, tokenizer, seed=0)
+    base: Any = load_base(plain, task, tokenizer, seed=0)
     return base.to("meta")
 
 
