@@ -36,9 +36,8 @@ NO_MERGE_FAILURES = {
     "test_mixed_adapter_batches_merged_raises": "merges it first",
 }
 
-# On some processors only: PEFT compares a convolution and an update beside it with the merged one to 1e-6 here, where it
-# grants its own methods 1e-3 on the same grouped convolutions. In float64 they are compared in
-# tests/methods/test_convolutions.py.
+# On some processors only: PEFT compares a convolution and an update beside it with the merged one to 1e-6 here, and
+# grants its own methods 1e-3 on the same grouped convolutions. tests/methods/test_convolutions.py compares in float64.
 ROUNDED = {"test_safe_merge": "Conv2dGroups"}
 
 pytestmark = [
