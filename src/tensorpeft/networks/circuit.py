@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from tensorpeft.networks.dtypes import at_least_float32, product_dtype, without_autocast
 from tensorpeft.networks.effective import Cut, Halves, Network
 from tensorpeft.networks.update import AbstractFusedUpdate
 
@@ -119,8 +120,7 @@ def apply_circuit(
 
     Keeps nothing but x for backward, which computes the states in between again.
     """
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    dtype = product_dtype(x)
     rows = x.reshape(-1, *shapes.in_axes)
     if torch.is_grad_enabled():
         update = checkpoint(_run, rows, *deviations, use_reentrant=False, preserve_rng_state=False)
@@ -135,8 +135,8 @@ def _run(rows: Tensor, *deviations: Tensor) -> Tensor:  # (rows, *in_axes) -> (r
     The update is carried, not the sum of both: as the difference of two sums it would drown in their rounding, and with
     TF32 a product with the identity is not exact.
     """
-    with torch.autocast(rows.device.type, enabled=False):
-        start, order = _at_least_float32(rows), list(range(rows.ndim - 1))  # of the axes in the state
+    with without_autocast(rows.device):
+        start, order = at_least_float32(rows), list(range(rows.ndim - 1))  # of the axes in the state
         update: Tensor | None = None
         for pair, deviation in zip(axis_pairs(len(order)), deviations):
             out_a, out_b, in_a, in_b = deviation.shape
@@ -146,7 +146,7 @@ def _run(rows: Tensor, *deviations: Tensor) -> Tensor:  # (rows, *in_axes) -> (r
             update = None if update is None else update.permute(permutation)
             state = (start if update is None else start + update).reshape(-1, in_a * in_b)
             shape = (*start.shape[:-2], out_a, out_b)
-            matrix = _at_least_float32(deviation).reshape(out_a * out_b, -1).t()
+            matrix = at_least_float32(deviation).reshape(out_a * out_b, -1).t()
             if update is None:
                 update = (state @ matrix).view(shape)
             else:
@@ -162,10 +162,6 @@ def _resize(tensor: Tensor, shape: Sequence[int]) -> Tensor:
         return tensor
     padding = [amount for old, new in zip(reversed(tensor.shape), reversed(shape)) for amount in (0, new - old)]
     return F.pad(tensor, padding)
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _in_axes(deviations: Sequence[Tensor]) -> list[int]:

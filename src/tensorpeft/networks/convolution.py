@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tensorpeft.networks.dtypes import without_autocast
 from tensorpeft.networks.low_rank import Factors
 from tensorpeft.networks.update import AbstractFactoredUpdate
 
@@ -83,7 +84,7 @@ class TuckerConvolutionUpdate(AbstractFactoredUpdate):
     def factors(self) -> Factors:
         """`down`: the core times all factors but U; the scale; and U."""
         down = self.G
-        with torch.autocast(down.device.type, enabled=False):
+        with without_autocast(down.device):
             for factor in (self.V, *self.kernel_factors()):
                 down = torch.tensordot(down, factor, dims=([1], [1]))  # type: ignore[arg-type]  # its axis goes last
         return Factors(down.flatten(1), self.U.new_full((len(down),), self.scale), self.U)

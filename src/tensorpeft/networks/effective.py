@@ -18,6 +18,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
+from tensorpeft.networks.dtypes import product_dtype, without_autocast
+
 # Elements of the weight that are rebuilt at once: bounds the memory; smaller blocks were slower on a CPU.
 _BLOCK_ELEMENTS = {"cpu": 2**22, "cuda": 2**25}
 # float32 bits that a half-precision format drops.
@@ -71,9 +73,7 @@ def effective_linear(
     Under autocast the product runs in autocast's dtype, as `torch.nn.functional.linear` does.
     Where every ΔW is exactly zero, the result is `F.linear(x, weight, bias)` bit for bit.
     """
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        x = x.to(torch.get_autocast_dtype(device))
+    x = x.to(product_dtype(x))
     layout = [(cut.network, len(cut.cores), len(cut.start)) for cut in cuts]
     tensors = [tensor for cut in cuts for tensor in (*cut.cores, *cut.start)]
     return _EffectiveLinear.apply(x, weight, bias, layout, *tensors)  # type: ignore[no-any-return]
@@ -139,7 +139,7 @@ class _EffectiveLinear(torch.autograd.Function):
         ctx.layout = layout
         if ctx.make_weight is not None:
             weight = ctx.make_weight()
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             effective = effective_weight(weight, _cuts(layout, tensors), x.dtype)  # type: ignore
             return F.linear(x, effective, None if bias is None else bias.to(x.dtype))
 
@@ -151,7 +151,7 @@ class _EffectiveLinear(torch.autograd.Function):
         if ctx.make_weight is not None:
             weight = ctx.make_weight()
         needs_x, needs_weight, needs_bias, _, *needs_tensors = ctx.needs_input_grad
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             rows_x = x.reshape(-1, x.shape[-1])
             rows_y = grad_output.reshape(-1, grad_output.shape[-1])
             cuts = _cuts(ctx.layout, tensors)

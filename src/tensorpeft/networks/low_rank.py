@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tensorpeft.networks.dtypes import at_least_float32, product_dtype, without_autocast
 from tensorpeft.networks.effective import Halves, Network
 
 
@@ -36,9 +37,7 @@ def low_rank_linear(
     All products run in the dtype of x, under autocast in autocast's: factors are cast to it, which are small.
     Where every ΔW is exactly zero, the result is `F.linear(x, weight, bias)` bit for bit.
     """
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        x = x.to(torch.get_autocast_dtype(device))
+    x = x.to(product_dtype(x))
     tensors = [factor.to(device=x.device, dtype=x.dtype) for group in factors for factor in group]
     return _LowRankLinear.apply(x, weight, bias, *tensors)  # type: ignore[no-any-return]
 
@@ -61,7 +60,7 @@ class _LowRankLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, *tensors):
         rows = x.reshape(-1, x.shape[-1])
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             result = _base(rows, weight, bias, tensors[2].shape[0])
             projected = []
             for down, core, up in _groups(tensors):
@@ -79,7 +78,7 @@ class _LowRankLinear(torch.autograd.Function):
         needs_x, needs_weight, needs_bias, *needs_tensors = ctx.needs_input_grad
         tensors, projected = saved[: len(needs_tensors)], saved[len(needs_tensors) :]
         rows_x, rows_y = x.reshape(-1, x.shape[-1]), grad_output.reshape(-1, grad_output.shape[-1])
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             grad_x = None
             if needs_x:
                 grad_x = torch.zeros_like(rows_x) if weight is None else rows_y @ weight.to(rows_y.dtype)
@@ -120,7 +119,7 @@ def _core_gradient(grad_inner: Tensor, hidden: Tensor, core: Tensor) -> Tensor:
 
 
 def _halves(factors: Sequence[Tensor]) -> Halves:
-    down, core, up = (factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in factors)
+    down, core, up = map(at_least_float32, factors)
     left = up * core if core.ndim == 1 else up @ core
     return Halves(left.unsqueeze(1), down.unsqueeze(1))
 

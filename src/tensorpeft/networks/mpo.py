@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tensorpeft.modes import bond_dimensions
+from tensorpeft.networks.dtypes import at_least_float32, without_autocast
 from tensorpeft.networks.effective import Cut, Halves, Network, effective_linear, fold
 from tensorpeft.networks.update import BASE_DIGEST, AbstractFusedUpdate, keeping_dtype
 
@@ -68,10 +69,10 @@ class MpoUpdate(AbstractFusedUpdate):
             start = ()
         for k, core in enumerate(cores, 1):
             # A clone: the start must not follow the trained core. Contiguous: FSDP shards no other parameter.
-            core = _at_least_float32(core.detach()).clone(memory_format=torch.contiguous_format)
+            core = at_least_float32(core.detach()).clone(memory_format=torch.contiguous_format)
             self.register_parameter(f"core_{k}", nn.Parameter(core))
         for k, core in enumerate(start or (), 1):
-            core = _at_least_float32(core.detach()).clone(memory_format=torch.contiguous_format)
+            core = at_least_float32(core.detach()).clone(memory_format=torch.contiguous_format)
             self.register_buffer(f"start_{k}", core)
 
     def cores(self) -> list[Tensor]:
@@ -142,7 +143,7 @@ def decompose(
     bonds = bond_dimensions(out_modes, in_modes, max_bond)
     _check_weight(weight, out_modes, in_modes)
     num_cores = len(out_modes)
-    weight = _at_least_float32(weight)
+    weight = at_least_float32(weight)
     pairs = [i * j for i, j in zip(out_modes, in_modes)]
     # The leading bonds that cut nothing off cost nothing either: their cores are split from the first basis that does.
     head = next((k for k in range(1, num_cores) if prod(pairs[:k]) > bonds[k]), num_cores)
@@ -193,10 +194,6 @@ def random_cores(
         torch.randn(bonds[k], i, j, bonds[k + 1], device=device) * (bonds[k] * j) ** -0.5
         for k, (i, j) in enumerate(zip(out_modes, in_modes))
     ]
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _check_weight(weight: Tensor, out_modes: Sequence[int], in_modes: Sequence[int]) -> None:
@@ -287,26 +284,29 @@ def _cheapest_bond(cores: Sequence[Tensor]) -> int:
 
 def _left_chain(cores: Sequence[Tensor]) -> list[Tensor]:  # each (out, in, bond)
     """The contractions of the first 1, 2, … cores."""
-    chain = [_at_least_float32(cores[0]).squeeze(0)]
+    chain = [at_least_float32(cores[0]).squeeze(0)]
     for core in cores[1:]:
-        # a b: output and input modes so far; i j: the core's; r s: its bonds
-        product = torch.einsum("abr,rijs->aibjs", chain[-1], _at_least_float32(core))
-        chain.append(product.flatten(2, 3).flatten(0, 1))
+        before = chain[-1]
+        product = before.flatten(0, 1) @ at_least_float32(core).flatten(1)
+        product = product.view(*before.shape[:2], *core.shape[1:]).transpose(1, 2)
+        chain.append(product.reshape(before.shape[0] * core.shape[1], -1, core.shape[3]))
     return chain
 
 
 def _right_chain(cores: Sequence[Tensor]) -> list[Tensor]:  # each (bond, out, in)
     """The contractions of the last 1, 2, … cores."""
-    chain = [_at_least_float32(cores[-1]).squeeze(-1)]
+    chain = [at_least_float32(cores[-1]).squeeze(-1)]
     for core in reversed(cores[:-1]):
-        product = torch.einsum("rijs,sab->riajb", _at_least_float32(core), chain[-1])
-        chain.append(product.flatten(3, 4).flatten(1, 2))
+        before = chain[-1]
+        product = at_least_float32(core).flatten(0, 2) @ before.flatten(1)
+        product = product.view(*core.shape[:3], *before.shape[1:]).transpose(2, 3)
+        chain.append(product.reshape(core.shape[0], core.shape[1] * before.shape[1], -1))
     return chain
 
 
 def _halves(cores: Sequence[Tensor]) -> Halves:
     position = _cheapest_bond(cores)
-    with torch.autocast(cores[0].device.type, enabled=False):
+    with without_autocast(cores[0].device):
         return Halves(_left_chain(cores[:position])[-1], _right_chain(cores[position:])[-1])
 
 
@@ -317,15 +317,17 @@ def _pull_back(cores: Sequence[Tensor], gradient: Halves) -> list[Tensor]:
     grads = []
     grad, chain = gradient.left, _left_chain(left_cores[:-1]) if position > 1 else []
     for core, before in zip(reversed(left_cores[1:]), reversed(chain)):
-        grad = grad.view(before.shape[0], core.shape[1], before.shape[1], core.shape[2], -1)
-        grads.append(torch.einsum("abr,aibjs->rijs", before, grad))
-        grad = torch.einsum("rijs,aibjs->abr", _at_least_float32(core), grad)
+        grad = grad.view(before.shape[0], core.shape[1], before.shape[1], core.shape[2], -1).transpose(1, 2)
+        rows = grad.reshape(before.shape[0] * before.shape[1], -1)
+        grads.append((before.flatten(0, 1).t() @ rows).view(core.shape))
+        grad = (rows @ at_least_float32(core).flatten(1).t()).view(before.shape)
     grads = [grad.unsqueeze(0), *reversed(grads)]
     grad, chain = gradient.right, _right_chain(right_cores[1:]) if len(right_cores) > 1 else []
     for core, before in zip(right_cores[:-1], reversed(chain)):
-        grad = grad.view(-1, core.shape[1], before.shape[1], core.shape[2], before.shape[2])
-        grads.append(torch.einsum("riajb,sab->rijs", grad, before))
-        grad = torch.einsum("rijs,riajb->sab", _at_least_float32(core), grad)
+        grad = grad.view(-1, core.shape[1], before.shape[1], core.shape[2], before.shape[2]).transpose(2, 3)
+        columns = grad.reshape(-1, before.shape[1] * before.shape[2])
+        grads.append((columns @ before.flatten(1).t()).view(core.shape))
+        grad = (at_least_float32(core).flatten(0, 2).t() @ columns).view(before.shape)
     return [*grads, grad.unsqueeze(-1)]
 
 

@@ -41,8 +41,8 @@ def random_train(
     Each core's is `bond_left^-½`, so that every product of cores keeps its scale; the first core carries `std`.
     """
     bonds = train_bonds(modes, rank)
-    cores = [torch.randn(bonds[k], mode, bonds[k + 1]) * bonds[k] ** -0.5 for k, mode in enumerate(modes)]
-    return [cores[0] * std, *cores[1:]]
+    stds = [std, *(bond**-0.5 for bond in bonds[1:-1])]
+    return [torch.normal(0.0, stds[k], (bonds[k], mode, bonds[k + 1])) for k, mode in enumerate(modes)]
 
 
 def describe_trains(update: nn.Module, num_down: int, num_up: int) -> str:

@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils.quantization_utils import QuantizationBackend, quantization_extra_repr
 from torch import Tensor, nn
 
+from tensorpeft.networks.dtypes import product_dtype
 from tensorpeft.networks.effective import effective_linear, effective_weight
 from tensorpeft.networks.low_rank import low_rank_linear, low_rank_rows
 from tensorpeft.networks.update import (
@@ -127,9 +128,7 @@ class TensorLayer(UpdateHolder):
         bias: Tensor | None = self.base_layer.bias  # type: ignore[assignment]
         if not may_cache:
             return effective_linear(x, weight, bias, [update.cut() for update in updates])
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        return F.linear(x, self._cached_weight(weight, updates, dtype), bias)
+        return F.linear(x, self._cached_weight(weight, updates, product_dtype(x)), bias)
 
     def _cached_weight(self, weight: Tensor, updates: Sequence[AbstractFusedUpdate], dtype: torch.dtype) -> Tensor:
         """The effective weight of these updates, made anew when any tensor it is made of has changed."""

@@ -11,6 +11,7 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn.modules import Linear4bit, Params4bit, fix_4bit_weight_quant_state_from_module
 from torch import Tensor, nn
 
+from tensorpeft.networks.dtypes import at_least_float32
 from tensorpeft.networks.effective import Cut, effective_linear, effective_weight
 from tensorpeft.networks.mpo import MPO, FrozenCores, contract, decompose
 from tensorpeft.networks.update import AbstractUpdatableLinear
@@ -66,7 +67,7 @@ def alternate(
     """The 4-bit residual, the form with few parameters, and the errors after each half-step: see `split`."""
     if rounds < 1:
         raise ValueError(f"rounds={rounds}: expected at least 1, the paper's one shot.")
-    exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    exact = at_least_float32(weight)
     scale = exact.norm().clamp_min(torch.finfo(exact.dtype).tiny)
     best, errors = None, []
     for quantised, low in _half_steps(exact, weight.dtype, approximate, restore, rounds, double_quant):

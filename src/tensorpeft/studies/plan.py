@@ -1,11 +1,18 @@
 """``tensorpeft plan``: what every method would be and cost on a model, from its configuration alone."""
 
+from __future__ import annotations
+
 import copy
-from collections.abc import Callable, Iterable, Sequence
+import multiprocessing
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from math import ceil
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -60,7 +67,7 @@ class PlannedMethod:
     has_own_targets: bool = False
     budget_knob: str | None = None
 
-    def for_budget(self) -> "PlannedMethod":
+    def for_budget(self) -> PlannedMethod:
         """The method whose knob is the one that a budget sets."""
         return self if self.budget_knob is None else replace(self, knob=self.budget_knob)
 
@@ -168,7 +175,7 @@ def plan_model(
     batch: int = 1,
     length: int = 512,
     gradient_checkpointing: bool = False,
-    on_method: Callable[[str], object] = lambda text: None,  # called before each
+    on_method: Callable[[str], object] = lambda text: None,  # called after each
 ) -> ModelPlan:
     """The plan of every method. Reads no weight and allocates none.
 
@@ -186,12 +193,10 @@ def plan_model(
     if gradient_checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
         raise ValueError(f"{type(model).__name__} has no gradient checkpointing. Plan without it.")
     plans: list[MethodPlan] = []
-    for method in methods:
-        on_method(method.name)
-        try:
-            plans.append(_plan_method(skeleton, model, method, rank, budget, targets))
-        except ValueError as error:
-            plans.append(MethodPlan(method, method.default, problem=str(error)))
+    plan_method = partial(_plan_method, skeleton, rank=rank, budget=budget, targets=targets)
+    for plan in _map_in_processes(plan_method, methods):
+        on_method(plan.method.name)
+        plans.append(plan)
     reference = next((plan.step.flops for plan in plans if plan.method.key == _REFERENCE), 0)
     if reference == 0 and any(not plan.problem for plan in plans):
         lora = next(method for method in METHODS if method.key == _REFERENCE)
@@ -211,6 +216,22 @@ def enable_checkpointing(model: Any) -> None:
 def build_skeleton(name: str) -> nn.Module:
     """The model on the meta device: shapes, and no numbers."""
     return _Skeleton(transformers.AutoConfig.from_pretrained(name), 1, 1).build()
+
+
+class _AdapterSizes(NamedTuple):
+    """The sizes of an adapter that a plan tells, as `MethodPlan` does."""
+
+    trained: int
+    saved: int
+    frozen: int
+
+    @classmethod
+    def of(cls, model: nn.Module) -> _AdapterSizes:
+        """Those of the adapter that the model has."""
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        saved = (tensor for key, tensor in model.state_dict().items() if "_update." in key or "lora_" in key)
+        frozen = (tensor for key, tensor in model.named_buffers() if "_update." in key)
+        return cls(trained, _num_bytes(saved), _num_bytes(frozen))
 
 
 @dataclass(frozen=True)
@@ -241,10 +262,20 @@ class _Skeleton:
             model = architecture.from_config(config) if hasattr(architecture, "from_config") else architecture(config)
         return model.to(torch.bfloat16)
 
-    def adapt(self, config: PeftConfig, depth: int | None = None, model: nn.Module | None = None) -> nn.Module:
-        """A model with an adapter: a new one of this depth, or the one that is given."""
+    def adapt(self, config: PeftConfig, depth: int | None = None) -> nn.Module:
+        """A new model of this depth, with an adapter."""
         with torch.device("meta"):  # what an adapter draws at random, too
-            return get_peft_model(model or self.build(depth), copy.deepcopy(config), low_cpu_mem_usage=True)  # type: ignore
+            return get_peft_model(self.build(depth), copy.deepcopy(config), low_cpu_mem_usage=True)  # type: ignore
+
+    @cached_property
+    def has_equal_layers(self) -> bool:
+        """Whether from the second layer on all weights repeat, so that two depths tell of any."""
+        if self.depth <= _MAX_LAYERS:
+            return False
+        two, three, full = (
+            Counter(weight.shape for weight in self.build(depth).parameters()) for depth in (2, 3, None)
+        )
+        return all(_affine(two[shape], three[shape], self.depth) == full[shape] for shape in full | two | three)
 
     def count_step(self, config: PeftConfig) -> StepCosts:
         """Of the full depth, extrapolated where that is large."""
@@ -260,11 +291,12 @@ class _Skeleton:
             enable_checkpointing(model)
         return count_step(model.get_base_model(), self.batch, self.length)
 
-    def count_trained(self, config: PeftConfig) -> int:
-        """Trained parameters at the full depth."""
-        if self.depth <= _MAX_LAYERS:
-            return _num_trained(self.adapt(config))
-        return _affine(_num_trained(self.adapt(config, 2)), _num_trained(self.adapt(config, 3)), self.depth)
+    def measure_adapter(self, config: PeftConfig) -> _AdapterSizes:
+        """At the full depth."""
+        if not self.has_equal_layers:
+            return _AdapterSizes.of(self.adapt(config))
+        two, three = _AdapterSizes.of(self.adapt(config, 2)), _AdapterSizes.of(self.adapt(config, 3))
+        return _AdapterSizes(*(_affine(*pair, self.depth) for pair in zip(two, three, strict=True)))
 
 
 def _affine(two: int, three: int, depth: int) -> int:
@@ -272,9 +304,42 @@ def _affine(two: int, three: int, depth: int) -> int:
     return two + (three - two) * (depth - 2)
 
 
+def _map_in_processes(
+    function: Callable[[PlannedMethod], MethodPlan], methods: Sequence[PlannedMethod]
+) -> Iterator[MethodPlan]:
+    """`map`, in a process per core: counting is Python's work, seconds per method, which threads cannot share.
+
+    The processes are forked, as those of a DataLoader are, because a new one would import torch for longer than it
+    works; so it is done where forking is sound, on Linux. The first method is planned before: what it imports, and the
+    operations that its fake tensors come to know, the others then have.
+    """
+    workers = min(len(methods) - 1, len(os.sched_getaffinity(0))) if sys.platform == "linux" else 1
+    if workers <= 1:
+        yield from map(function, methods)
+        return
+    yield function(methods[0])
+    context = multiprocessing.get_context("fork")
+    # One thread in each: a forked process must not wait for the threads of its parent.
+    with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        yield from pool.map(function, methods[1:])
+
+
 def _plan_method(
     skeleton: _Skeleton,
-    model: nn.Module,
+    method: PlannedMethod,
+    rank: int | None,
+    budget: int | None,
+    targets: list[str] | str | None,
+) -> MethodPlan:
+    """The plan, without the ratio to LoRA; a method that the model cannot have is one with a problem."""
+    try:
+        return _try_method(skeleton, method, rank, budget, targets)
+    except ValueError as error:
+        return MethodPlan(method, method.default, problem=str(error))
+
+
+def _try_method(
+    skeleton: _Skeleton,
     method: PlannedMethod,
     rank: int | None,
     budget: int | None,
@@ -283,12 +348,9 @@ def _plan_method(
     value = rank if rank is not None and method.follows_rank and method.knob else method.default
     if budget is not None and method.knob:
         method = method.for_budget()
-        value = closest_value(lambda value: skeleton.count_trained(method.make(value, targets)), budget)
+        value = closest_value(lambda value: skeleton.measure_adapter(method.make(value, targets)).trained, budget)
     config = method.make(value, targets)
-    adapted = skeleton.adapt(config, model=copy.deepcopy(model))
-    frozen = _num_bytes(tensor for key, tensor in adapted.named_buffers() if "_update." in key)
-    saved = _num_bytes(tensor for key, tensor in adapted.state_dict().items() if "_update." in key or "lora_" in key)
-    return MethodPlan(method, value, _num_trained(adapted), saved, frozen, skeleton.count_step(config))
+    return MethodPlan(method, value, *skeleton.measure_adapter(config), skeleton.count_step(config))
 
 
 def _num_bytes(tensors: Iterable[Tensor]) -> int:
@@ -297,10 +359,6 @@ def _num_bytes(tensors: Iterable[Tensor]) -> int:
 
 def _with_ratio(plan: MethodPlan, reference: int) -> MethodPlan:
     return replace(plan, flops_ratio=plan.step.flops / reference) if reference and not plan.problem else plan
-
-
-def _num_trained(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def _numel(model: nn.Module) -> int:

@@ -38,7 +38,7 @@ def run_plan(
     """The plan, after printing its table (and maps) and writing its figures."""
     console = Console()
     with console.status("Planning") as status:
-        plan = plan_model(name, on_method=lambda method: status.update(f"Planning {method}"), **arguments)
+        plan = plan_model(name, on_method=lambda method: status.update(f"Planned {method}"), **arguments)
     wide = Console(width=max(console.width, 100))
     wide.print(rich_table(plan, gpu))
     for line in legend(plan, gpu):
