@@ -2,6 +2,6 @@
 
 import sys
 
-from tensorpeft.cli import main
+from tensorpeft.cli import run
 
-sys.exit(main())
+sys.exit(run())

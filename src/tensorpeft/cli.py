@@ -1,6 +1,7 @@
 """The command ``tensorpeft``: parses, calls the studies, prints. User errors are one line on stderr and exit code 2."""
 
 import argparse
+import gc
 import shlex
 import sys
 from collections.abc import Sequence
@@ -10,6 +11,16 @@ from tensorpeft.cli_inspect import add_inspect, with_view
 from tensorpeft.cli_options import add_double_quant, add_network, add_targets, network_of, targets_of
 
 _DTYPES = ("bfloat16", "float16", "float32")
+
+
+def run() -> int:
+    """`main` in a process of its own.
+
+    What is imported by now, torch and transformers, is never garbage: no collection looks at it any more, not even the
+    one at the exit, which would take a second.
+    """
+    gc.freeze()
+    return main()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
