@@ -41,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/small/minilm_glue"))
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the recipe; take another --output for them")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the recipe; with another --output")
     parser.add_argument("--print-only", action="store_true", help="print what is finished, run nothing")
     arguments = parser.parse_args()
     results = {}
@@ -49,7 +49,8 @@ def main() -> None:
         for name, overrides in METHODS.items():
             folder = arguments.output / task / name.replace(" ", "-")
             if not arguments.print_only:
-                run_training(load_recipe(RECIPE, [f"task={task}", f"output={folder}", *overrides, *arguments.overrides]), resume=True)
+                every = [f"task={task}", f"output={folder}", *overrides, *arguments.overrides]
+                run_training(load_recipe(RECIPE, every), resume=True)
             results[task, name] = [read_result(path) for path in sorted(folder.glob("seed-*/results.json"))]
     print_table(results, arguments.tasks)
 

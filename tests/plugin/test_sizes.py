@@ -5,7 +5,7 @@ import torch
 from peft import PeftConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from cases import MODELS, over_cases, over_models
+from cases import MODELS, logits, over_cases, over_models, tokens
 from tensorpeft import DotaConfig, FactConfig, LortaConfig, LotrConfig
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
@@ -55,6 +55,18 @@ def test_trainable_parameters_are_the_update_s_only(model, case):
     trained = {name for name, parameter in peft_model.named_parameters() if parameter.requires_grad}
     assert trained
     assert all("_update.default." in name for name in trained)
+
+
+@over_models
+@over_cases
+def test_an_adapted_model_runs_on_the_meta_device(model, case):
+    with torch.device("meta"):  # what the adapter draws, too
+        config = case.make(target_modules=model.targets)
+        peft_model = get_peft_model(model.fresh().to("meta"), config, low_cpu_mem_usage=True)
+    assert all(parameter.is_meta for parameter in peft_model.parameters())
+    output = peft_model(input_ids=tokens().to("meta")).logits
+    assert output.is_meta
+    assert output.shape == logits(model.fresh()).shape
 
 
 def test_a_checkpoint_is_its_trained_and_start_cores(tmp_path):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import AutoModel, BertConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, BertConfig, LlamaConfig, LlamaForCausalLM, Qwen2MoeConfig
 
 pytest.importorskip("rich")
 
@@ -91,6 +91,30 @@ def test_an_encoder_without_a_head_can_be_planned(tmp_path):
     AutoModel.from_config(config).config.save_pretrained(tmp_path)
     plan = plan_model(str(tmp_path), choose_methods("lora,quanta,loretta-adapter"), length=16)
     assert all(method.trained and method.step.flops and not method.problem for method in plan.methods)
+
+
+def test_layers_that_differ_are_counted_one_by_one(tmp_path):
+    config = Qwen2MoeConfig(
+        hidden_size=48,
+        intermediate_size=96,
+        moe_intermediate_size=24,
+        shared_expert_intermediate_size=24,
+        num_hidden_layers=7,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        num_experts=4,
+        decoder_sparse_step=3,  # every third layer has experts, and with them other linear layers
+        vocab_size=64,
+        architectures=["Qwen2MoeForCausalLM"],
+    )
+    config.save_pretrained(tmp_path)
+    plan = plan_model(str(tmp_path), choose_methods("lora,dota"), targets="all-linear", length=8)
+    for method in plan.methods:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+            adapted = get_peft_model(model, method.method.make(method.value, "all-linear"), low_cpu_mem_usage=True)
+        assert method.trained == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert plan.methods[0].trained > 0
 
 
 def test_a_budget_is_come_closest_to(small):
