@@ -1,14 +1,16 @@
 """A training step, an evaluation forward and the start of each adapter, side by side with PEFT's LoRA in one process.
 
     python benchmarks/step_time.py [--methods dota|cross-layer|low-rank|others|quantised] [--rank 16]
-                                   [--rounds 15] [--vocabulary 32000] [--bf16] [--device cuda] [--compile]
+                                   [--rounds 15] [--hidden 1024] [--vocabulary 32000] [--batch 4] [--length 256]
+                                   [--bf16] [--device cuda] [--compile] [--without-exact-pissa]
 
 The model is a Llama of hidden size 1024 with four layers and LLaMA's vocabulary of 32,000, the batch 4 x 256 tokens,
 the targets q, k, v, up and down. `--vocabulary 5376` gives the output head the share of the work that it has in a
-24-layer model. `--methods cross-layer` compares LoRTA, LoTR and FacT instead of DoTA, at LoRA's rank; `--methods
-low-rank` FLoRA, NOLA and LoRETTA; `--methods others` QuanTA, with three and with four axes, and LoRETTA's adapters
-behind the blocks; `--methods quantised` QLoRA and QDoTA, whose linear layers are all in 4 bits. All adapters run in
-turn, the order reversed every second round; medians, and the ratio to LoRA (or to the bare model).
+24-layer model; `--hidden 4096` makes LLaMA-2-7B's layers. `--methods cross-layer` compares LoRTA, LoTR and FacT instead
+of DoTA, at LoRA's rank; `--methods low-rank` FLoRA, NOLA and LoRETTA; `--methods others` QuanTA, with three and with
+four axes, and LoRETTA's adapters behind the blocks; `--methods quantised` QLoRA and QDoTA, whose linear layers are all
+in 4 bits. All adapters run in turn, the order reversed every second round; medians, and the ratio to LoRA (or to the
+bare model).
 Memory is what fine-tuning takes above the frozen model: the adapter, AdamW's two moments, and the peak that a step
 allocates, by torch's allocator.
 
@@ -23,9 +25,9 @@ import argparse
 import copy
 import os
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
+from math import ceil
 from statistics import median
 
 import torch
@@ -45,7 +47,7 @@ from tensorpeft import (
     QuantaConfig,
 )
 from tensorpeft.quantization import quantize_residual
-from tensorpeft.studies.measure import median_step_times, peak_memory
+from tensorpeft.studies.measure import median_step_times, peak_memory, seconds
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 ADAPTERS: dict[str, dict[str, Callable[[int], PeftConfig]]] = {
@@ -97,19 +99,20 @@ def keep_freed_memory() -> None:
         os.execve(sys.executable, [sys.executable, *sys.argv], environment)
 
 
-def build_model(device: str, dtype: torch.dtype, vocabulary: int) -> LlamaForCausalLM:
+def build_model(device: str, dtype: torch.dtype, hidden: int, vocabulary: int, length: int) -> LlamaForCausalLM:
     """The Llama of the benchmark, randomly initialised."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=1024,
-        intermediate_size=2816,
+        hidden_size=hidden,
+        intermediate_size=256 * ceil(8 * hidden / 3 / 256),  # 2816 for 1024, 11008 for 4096
         num_hidden_layers=4,
-        num_attention_heads=16,
-        num_key_value_heads=16,
+        num_attention_heads=max(hidden // 128, 16),
+        num_key_value_heads=max(hidden // 128, 16),
         vocab_size=vocabulary,
-        max_position_embeddings=512,
+        max_position_embeddings=max(length, 512),
     )
-    return LlamaForCausalLM(config).to(device=device, dtype=dtype)
+    with torch.device(device):
+        return LlamaForCausalLM(config).to(dtype)
 
 
 def adapt(name: str, model: nn.Module, config: PeftConfig) -> nn.Module:
@@ -141,11 +144,9 @@ def evaluation(model: nn.Module, tokens: torch.Tensor) -> Callable[[], object]:
     return forward
 
 
-def seconds(function: Callable[[], object]) -> float:
-    """The wall-clock time of one call."""
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
+def milliseconds(seconds: float) -> str:
+    """As the tables show times."""
+    return f"{1e3 * seconds:8.1f} ms"
 
 
 def print_table(title: str, header: str, rows: list[tuple[str, str]]) -> None:
@@ -161,14 +162,19 @@ def main() -> None:
     parser.add_argument("--methods", choices=list(ADAPTERS), default="dota")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--vocabulary", type=int, default=32000)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--without-exact-pissa", action="store_true", help="which takes minutes on large weights")
     arguments = parser.parse_args()
     keep_freed_memory()
-    base = build_model(arguments.device, torch.bfloat16 if arguments.bf16 else torch.float32, arguments.vocabulary)
-    tokens = torch.randint(0, arguments.vocabulary, (4, 256), device=arguments.device)
+    dtype = torch.bfloat16 if arguments.bf16 else torch.float32
+    base = build_model(arguments.device, dtype, arguments.hidden, arguments.vocabulary, arguments.length)
+    tokens = torch.randint(0, arguments.vocabulary, (arguments.batch, arguments.length), device=arguments.device)
 
     adapters = ADAPTERS[arguments.methods]
     reference = next(iter(adapters))
@@ -187,29 +193,33 @@ def main() -> None:
     rows = []
     for name in adapters:
         ratio, share = times[name] / times[reference], memory[name] / memory[reference]
-        rows.append((name, f"{times[name]:7.3f} s {ratio:6.2f} x {memory[name] / 2**20:9.0f} MiB {share:6.2f} x"))
+        rows.append(
+            (name, f"{milliseconds(times[name])} {ratio:6.2f} x {memory[name] / 2**20:9.0f} MiB {share:6.2f} x")
+        )
     print_table(
-        f"Training step, 4 x 256 tokens, r = {arguments.rank}",
-        f"   median  /{reference:5s}    extra memory  /{reference}",
+        f"Training step, {arguments.batch} x {arguments.length} tokens, r = {arguments.rank}",
+        f"    median  /{reference:5s}    extra memory  /{reference}",
         rows,
     )
 
     forwards = {name: evaluation(model, tokens) for name, model in {"no adapter": base, **models}.items()}
     times = {name: median(values) for name, values in median_step_times(forwards, arguments.rounds).items()}
-    rows = [(name, f"{value:7.3f} s {value / times['no adapter']:6.2f} x") for name, value in times.items()]
-    print_table("Evaluation forward, unmerged", "   median  /no adapter", rows)
+    rows = [(name, f"{milliseconds(value)} {value / times['no adapter']:6.2f} x") for name, value in times.items()]
+    print_table("Evaluation forward, unmerged", "    median  /no adapter", rows)
 
     if arguments.methods != "dota":
         return
     del models, steps, forwards
     starts: dict[str, list[float]] = {name: [] for name in STARTS}
+    if arguments.without_exact_pissa:
+        del starts["PiSSA, exact"]
     for _ in range(3):
-        for name, make in STARTS.items():
+        for name, values in starts.items():
             fresh = copy.deepcopy(base)
-            starts[name].append(seconds(partial(get_peft_model, fresh, make())))
+            values.append(seconds(partial(get_peft_model, fresh, STARTS[name]())))
     times = {name: median(values) for name, values in starts.items()}
-    rows = [(name, f"{value:7.3f} s {value / times['DoTA R 16']:6.2f} x") for name, value in times.items()]
-    print_table("Start: decomposing all 20 target weights", "   median  /DoTA", rows)
+    rows = [(name, f"{milliseconds(value)} {value / times['DoTA R 16']:6.2f} x") for name, value in times.items()]
+    print_table("Start: decomposing all 20 target weights", "    median  /DoTA", rows)
 
 
 if __name__ == "__main__":

@@ -49,11 +49,12 @@ def median_step_times(
         function()
     for round_number in range(rounds):
         for name in list(functions)[:: 1 if round_number % 2 == 0 else -1]:
-            times[name].append(_seconds(functions[name]))
+            times[name].append(seconds(functions[name]))
     return times
 
 
-def _seconds(function: Callable[[], object]) -> float:
+def seconds(function: Callable[[], object]) -> float:
+    """The wall-clock time of one call; where there is CUDA, until all that it started has ended."""
     _synchronize()
     start = time.perf_counter()
     function()
