@@ -43,7 +43,7 @@ def gradients(peft_model: PeftModel, device: str) -> dict[str, torch.Tensor]:
     peft_model.zero_grad()
     batch = tokens().to(device)
     peft_model(input_ids=batch, labels=batch).loss.backward()
-    return {name: p.grad.cpu() for name, p in peft_model.named_parameters() if p.grad is not None}
+    return {name: p.grad.to("cpu", copy=True) for name, p in peft_model.named_parameters() if p.grad is not None}
 
 
 @over_bases

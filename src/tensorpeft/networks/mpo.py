@@ -282,53 +282,69 @@ def _cheapest_bond(cores: Sequence[Tensor]) -> int:
     return 1 + sizes.index(min(sizes))
 
 
-def _left_chain(cores: Sequence[Tensor]) -> list[Tensor]:  # each (out, in, bond)
+# Inside a chain the modes stand in the order of the cores, (i_1 j_1 i_2 j_2 …), as a product of cores leaves them: they
+# are sorted into outputs and inputs once per half, not once per core.
+
+
+def _left_chain(cores: Sequence[Tensor]) -> list[Tensor]:  # each (modes, bond)
     """The contractions of the first 1, 2, … cores."""
-    chain = [at_least_float32(cores[0]).squeeze(0)]
+    chain = [at_least_float32(cores[0]).flatten(0, 2)]
     for core in cores[1:]:
-        before = chain[-1]
-        product = before.flatten(0, 1) @ at_least_float32(core).flatten(1)
-        product = product.view(*before.shape[:2], *core.shape[1:]).transpose(1, 2)
-        chain.append(product.reshape(before.shape[0] * core.shape[1], -1, core.shape[3]))
+        chain.append((chain[-1] @ at_least_float32(core).flatten(1)).view(-1, core.shape[3]))
     return chain
 
 
-def _right_chain(cores: Sequence[Tensor]) -> list[Tensor]:  # each (bond, out, in)
+def _right_chain(cores: Sequence[Tensor]) -> list[Tensor]:  # each (bond, modes)
     """The contractions of the last 1, 2, … cores."""
-    chain = [at_least_float32(cores[-1]).squeeze(-1)]
+    chain = [at_least_float32(cores[-1]).flatten(1)]
     for core in reversed(cores[:-1]):
-        before = chain[-1]
-        product = at_least_float32(core).flatten(0, 2) @ before.flatten(1)
-        product = product.view(*core.shape[:3], *before.shape[1:]).transpose(2, 3)
-        chain.append(product.reshape(core.shape[0], core.shape[1] * before.shape[1], -1))
+        chain.append((at_least_float32(core).flatten(0, 2) @ chain[-1]).view(core.shape[0], -1))
     return chain
+
+
+def _sort_modes(joined: Tensor, cores: Sequence[Tensor], dim: int) -> Tensor:
+    """Axis `dim` (i_1 j_1 i_2 j_2 …) as two axes, (i_1 i_2 …) and (j_1 j_2 …)."""
+    outs, ins = [core.shape[1] for core in cores], [core.shape[2] for core in cores]
+    split = joined.unflatten(dim, [size for pair in zip(outs, ins) for size in pair])
+    first, num_axes = range(dim, dim + 2 * len(cores), 2), split.ndim
+    order = [*range(dim), *first, *(k + 1 for k in first), *range(dim + 2 * len(cores), num_axes)]
+    sorted_modes = split.permute(order)
+    return sorted_modes.reshape(*joined.shape[:dim], prod(outs), prod(ins), *joined.shape[dim + 1 :])
+
+
+def _join_modes(sorted_modes: Tensor, cores: Sequence[Tensor], dim: int) -> Tensor:
+    """`_sort_modes` undone."""
+    outs, ins = [core.shape[1] for core in cores], [core.shape[2] for core in cores]
+    split, count = sorted_modes.unflatten(dim + 1, ins).unflatten(dim, outs), len(cores)
+    pairs = [axis for k in range(dim, dim + count) for axis in (k, k + count)]
+    joined = split.permute([*range(dim), *pairs, *range(dim + 2 * count, split.ndim)])
+    return joined.reshape(*sorted_modes.shape[:dim], prod(outs) * prod(ins), *sorted_modes.shape[dim + 2 :])
 
 
 def _halves(cores: Sequence[Tensor]) -> Halves:
     position = _cheapest_bond(cores)
+    left, right = cores[:position], cores[position:]
     with without_autocast(cores[0].device):
-        return Halves(_left_chain(cores[:position])[-1], _right_chain(cores[position:])[-1])
+        return Halves(_sort_modes(_left_chain(left)[-1], left, 0), _sort_modes(_right_chain(right)[-1], right, 1))
 
 
 def _pull_back(cores: Sequence[Tensor], gradient: Halves) -> list[Tensor]:
     """The gradients of the cores: both chains walked back, from the bond to the ends."""
     position = _cheapest_bond(cores)
-    left_cores, right_cores = cores[:position], cores[position:]
-    grads = []
-    grad, chain = gradient.left, _left_chain(left_cores[:-1]) if position > 1 else []
-    for core, before in zip(reversed(left_cores[1:]), reversed(chain)):
-        grad = grad.view(before.shape[0], core.shape[1], before.shape[1], core.shape[2], -1).transpose(1, 2)
-        rows = grad.reshape(before.shape[0] * before.shape[1], -1)
-        grads.append((before.flatten(0, 1).t() @ rows).view(core.shape))
-        grad = (rows @ at_least_float32(core).flatten(1).t()).view(before.shape)
-    grads = [grad.unsqueeze(0), *reversed(grads)]
-    grad, chain = gradient.right, _right_chain(right_cores[1:]) if len(right_cores) > 1 else []
-    for core, before in zip(right_cores[:-1], reversed(chain)):
-        grad = grad.view(-1, core.shape[1], before.shape[1], core.shape[2], before.shape[2]).transpose(2, 3)
-        columns = grad.reshape(-1, before.shape[1] * before.shape[2])
-        grads.append((columns @ before.flatten(1).t()).view(core.shape))
-        grad = (at_least_float32(core).flatten(0, 2).t() @ columns).view(before.shape)
-    return [*grads, grad.unsqueeze(-1)]
+    left, right = cores[:position], cores[position:]
+    grads: list[Tensor] = []
+    grad, chain = _join_modes(gradient.left, left, 0), _left_chain(left[:-1]) if len(left) > 1 else []
+    for core, before in zip(reversed(left[1:]), reversed(chain)):
+        rows = grad.view(len(before), -1)  # (modes before, i · j · bond_right)
+        grads.insert(0, (before.t() @ rows).view(core.shape))
+        grad = rows @ at_least_float32(core).flatten(1).t()
+    grads.insert(0, grad.view(left[0].shape))
+    grad, chain = _join_modes(gradient.right, right, 1), _right_chain(right[1:]) if len(right) > 1 else []
+    for core, before in zip(right[:-1], reversed(chain)):
+        columns = grad.view(-1, before.shape[1])  # (bond_left · i · j, modes after)
+        grads.append((columns @ before.t()).view(core.shape))
+        grad = at_least_float32(core).flatten(0, 2).t() @ columns
+    return [*grads, grad.view(right[-1].shape)]
 
 
 MPO = Network(_halves, _pull_back)

@@ -310,10 +310,12 @@ def _map_in_processes(
     """`map`, in a process per core: counting is Python's work, seconds per method, which threads cannot share.
 
     The processes are forked, as those of a DataLoader are, because a new one would import torch for longer than it
-    works; so it is done where forking is sound, on Linux. The first method is planned before: what it imports, and the
-    operations that its fake tensors come to know, the others then have.
+    works; so it is done where forking is sound: on Linux, and without an accelerator, for whose devices autograd starts
+    threads that no fork outlives. The first method is planned before: what it imports, and the operations that its fake
+    tensors come to know, the others then have.
     """
-    workers = min(len(methods) - 1, len(os.sched_getaffinity(0))) if sys.platform == "linux" else 1
+    can_fork = sys.platform == "linux" and not torch.accelerator.is_available()
+    workers = min(len(methods) - 1, len(os.sched_getaffinity(0))) if can_fork else 1
     if workers <= 1:
         yield from map(function, methods)
         return
