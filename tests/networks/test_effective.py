@@ -89,7 +89,8 @@ def test_nothing_of_the_weight_s_size_is_saved_for_backward():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         effective_linear(x, weight, None, [Cut(MPO, tuple(cores), tuple(core.detach() for core in cores))])
     assert saved
-    assert {tensor.untyped_storage().data_ptr() for tensor in saved} <= known
+    large = [tensor for tensor in saved if tensor.numel() > 1]
+    assert {tensor.untyped_storage().data_ptr() for tensor in large} <= known
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

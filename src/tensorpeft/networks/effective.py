@@ -9,6 +9,7 @@ its whole ΔW, and its gradient, while one layer is at work.) Measured by `bench
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from math import lcm
 from typing import NamedTuple
 
@@ -51,6 +52,7 @@ class Cut(NamedTuple):
     network: Network
     cores: tuple[Tensor, ...]
     start: tuple[Tensor, ...] = ()  # frozen, as many as the cores, or none
+    minus_start: Halves | None = None  # those of −fold(halves(start)), where they are kept
 
 
 def fold(halves: Halves) -> Tensor:  # (out, in)
@@ -74,8 +76,8 @@ def effective_linear(
     Where every ΔW is exactly zero, the result is `F.linear(x, weight, bias)` bit for bit.
     """
     x = x.to(product_dtype(x))
-    layout = [(cut.network, len(cut.cores), len(cut.start)) for cut in cuts]
-    tensors = [tensor for cut in cuts for tensor in (*cut.cores, *cut.start)]
+    layout = [(cut.network, len(cut.cores), len(cut.start), len(cut.minus_start or ())) for cut in cuts]
+    tensors = [tensor for cut in cuts for tensor in (*cut.cores, *cut.start, *(cut.minus_start or ()))]
     return _EffectiveLinear.apply(x, weight, bias, layout, *tensors)  # type: ignore[no-any-return]
 
 
@@ -89,7 +91,15 @@ def effective_weight(
 
     The cast to bfloat16 or float16 dithers (see `_dither`), so that no small update is lost.
     """
-    updates = [_Update(cut) for cut in cuts]
+    return _effective_weight(weight, [_Update(cut) for cut in cuts], dtype)
+
+
+def negated(halves: Halves) -> Halves:
+    """The halves of the negative matrix."""
+    return Halves(halves.left, -halves.right)
+
+
+def _effective_weight(weight: Tensor | None, updates: Sequence[_Update], dtype: torch.dtype) -> Tensor:
     blocks = list(_blocks(updates, dim=0))
     if len(blocks) == 1:
         return _effective_part(weight, updates, 0, *blocks[0], dtype)
@@ -104,17 +114,18 @@ def effective_weight(
 class _Update:
     """A cut with its halves contracted, for as long as one weight is being worked on."""
 
-    def __init__(self, cut: Cut):
+    def __init__(self, cut: Cut, moved: Tensor | None = None):
         self.now = cut.network.halves(cut.cores)
         self.left, self.right = self.now
+        self.moved = moved  # whether a core differs from its start; None: find out
         if cut.start:
-            start = cut.network.halves(cut.start)
+            start = cut.minus_start or negated(cut.network.halves(cut.start))
+            if self.moved is None:
+                self.moved = (_flat(cut.cores) != _flat(cut.start)).any()
             # One product over both networks costs half the memory traffic of two, but f(T) − f(T) then leaves a
             # rounding error. So a factor is zero as long as no core has moved: the start is exactly the base.
-            moved = [(core != begin).any() for core, begin in zip(cut.cores, cut.start)]
-            factor = torch.stack(moved).any().to(self.left.dtype)
-            self.left = torch.cat([self.left * factor, start.left * -factor], dim=-1)
-            self.right = torch.cat([self.right, start.right])
+            self.left = torch.cat([self.left, start.left], dim=-1)
+            self.right = torch.cat([self.right, start.right]) * self.moved
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -129,18 +140,23 @@ class _Update:
         return product.view(*left.shape[:2], *self.right.shape[1:]).transpose(1, 2)
 
 
+def _flat(cores: Sequence[Tensor]) -> Tensor:
+    return torch.cat([core.flatten() for core in cores])
+
+
 class _EffectiveLinear(torch.autograd.Function):
-    """Saves x, the frozen weight and the cores: tensors that are there anyway."""
+    """Saves x, the frozen weight and the cores: tensors that are there anyway; and per cut a number."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, layout, *tensors):
         stored, ctx.make_weight = (None, weight) if callable(weight) else (weight, None)
-        ctx.save_for_backward(x, stored, *tensors)
         ctx.layout = layout
         if ctx.make_weight is not None:
             weight = ctx.make_weight()
         with without_autocast(x.device):
-            effective = effective_weight(weight, _cuts(layout, tensors), x.dtype)  # type: ignore
+            updates = [_Update(cut) for cut in _cuts(layout, tensors)]
+            ctx.save_for_backward(x, stored, *(update.moved for update in updates), *tensors)
+            effective = _effective_weight(weight, updates, x.dtype)  # type: ignore
             return F.linear(x, effective, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
@@ -148,6 +164,7 @@ class _EffectiveLinear(torch.autograd.Function):
     def backward(ctx, *grad_outputs):
         (grad_output,) = grad_outputs
         x, weight, *tensors = ctx.saved_tensors
+        moved, tensors = tensors[: len(ctx.layout)], tensors[len(ctx.layout) :]
         if ctx.make_weight is not None:
             weight = ctx.make_weight()
         needs_x, needs_weight, needs_bias, _, *needs_tensors = ctx.needs_input_grad
@@ -155,24 +172,25 @@ class _EffectiveLinear(torch.autograd.Function):
             rows_x = x.reshape(-1, x.shape[-1])
             rows_y = grad_output.reshape(-1, grad_output.shape[-1])
             cuts = _cuts(ctx.layout, tensors)
+            updates = [_Update(cut, has_moved) for cut, has_moved in zip(cuts, moved)]
             grad_x, grad_weight, grad_halves = _block_gradients(
-                rows_x, rows_y, weight, [_Update(cut) for cut in cuts], needs_x, needs_weight, any(needs_tensors)
+                rows_x, rows_y, weight, updates, needs_x, needs_weight, any(needs_tensors)
             )
             grads: list[Tensor | None] = []
             for cut, halves in zip(cuts, grad_halves):
-                grads += [*cut.network.pull_back(cut.cores, halves), *(None for _ in cut.start)]
+                frozen = (*cut.start, *(cut.minus_start or ()))
+                grads += [*cut.network.pull_back(cut.cores, halves), *(None for _ in frozen)]
             grads = grads or [None for _ in tensors]
             grad_bias = rows_y.sum(0) if needs_bias else None
         return None if grad_x is None else grad_x.view_as(x), grad_weight, grad_bias, None, *grads
 
 
-def _cuts(layout: Sequence[tuple[Network, int, int]], tensors: Sequence[Tensor]) -> list[Cut]:
-    """The cuts whose cores and starts stand one after the other in `tensors`."""
-    cuts, first = [], 0
-    for network, num_cores, num_start in layout:
-        middle, last = first + num_cores, first + num_cores + num_start
-        cuts.append(Cut(network, tuple(tensors[first:middle]), tuple(tensors[middle:last])))
-        first = last
+def _cuts(layout: Sequence[tuple[Network, int, int, int]], tensors: Sequence[Tensor]) -> list[Cut]:
+    """The cuts whose cores, starts and halves of starts stand one after the other in `tensors`."""
+    cuts, rest = [], iter(tensors)
+    for network, *counts in layout:
+        cores, start, halves = (tuple(islice(rest, count)) for count in counts)
+        cuts.append(Cut(network, cores, start, Halves(*halves) if halves else None))
     return cuts
 
 
@@ -251,30 +269,38 @@ def _block_gradients(
                 part = _effective_part(weight, updates, 1, start, stop, x.dtype)
                 torch.mm(grad_y, part, out=grad_x[:, start:stop])
     grad_weight = torch.empty_like(weight) if needs_weight and weight is not None else None
-    grad_halves = [Halves(*map(torch.zeros_like, update.now)) for update in updates] if needs_cores else []
+    lefts: list[list[Tensor]] = [[] for _ in updates]
+    rights: list[Tensor | None] = [None for _ in updates]
     for start, stop in _blocks(updates, dim=0) if needs_weight or needs_cores else ():
         block = grad_y[:, start:stop].t() @ x
         if grad_weight is not None:
             grad_weight[start:stop] = block
-        for update, grads in zip(updates, grad_halves):
-            _fold_gradient(block, update, grads, start)
+        for k, update in enumerate(updates) if needs_cores else ():
+            left, rights[k] = _fold_gradient(block, update, start, rights[k])
+            lefts[k].append(left)
+    grad_halves = []
+    for update, left, right in zip(updates, lefts, rights):
+        if right is not None:
+            grad_left = left[0] if len(left) == 1 else torch.cat(left)
+            grad_halves.append(Halves(grad_left.view_as(update.now.left), right.view_as(update.now.right)))
     return grad_x, grad_weight, grad_halves
 
 
 def _fold_gradient(
     block: Tensor,  # (n, in): gradient of n rows of the effective weight
     update: _Update,
-    grads: Halves,  # changed in place
     first_row: int,
-) -> None:
-    """Add a block's part of the gradients of an update's halves."""
+    grad_right: Tensor | None,  # (bond, out_right · in_right): of the blocks before, changed in place
+) -> tuple[Tensor, Tensor]:  # (rows of out_left · in_left, bond), (bond, out_right · in_right)
+    """A block's rows of the gradient of the left half, and the gradient of the right half with the block's part."""
     left, right = update.now
     first = first_row // right.shape[1]
     block = block.view(-1, right.shape[1], left.shape[1], right.shape[2]).transpose(1, 2)
-    last = first + block.shape[0]
-    pairs = block.reshape(-1, right[0].numel()).to(left.dtype)  # (out_left · in_left, out_right · in_right)
-    grads.left[first:last] = (pairs @ right.flatten(1).t()).view(last - first, *left.shape[1:])
-    grads.right.flatten(1).addmm_(left[first:last].flatten(0, 1).t(), pairs)
+    # Sorted and widened in one pass.
+    pairs = block.to(left.dtype, memory_format=torch.contiguous_format).contiguous().view(-1, right[0].numel())
+    rows = left[first : first + len(block)].flatten(0, 1)  # (rows of out_left · in_left, bond)
+    grad_right = rows.t() @ pairs if grad_right is None else grad_right.addmm_(rows.t(), pairs)
+    return pairs @ right.flatten(1).t(), grad_right
 
 
 def _dither(part: Tensor, dtype: torch.dtype, first_row: int, first_column: int) -> Tensor:

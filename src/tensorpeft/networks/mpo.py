@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from tensorpeft.modes import bond_dimensions
 from tensorpeft.networks.dtypes import at_least_float32, without_autocast
-from tensorpeft.networks.effective import Cut, Halves, Network, effective_linear, fold
+from tensorpeft.networks.effective import Cut, Halves, Network, effective_linear, fold, negated
 from tensorpeft.networks.update import BASE_DIGEST, AbstractFusedUpdate, keeping_dtype
+from tensorpeft.networks.versions import Kept
 
 
 class FrozenCores(nn.Module):
@@ -62,6 +63,7 @@ class MpoUpdate(AbstractFusedUpdate):
         super().__init__()
         self.num_cores = len(cores)
         self.has_start = start is not None
+        self._kept: Kept[Halves] = Kept()
         object.__setattr__(self, "base_start", None)
         if isinstance(start, FrozenCores):
             object.__setattr__(self, "base_start", start)  # a plain reference: it is the base layer's module
@@ -89,7 +91,20 @@ class MpoUpdate(AbstractFusedUpdate):
 
     def cut(self) -> Cut:
         """Both networks, to be cut at the bond that makes the halves smallest."""
-        return Cut(MPO, tuple(self.cores()), tuple(self.start()))
+        start = tuple(self.start())
+        return Cut(MPO, tuple(self.cores()), start, self._minus_start(start))
+
+    @torch.no_grad()
+    def _minus_start(self, start: tuple[Tensor, ...]) -> Halves | None:
+        """The start contracted to two halves, once: less than a hundredth of the weight."""
+        if not start or torch.compiler.is_compiling():
+            return None
+        return self._kept.get(lambda: negated(_halves(start)), start)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MpoUpdate:
+        """As torch's; what is kept of the start goes."""
+        self._kept.clear()
+        return super()._apply(fn, recurse)
 
     def is_cheaper_apart(self, rows: int) -> bool:
         """Never: core by core, the activations cost several times the sum."""

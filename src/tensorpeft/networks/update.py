@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tensorpeft.networks.effective import Cut, fold
 from tensorpeft.networks.low_rank import MATRIX_PRODUCT, Factors, low_rank_linear
-from tensorpeft.networks.versions import version_of
+from tensorpeft.networks.versions import Kept
 
 # The buffer that an update has where a part of it is stored in the base layer: which base that must be.
 BASE_DIGEST = "base_digest"
@@ -71,9 +71,9 @@ class AbstractWeightUpdate(AbstractUpdate):
     # Not `weight`: whoever walks a model, as PEFT's policy for FSDP does, takes a module's `weight` for a tensor.
     def matrix(self) -> Tensor:  # (out, in)
         """ΔW: the matrix that `forward` multiplies by, by the plain formula. Differentiable."""
-        network, cores, start = self.cut()
-        update = fold(network.halves(cores))
-        return update - fold(network.halves(start)) if start else update
+        cut = self.cut()
+        update = fold(cut.network.halves(cut.cores))
+        return update - fold(cut.network.halves(cut.start)) if cut.start else update
 
 
 class AbstractOutputUpdate(AbstractUpdate):
@@ -116,24 +116,22 @@ class SharedFactors(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        # Computed from the factors, and what of.
-        self._stacked: tuple[object, Mapping[str, Tensor]] | None = None
+        self._stacked: Kept[Mapping[str, Tensor]] = Kept()
 
     def stacked_with(self, others: Sequence[nn.Module]) -> Mapping[str, Tensor]:
         """The factors of several adapters, these first, each stacked along a leading axis.
 
         Kept until one of them changes: all layers of a mixed batch ask for the same ones.
         """
-        modules = (self, *others)
-        key = (*map(id, modules), version_of(tensor for module in modules for tensor in module.parameters()))
-        if key[-1] is None or self._stacked is None or self._stacked[0] != key:
-            named = [dict(module.named_parameters()) for module in modules]
-            self._stacked = (key, {name: torch.stack([tensors[name] for tensors in named]) for name in named[0]})
-        return self._stacked[1]
+        named = [dict(module.named_parameters()) for module in (self, *others)]
+        return self._stacked.get(
+            lambda: {name: torch.stack([tensors[name] for tensors in named]) for name in named[0]},
+            [tensor for tensors in named for tensor in tensors.values()],
+        )
 
     def train(self, mode: bool = True) -> SharedFactors:
         """As torch's; what was stacked for inference goes."""
-        self._stacked = None
+        self._stacked.clear()
         return super().train(mode)
 
 

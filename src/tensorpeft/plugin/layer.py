@@ -24,7 +24,7 @@ from tensorpeft.networks.update import (
     AbstractWeightUpdate,
     stacked_factors,
 )
-from tensorpeft.networks.versions import version_of
+from tensorpeft.networks.versions import Kept
 from tensorpeft.plugin.base_weight import (
     addable_weight,
     as_matrix,
@@ -70,7 +70,7 @@ class TensorLayer(UpdateHolder):
         self.owns_base = owns_base
         # While adapters are merged: the base's own tensor, or the layer itself where a plain one stands in its place.
         self._unmerged: Tensor | AbstractUpdatableLinear | None = None
-        self._cached: tuple[object, Tensor] | None = None  # what it was made of, and the effective weight
+        self._cached: Kept[Tensor] = Kept()  # the effective weight
         # What a model, or another adapter, reads of a convolution.
         if is_convolution(base := self.get_base_layer()):
             for name in base.__constants__:  # type: ignore[union-attr]
@@ -133,19 +133,13 @@ class TensorLayer(UpdateHolder):
     def _cached_weight(self, weight: Tensor, updates: Sequence[AbstractFusedUpdate], dtype: torch.dtype) -> Tensor:
         """The effective weight of these updates, made anew when any tensor it is made of has changed."""
         tensors = (weight, *(t for update in updates for t in (*update.parameters(), *update.buffers())))
-        version = version_of(tensors)
-        key = None if version is None else (*version, dtype)
-        if key is None or self._cached is None or self._cached[0] != key:
-            self._cached = None  # free the old one first
-            effective = effective_weight(weight, [update.cut() for update in updates], dtype)
-            if key is None:
-                return effective
-            self._cached = (key, effective)
-        return self._cached[1]
+        return self._cached.get(
+            lambda: effective_weight(weight, [update.cut() for update in updates], dtype), tensors, dtype
+        )
 
     def train(self, mode: bool = True) -> TensorLayer:
         """As torch's; the cached weight goes, so that training and a new evaluation start from what is there."""
-        self._cached = None
+        self._cached.clear()
         return super().train(mode)
 
     def _mixed_forward(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
@@ -204,7 +198,7 @@ class TensorLayer(UpdateHolder):
             self._unmerged = base.weight.data  # type: ignore[assignment]
         self.set_base_weight(merged)
         self.merged_adapters.extend(names)
-        self._cached = None
+        self._cached.clear()
 
     @torch.no_grad()
     def merged_weight(self, adapter_names: Sequence[str]) -> Tensor:
@@ -241,7 +235,7 @@ class TensorLayer(UpdateHolder):
             self.set_base_weight(as_stored(self.get_base_layer(), weight))
         object.__setattr__(self, "_unmerged", None)
         self.merged_adapters.clear()
-        self._cached = None
+        self._cached.clear()
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW of an adapter in float32, laid out as the base layer stores its weight."""

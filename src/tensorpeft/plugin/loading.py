@@ -128,10 +128,10 @@ def _foreign_start(layer: TensorLayer, update: nn.Module, found: Mapping[str, Te
         return None  # its start is the base layer's own
     candidate = copy.deepcopy(update)
     candidate.load_state_dict(dict(found), assign=True)
-    network, _, start = candidate.cut()  # type: ignore[operator]
-    if not start or (weight := layer.read_base_weight()).is_meta:
+    cut = candidate.cut()  # type: ignore[operator]
+    if not cut.start or (weight := layer.read_base_weight()).is_meta:
         return None
-    projection = fold(network.halves(start)).to(weight.device)
+    projection = fold(cut.network.halves(cut.start)).to(weight.device)
     energy = projection.square().sum()
     if hasattr(weight, "full_tensor"):  # FSDP has sharded it; every process asks for the same layer now
         weight = weight.full_tensor()  # type: ignore[operator]
