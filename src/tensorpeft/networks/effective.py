@@ -8,7 +8,10 @@ its whole ΔW, and its gradient, while one layer is at work.) Measured by `bench
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from importlib.util import find_spec
 from itertools import islice
 from math import lcm
 from typing import NamedTuple
@@ -132,12 +135,16 @@ class _Update:
         """(out, in)."""
         return self.left.shape[0] * self.right.shape[1], self.left.shape[1] * self.right.shape[2]
 
-    def part(self, dim: int, start: int, stop: int) -> Tensor:  # (out_left, out_right, in_left, in_right), a view
-        """Rows (dim 0) or columns (dim 1) [start, stop) of ΔW, its axes those of the two halves."""
+    def product(self, dim: int, start: int, stop: int) -> Tensor:  # (out_left · in_left, out_right · in_right)
+        """Rows (dim 0) or columns (dim 1) [start, stop) of ΔW, its modes in the order of the two halves."""
         slice_size = self.right.shape[1 + dim]
         left = self.left.narrow(dim, start // slice_size, (stop - start) // slice_size)
-        product = left.flatten(0, 1) @ self.right.flatten(1)
-        return product.view(*left.shape[:2], *self.right.shape[1:]).transpose(1, 2)
+        return left.flatten(0, 1) @ self.right.flatten(1)
+
+    def part(self, dim: int, start: int, stop: int) -> Tensor:  # (out_left, out_right, in_left, in_right), a view
+        """The same with its axes as those of a matrix."""
+        rows = self.left.shape[0] if dim == 1 else (stop - start) // self.right.shape[1]
+        return self.product(dim, start, stop).view(rows, -1, *self.right.shape[1:]).transpose(1, 2)
 
 
 def _flat(cores: Sequence[Tensor]) -> Tensor:
@@ -218,17 +225,51 @@ def _effective_part(
 ) -> Tensor:  # (stop - start, in) for rows, (out, stop - start) for columns
     """Rows (dim 0) or columns (dim 1) [start, stop) of weight + Σ ΔW in `dtype`, written to `out` if it is given."""
     total = None
+    first = (start, 0) if dim == 0 else (0, start)
     if weight is not None:
         # Rounded as the base layer itself would be (autocast), then widened: with no update, exactly the base's weight.
-        part = weight.narrow(dim, start, stop - start)
-        total = part.to(dtype).to(torch.promote_types(dtype, updates[0].left.dtype))
+        part = weight.narrow(dim, start, stop - start).to(dtype)
+        if len(updates) == 1 and (dithered_sum := _kernel_for(part, updates[0].left, out)) is not None:
+            product, sizes = updates[0].product(dim, start, stop), updates[0].right.shape[1:]
+            return dithered_sum(part, product, sizes, first, _DROPPED_BITS[dtype], out)
+        total = part.to(torch.promote_types(dtype, updates[0].left.dtype))
     target = out if out is not None and dtype not in _DROPPED_BITS else None
     for update in updates:
         total = _sum(total, update.part(dim, start, stop), target)
     assert total is not None
     if dtype in _DROPPED_BITS:
-        total = _dither(total, dtype, *((start, 0) if dim == 0 else (0, start)))
+        total = _dither(total, dtype, *first)
     return total.to(dtype) if out is None or target is not None else out.copy_(total)
+
+
+def _kernel_for(part: Tensor, left: Tensor, out: Tensor | None) -> Callable[..., Tensor] | None:
+    """The kernel that sums and dithers in one pass, if these can have it. A compiler writes its own."""
+    is_suitable = (
+        part.is_cuda
+        and part.dtype in _DROPPED_BITS
+        and left.dtype == torch.float32
+        and part.stride(1) == 1
+        and (out is None or out.stride(1) == 1)
+        and not torch.compiler.is_compiling()
+        and not isinstance(part, FakeTensor)
+    )
+    return _load_kernel(part.device) if is_suitable else None
+
+
+@cache
+def _load_kernel(device: torch.device) -> Callable[..., Tensor] | None:
+    """The kernel, if Triton is there and can build it."""
+    if find_spec("triton") is None:
+        return None
+    from tensorpeft.networks.kernels import dithered_sum
+
+    try:
+        one = torch.ones(1, 1, device=device)
+        dithered_sum(one.bfloat16(), one, (1, 1), (0, 0), _DROPPED_BITS[torch.bfloat16])
+    except Exception as error:  # no C compiler, an old GPU, …: whatever Triton raises
+        warnings.warn(f"Triton cannot build a kernel here, training will be slower: {error}", stacklevel=2)
+        return None
+    return dithered_sum
 
 
 def _sum(total: Tensor | None, update: Tensor, out: Tensor | None) -> Tensor:  # (m, n)
