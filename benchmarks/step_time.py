@@ -144,9 +144,9 @@ def evaluation(model: nn.Module, tokens: torch.Tensor) -> Callable[[], object]:
     return forward
 
 
-def milliseconds(seconds: float) -> str:
-    """As the tables show times."""
-    return f"{1e3 * seconds:8.1f} ms"
+def duration(taken: float) -> str:
+    """Seconds as the tables show them."""
+    return f"{taken:8.3f} s " if taken >= 0.1 else f"{1e3 * taken:8.1f} ms"
 
 
 def print_table(title: str, header: str, rows: list[tuple[str, str]]) -> None:
@@ -193,9 +193,7 @@ def main() -> None:
     rows = []
     for name in adapters:
         ratio, share = times[name] / times[reference], memory[name] / memory[reference]
-        rows.append(
-            (name, f"{milliseconds(times[name])} {ratio:6.2f} x {memory[name] / 2**20:9.0f} MiB {share:6.2f} x")
-        )
+        rows.append((name, f"{duration(times[name])} {ratio:6.2f} x {memory[name] / 2**20:9.0f} MiB {share:6.2f} x"))
     print_table(
         f"Training step, {arguments.batch} x {arguments.length} tokens, r = {arguments.rank}",
         f"    median  /{reference:5s}    extra memory  /{reference}",
@@ -204,7 +202,7 @@ def main() -> None:
 
     forwards = {name: evaluation(model, tokens) for name, model in {"no adapter": base, **models}.items()}
     times = {name: median(values) for name, values in median_step_times(forwards, arguments.rounds).items()}
-    rows = [(name, f"{milliseconds(value)} {value / times['no adapter']:6.2f} x") for name, value in times.items()]
+    rows = [(name, f"{duration(value)} {value / times['no adapter']:6.2f} x") for name, value in times.items()]
     print_table("Evaluation forward, unmerged", "    median  /no adapter", rows)
 
     if arguments.methods != "dota":
@@ -218,7 +216,7 @@ def main() -> None:
             fresh = copy.deepcopy(base)
             values.append(seconds(partial(get_peft_model, fresh, STARTS[name]())))
     times = {name: median(values) for name, values in starts.items()}
-    rows = [(name, f"{milliseconds(value)} {value / times['DoTA R 16']:6.2f} x") for name, value in times.items()]
+    rows = [(name, f"{duration(value)} {value / times['DoTA R 16']:6.2f} x") for name, value in times.items()]
     print_table("Start: decomposing all 20 target weights", "    median  /DoTA", rows)
 
 

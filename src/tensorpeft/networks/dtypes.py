@@ -19,9 +19,9 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Products run in the dtype of what they are given."""
-    if torch.amp.is_autocast_available(device.type):
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
-    return nullcontext()
+    return nullcontext()  # most of the time; entering autocast takes as long as a product of small cores
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

@@ -8,7 +8,9 @@ the multi-indices row-major (first mode slowest). Source: DoTA (arXiv 2412.20891
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from math import isfinite, prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -264,10 +266,10 @@ def _lower_gram(rows: Tensor) -> Tensor:  # (m, m)
     """The lower triangle of `rows @ rows.t()`; of what lies above it, only a part is computed, the rest is zero."""
     num_rows = len(rows)
     gram = rows.new_zeros(num_rows, num_rows)
-    step = max(-(-num_rows // 4), 64)  # four strips: 5/8 of the products
+    step = max(-(-num_rows // 4), 64)  # four strips of columns: 5/8 of the products
     for start in range(0, num_rows, step):
         strip = slice(start, start + step)
-        torch.mm(rows[strip], rows[: start + step].t(), out=gram[strip, : start + step])
+        torch.mm(rows[start:], rows[strip].t(), out=gram[start:, strip])
     return gram
 
 
@@ -290,13 +292,6 @@ def _split_exactly(
     return cores
 
 
-def _cheapest_bond(cores: Sequence[Tensor]) -> int:
-    """The number of cores on the left of the bond whose two halves have the fewest elements."""
-    pairs = [core.shape[1] * core.shape[2] for core in cores]
-    sizes = [(prod(pairs[:k]) + prod(pairs[k:])) * cores[k].shape[0] for k in range(1, len(cores))]
-    return 1 + sizes.index(min(sizes))
-
-
 # Inside a chain the modes stand in the order of the cores, (i_1 j_1 i_2 j_2 …), as a product of cores leaves them: they
 # are sorted into outputs and inputs once per half, not once per core.
 
@@ -317,44 +312,67 @@ def _right_chain(cores: Sequence[Tensor]) -> list[Tensor]:  # each (bond, modes)
     return chain
 
 
-def _sort_modes(joined: Tensor, cores: Sequence[Tensor], dim: int) -> Tensor:
-    """Axis `dim` (i_1 j_1 i_2 j_2 …) as two axes, (i_1 i_2 …) and (j_1 j_2 …)."""
-    outs, ins = [core.shape[1] for core in cores], [core.shape[2] for core in cores]
-    split = joined.unflatten(dim, [size for pair in zip(outs, ins) for size in pair])
-    first, num_axes = range(dim, dim + 2 * len(cores), 2), split.ndim
-    order = [*range(dim), *first, *(k + 1 for k in first), *range(dim + 2 * len(cores), num_axes)]
-    sorted_modes = split.permute(order)
-    return sorted_modes.reshape(*joined.shape[:dim], prod(outs), prod(ins), *joined.shape[dim + 1 :])
+class _Modes(NamedTuple):
+    """How the modes of a half lie, axis by axis, and the orders of axes that lead from one form to the other."""
+
+    joined: tuple[int, ...]  # i_1 j_1 i_2 j_2 …, and the bond where it stands
+    sort: tuple[int, ...]
+    sorted: tuple[int, ...]  # i_1 i_2 … j_1 j_2 …
+    join: tuple[int, ...]
+    sizes: tuple[int, ...]  # (out, in), and the bond
 
 
-def _join_modes(sorted_modes: Tensor, cores: Sequence[Tensor], dim: int) -> Tensor:
-    """`_sort_modes` undone."""
-    outs, ins = [core.shape[1] for core in cores], [core.shape[2] for core in cores]
-    split, count = sorted_modes.unflatten(dim + 1, ins).unflatten(dim, outs), len(cores)
-    pairs = [axis for k in range(dim, dim + count) for axis in (k, k + count)]
-    joined = split.permute([*range(dim), *pairs, *range(dim + 2 * count, split.ndim)])
-    return joined.reshape(*sorted_modes.shape[:dim], prod(outs) * prod(ins), *sorted_modes.shape[dim + 2 :])
+class _Plan(NamedTuple):
+    """How cores of some shapes are contracted; made once per shapes."""
+
+    position: int  # the number of cores on the left of the bond at which they are cut
+    left: _Modes
+    right: _Modes
+
+
+@cache
+def _plan(shapes: tuple[torch.Size, ...]) -> _Plan:
+    pairs = [shape[1] * shape[2] for shape in shapes]
+    sizes = [(prod(pairs[:k]) + prod(pairs[k:])) * shapes[k][0] for k in range(1, len(shapes))]
+    position = 1 + sizes.index(min(sizes))  # where the two halves have the fewest elements
+    bond = shapes[position][0]
+    return _Plan(position, _modes(shapes[:position], (), (bond,)), _modes(shapes[position:], (bond,), ()))
+
+
+def _modes(shapes: Sequence[torch.Size], before: tuple[int, ...], after: tuple[int, ...]) -> _Modes:
+    outs, ins = tuple(shape[1] for shape in shapes), tuple(shape[2] for shape in shapes)
+    joined = (*before, *(size for pair in zip(outs, ins) for size in pair), *after)
+    first, last = len(before), len(before) + 2 * len(shapes)
+    sort = (*range(first), *range(first, last, 2), *range(first + 1, last, 2), *range(last, len(joined)))
+    join = tuple(sort.index(axis) for axis in range(len(sort)))
+    sizes = (*before, prod(outs), prod(ins), *after)
+    return _Modes(joined, sort, tuple(joined[axis] for axis in sort), join, sizes)
+
+
+def _shapes(cores: Sequence[Tensor]) -> tuple[torch.Size, ...]:
+    return tuple(core.shape for core in cores)
 
 
 def _halves(cores: Sequence[Tensor]) -> Halves:
-    position = _cheapest_bond(cores)
-    left, right = cores[:position], cores[position:]
+    position, *modes = _plan(_shapes(cores))
     with without_autocast(cores[0].device):
-        return Halves(_sort_modes(_left_chain(left)[-1], left, 0), _sort_modes(_right_chain(right)[-1], right, 1))
+        chains = _left_chain(cores[:position])[-1], _right_chain(cores[position:])[-1]
+    return Halves(*(half.view(m.joined).permute(m.sort).reshape(m.sizes) for half, m in zip(chains, modes)))
 
 
 def _pull_back(cores: Sequence[Tensor], gradient: Halves) -> list[Tensor]:
     """The gradients of the cores: both chains walked back, from the bond to the ends."""
-    position = _cheapest_bond(cores)
+    position, *modes = _plan(_shapes(cores))
     left, right = cores[:position], cores[position:]
+    joined = [half.view(m.sorted).permute(m.join).contiguous() for half, m in zip(gradient, modes)]
     grads: list[Tensor] = []
-    grad, chain = _join_modes(gradient.left, left, 0), _left_chain(left[:-1]) if len(left) > 1 else []
+    grad, chain = joined[0].view(-1, left[-1].shape[3]), _left_chain(left[:-1]) if len(left) > 1 else []
     for core, before in zip(reversed(left[1:]), reversed(chain)):
         rows = grad.view(len(before), -1)  # (modes before, i · j · bond_right)
         grads.insert(0, (before.t() @ rows).view(core.shape))
         grad = rows @ at_least_float32(core).flatten(1).t()
     grads.insert(0, grad.view(left[0].shape))
-    grad, chain = _join_modes(gradient.right, right, 1), _right_chain(right[1:]) if len(right) > 1 else []
+    grad, chain = joined[1], _right_chain(right[1:]) if len(right) > 1 else []
     for core, before in zip(right[:-1], reversed(chain)):
         columns = grad.view(-1, before.shape[1])  # (bond_left · i · j, modes after)
         grads.append((columns @ before.t()).view(core.shape))
