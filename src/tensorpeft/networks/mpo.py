@@ -330,8 +330,7 @@ class _Plan(NamedTuple):
     right: _Modes
 
 
-@cache
-def _plan(shapes: tuple[torch.Size, ...]) -> _Plan:
+def _make_plan(shapes: tuple[torch.Size, ...]) -> _Plan:
     pairs = [shape[1] * shape[2] for shape in shapes]
     sizes = [(prod(pairs[:k]) + prod(pairs[k:])) * shapes[k][0] for k in range(1, len(shapes))]
     position = 1 + sizes.index(min(sizes))  # where the two halves have the fewest elements
@@ -349,12 +348,16 @@ def _modes(shapes: Sequence[torch.Size], before: tuple[int, ...], after: tuple[i
     return _Modes(joined, sort, tuple(joined[axis] for axis in sort), join, sizes)
 
 
-def _shapes(cores: Sequence[Tensor]) -> tuple[torch.Size, ...]:
-    return tuple(core.shape for core in cores)
+_kept_plan = cache(_make_plan)
+
+
+def _plan(cores: Sequence[Tensor]) -> _Plan:
+    make = _make_plan if torch.compiler.is_compiling() else _kept_plan  # a compiler traces through a cache, and warns
+    return make(tuple(core.shape for core in cores))
 
 
 def _halves(cores: Sequence[Tensor]) -> Halves:
-    position, *modes = _plan(_shapes(cores))
+    position, *modes = _plan(cores)
     with without_autocast(cores[0].device):
         chains = _left_chain(cores[:position])[-1], _right_chain(cores[position:])[-1]
     return Halves(*(half.view(m.joined).permute(m.sort).reshape(m.sizes) for half, m in zip(chains, modes)))
@@ -362,7 +365,7 @@ def _halves(cores: Sequence[Tensor]) -> Halves:
 
 def _pull_back(cores: Sequence[Tensor], gradient: Halves) -> list[Tensor]:
     """The gradients of the cores: both chains walked back, from the bond to the ends."""
-    position, *modes = _plan(_shapes(cores))
+    position, *modes = _plan(cores)
     left, right = cores[:position], cores[position:]
     joined = [half.view(m.sorted).permute(m.join).contiguous() for half, m in zip(gradient, modes)]
     grads: list[Tensor] = []
