@@ -1,11 +1,11 @@
-# The commands `make demo`, `make test` and `make recipes`. Each makes its own environment in .venv, from constraints.txt.
+# The commands `make demo`, `make test`, `make gpu` and `make recipes`. Each makes its own environment in .venv, from constraints.txt.
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test recipes check
+.PHONY: demo test gpu recipes check
 
 # torch first and alone: the pinned wheel must be chosen before any other package names a range of it.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -18,9 +18,15 @@ demo: $(VENV)/.installed
 	$(BIN)/tensorpeft demo
 
 # One thread per worker: two workers with two threads each would wait for each other.
+# The suite is a CPU's: trainers would move its models to a GPU.
 test: export OMP_NUM_THREADS ?= 1
+test: export CUDA_VISIBLE_DEVICES ?=
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# What is different on a GPU.
+gpu: $(VENV)/.installed
+	$(BIN)/python -m pytest tests/test_cuda.py tests/networks/test_kernels.py
 
 # Every recipe's small version on real data, whole, killed and resumed; two processes. Twenty minutes.
 recipes: export OMP_NUM_THREADS ?= 1
