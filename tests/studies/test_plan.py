@@ -79,6 +79,7 @@ def test_the_memory_of_a_step_is_the_measured_one(small, checkpointing: bool, le
             model.get_base_model()(input_ids=tokens, labels=tokens).loss.backward()
 
         step()
+        model.to("cpu")  # lets go of what an update keeps of its start, which the plan counts
         for parameter in model.parameters():
             parameter.grad = None
         assert method.step.peak_bytes == pytest.approx(peak_memory(step, "cpu"), rel=tolerance), method.method.key

@@ -14,12 +14,16 @@ Value = TypeVar("Value")
 def version_of(tensors: Iterable[Tensor | None]) -> tuple[object, ...] | None:
     """A key that changes when any of the tensors is replaced or written in place; None where torch keeps no count."""
     tensors = tuple(tensors)
-    if any(tensor is not None and (tensor.is_inference() or isinstance(tensor, FakeTensor)) for tensor in tensors):
+    if any(tensor is not None and tensor.is_inference() for tensor in tensors):
         return None
     return tuple(
-        None if tensor is None else (tensor.data_ptr(), tensor._version, tensor.dtype, tensor.device)
+        None if tensor is None else (_address(tensor), tensor._version, tensor.dtype, tensor.device)
         for tensor in tensors
     )
+
+
+def _address(tensor: Tensor) -> int:
+    return id(tensor) if isinstance(tensor, FakeTensor) else tensor.data_ptr()  # what is fake lies nowhere
 
 
 class Kept(Generic[Value]):
