@@ -1,11 +1,11 @@
-# The commands `make demo`, `make test`, `make gpu` and `make recipes`. Each makes its own environment in .venv, from constraints.txt.
+# `make demo`, `test`, `thorough`, `recipes`, `gpu`, `check`: each makes its own environment in .venv, from constraints.txt.
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test gpu recipes check
+.PHONY: demo test thorough gpu recipes check
 
 # torch first and alone: the pinned wheel must be chosen before any other package names a range of it.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -19,17 +19,20 @@ demo: $(VENV)/.installed
 
 # One thread per worker: two workers with two threads each would wait for each other.
 # The suite is a CPU's: trainers would move its models to a GPU.
-test: export OMP_NUM_THREADS ?= 1
-test: export CUDA_VISIBLE_DEVICES ?=
+test thorough recipes: export OMP_NUM_THREADS ?= 1
+test thorough: export CUDA_VISIBLE_DEVICES ?=
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# What `make test` has examples of: every method on every model, PEFT's own tests of all methods, killed processes.
+thorough: $(VENV)/.installed
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m thorough
 
 # What is different on a GPU.
 gpu: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/test_cuda.py tests/networks/test_kernels.py
 
 # Every recipe's small version on real data, whole, killed and resumed; two processes. Twenty minutes.
-recipes: export OMP_NUM_THREADS ?= 1
 recipes: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m recipes
 

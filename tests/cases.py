@@ -62,10 +62,9 @@ CASES = [
     Case("quanta-no-start", QuantaConfig, {"num_axes": 3, "init_weights": False}, starts_at_identity=False, rate=1e-2),
     Case("loretta-adapter", LorettaAdapterConfig, {"bottleneck": 32, "tt_rank": 16}, dpo_steps=30, merges=False),
 ]
+MERGING_CASES = [case for case in CASES if case.merges]
 over_cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-over_merging_cases = pytest.mark.parametrize(
-    "case", [case for case in CASES if case.merges], ids=lambda case: case.name
-)
+over_merging_cases = pytest.mark.parametrize("case", MERGING_CASES, ids=lambda case: case.name)
 over_identity_cases = pytest.mark.parametrize(
     "case", [case for case in CASES if case.starts_at_identity], ids=lambda case: case.name
 )
@@ -122,6 +121,31 @@ MODELS = [
     Model("bert", tiny_bert, ["query", "value", "intermediate.dense"], "SEQ_CLS"),
 ]
 over_models = pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
+
+
+def over_pairs(
+    models: list[Model],
+    cases: list[Case],
+    everywhere: tuple[str, ...] = ("dota", "lorta"),  # a method with its own factors and one with shared factors
+) -> pytest.MarkDecorator:
+    """Every model with every case, for properties that take a second or more each to test.
+
+    `make test` takes all cases with the first model, and those named in `everywhere` with the others; `make thorough`
+    takes the rest.
+    """
+    return pytest.mark.parametrize(
+        ("model", "case"),
+        [
+            pytest.param(
+                model,
+                case,
+                id=f"{model.name}-{case.name}",
+                marks=[] if model is models[0] or case.name in everywhere else pytest.mark.thorough,
+            )
+            for model in models
+            for case in cases
+        ],
+    )
 
 
 def tokens(batch: int = 3, length: int = 7, seed: int = 1) -> torch.Tensor:  # (batch, length)

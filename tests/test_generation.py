@@ -8,7 +8,7 @@ import transformers
 from peft import get_peft_model
 from transformers import GenerationConfig
 
-from cases import CASES, MODELS, Model, logits, over_cases, over_merging_cases, perturb, tokens
+from cases import CASES, MERGING_CASES, MODELS, Model, logits, over_pairs, perturb, tokens
 
 # base(x) + update(x) against one product with their sum, in float64 and of logits of order one: in float32 a model
 # amplifies the difference to as much as 1e-4.
@@ -38,9 +38,8 @@ def tiny_bart():
 
 
 BART = Model("bart", tiny_bart, ["q_proj", "v_proj", "fc1"], "SEQ_2_SEQ_LM")
-over_generators = pytest.mark.parametrize(
-    "model", [*(model for model in MODELS if model.task_type == "CAUSAL_LM"), BART], ids=lambda model: model.name
-)
+GENERATORS = [*(model for model in MODELS if model.task_type == "CAUSAL_LM"), BART]
+over_generators = pytest.mark.parametrize("model", GENERATORS, ids=lambda model: model.name)
 
 
 def adapt(model, case, task_type=None):
@@ -85,8 +84,7 @@ def rows_alone(adapted, **more):
     return torch.cat(rows)
 
 
-@over_merging_cases
-@over_generators
+@over_pairs(GENERATORS, MERGING_CASES)
 def test_merged_and_unmerged_models_generate_the_same(case, model):
     adapted = adapt(model, case)
     unmerged = generate(adapted)
@@ -98,19 +96,18 @@ def test_merged_and_unmerged_models_generate_the_same(case, model):
     assert torch.equal(generate(adapted.merge_and_unload()), unmerged)
 
 
-@over_cases
-@over_generators
-@pytest.mark.parametrize("merged", [False, True], ids=["unmerged", "merged"])
-def test_a_disabled_adapter_generates_what_the_base_does(case, model, merged):
+@over_pairs(GENERATORS, CASES)
+def test_a_disabled_adapter_generates_what_the_base_does(case, model):
     adapted = adapt(model, case)
-    enabled = generate(adapted)
-    if merged:
-        if not case.merges:
-            return
-        adapted.merge_adapter()
+    enabled, expected = generate(adapted), generate(model.fresh())
     with adapted.disable_adapter():
-        assert torch.equal(generate(adapted), generate(model.fresh()))
+        assert torch.equal(generate(adapted), expected)
     assert torch.equal(generate(adapted), enabled)
+    if case.merges:
+        adapted.merge_adapter()
+        with adapted.disable_adapter():
+            assert torch.equal(generate(adapted), expected)
+        assert torch.equal(generate(adapted), enabled)
 
 
 @over_generators
@@ -125,8 +122,7 @@ def test_an_encoder_decoder_is_adapted_on_both_sides():
     assert {name.split(".")[1] for name in layers} == {"encoder", "decoder"}
 
 
-@over_cases
-@over_generators
+@over_pairs(GENERATORS, CASES)
 def test_each_row_of_a_mixed_forward_is_its_adapters(case, model):
     adapted = adapt(model, case).double()
     decoder = {"decoder_input_ids": tokens(seed=5)} if model is BART else {}
@@ -140,8 +136,7 @@ def test_each_row_of_a_mixed_forward_is_its_adapters(case, model):
             assert torch.allclose(mixed[k], output[k], **MIXED_TOLERANCE) == (other == name)
 
 
-@over_cases
-@over_generators
+@over_pairs(GENERATORS, CASES)
 def test_each_row_of_a_mixed_generation_is_its_adapters(case, model):
     adapted = adapt(model, case)
     mixed = generate(adapted, adapter_names=ROWS)

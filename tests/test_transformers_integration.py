@@ -14,7 +14,7 @@ from peft import (
 )
 from transformers import AutoModelForCausalLM
 
-from cases import CASES, MODELS, logits, over_cases, over_identity_cases, over_models, perturb, tokens
+from cases import CASES, MODELS, logits, over_cases, over_identity_cases, over_models, over_pairs, perturb, tokens
 
 DENSE_TOLERANCE = {"rtol": 0, "atol": 1e-11}  # in float64, of logits of order one: sums in another order
 AUTO_CLASSES = {"CAUSAL_LM": AutoPeftModelForCausalLM, "SEQ_CLS": AutoPeftModelForSequenceClassification}
@@ -55,8 +55,7 @@ def test_an_adapter_added_by_transformers_starts_at_the_base(model, case):
     assert torch.equal(logits(plain), logits(model.fresh()))
 
 
-@over_models
-@over_cases
+@over_pairs(MODELS, CASES)
 def test_an_adapter_added_by_transformers_is_the_peft_models(model, case):
     plain = model.fresh()
     torch.manual_seed(3)
@@ -73,8 +72,7 @@ def test_an_adapter_added_by_transformers_is_the_peft_models(model, case):
     }
 
 
-@over_models
-@over_cases
+@over_pairs(MODELS, CASES)
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 def test_an_adapter_loaded_by_transformers_is_the_saved_one(model, case, low_cpu_mem_usage, tmp_path):
     adapted = trained(model, case)
@@ -121,8 +119,7 @@ def test_transformers_switches_between_adapters_and_the_base(case, tmp_path):
     assert torch.equal(logits(plain), expected["second"])
 
 
-@over_models
-@over_cases
+@over_pairs(MODELS, CASES)
 def test_an_auto_class_finds_the_base_and_loads_the_adapter(model, case, tmp_path):
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     model.fresh().save_pretrained(base)

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -32,12 +33,12 @@ BASES = {
 READER = """
 import sys, torch
 from peft import PeftModel
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
-base, *adapters = sys.argv[1:]
-for adapter in adapters:
+for base, adapter in zip(sys.argv[1::2], sys.argv[2::2]):
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
     with torch.no_grad():
-        torch.save(model(input_ids=torch.arange(3, 24).view(3, 7)).logits, adapter + "/logits.pt")
+        save_file({"logits": model(input_ids=torch.arange(3, 24).view(3, 7)).logits}, adapter + "/logits.safetensors")
 assert not any(name.startswith("tensorpeft") for name in sys.modules)
 """
 over_low_rank = pytest.mark.parametrize("method", LOW_RANK)
@@ -57,32 +58,37 @@ def adapted(base: Path, config) -> PeftModel:
     return model
 
 
-def read_by_plain_peft(base: Path, adapters: list[Path]) -> list[torch.Tensor]:
-    command = [sys.executable, "-c", READER, str(base), *map(str, adapters)]
-    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    return [torch.load(adapter / "logits.pt", weights_only=True) for adapter in adapters]
-
-
-@pytest.mark.parametrize("base", [*BASES, "stories260K"])
-def test_plain_peft_computes_the_same_logits(base: str, tmp_path: Path):
-    if base == "stories260K":
-        if not STORIES.is_dir():
-            pytest.skip(f"no model at {STORIES} (TENSORPEFT_DATA)")
-        path, targets = STORIES, ["q_proj", "v_proj", "o_proj", "up_proj"]
-    else:
-        build, targets = BASES[base]
-        path = saved_base(build, tmp_path / "base")
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory) -> dict[tuple[str, str], tuple[torch.Tensor, torch.Tensor]]:
+    """By base and method: the logits of our model, and those that a process of plain PEFT computed from the export."""
+    folder = tmp_path_factory.mktemp("exported")
+    places = {base: (saved_base(build, folder / base), targets) for base, (build, targets) in BASES.items()}
+    if STORIES.is_dir():
+        places["stories260K"] = (STORIES, ["q_proj", "v_proj", "o_proj", "up_proj"])
     inputs = torch.arange(3, 24).view(3, 7)
-    expected = {}
-    for method, make in LOW_RANK.items():
+    expected, arguments = {}, []
+    for (base, (path, targets)), (method, make) in product(places.items(), LOW_RANK.items()):
         model = adapted(path, make(target_modules=targets, task_type="CAUSAL_LM"))
-        layers = to_lora(model, tmp_path / method)
+        layers = to_lora(model, folder / base / method)
         assert all(layer.error == 0 for layer in layers)
-        expected[method] = logits(model, inputs)
-        assert (expected[method] - logits(model.unload(), inputs)).abs().max() > 1e-3  # it has an effect
-    found = read_by_plain_peft(path, [tmp_path / method for method in LOW_RANK])
-    for method, tensor in zip(LOW_RANK, found, strict=True):
-        torch.testing.assert_close(tensor, expected[method], atol=1e-5, rtol=1e-5, msg=method)
+        expected[base, method] = logits(model, inputs)
+        assert (expected[base, method] - logits(model.unload(), inputs)).abs().max() > 1e-3  # it has an effect
+        arguments += [str(path), str(folder / base / method)]
+    command = [sys.executable, "-c", READER, *arguments]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    return {
+        key: (logits, load_file(folder.joinpath(*key) / "logits.safetensors")["logits"])
+        for key, logits in expected.items()
+    }
+
+
+@over_low_rank
+@pytest.mark.parametrize("base", [*BASES, "stories260K"])
+def test_plain_peft_computes_the_same_logits(base: str, method: str, exported):
+    if base == "stories260K" and not STORIES.is_dir():
+        pytest.skip(f"no model at {STORIES} (TENSORPEFT_DATA)")
+    expected, found = exported[base, method]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 @over_low_rank

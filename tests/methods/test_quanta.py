@@ -160,7 +160,8 @@ def test_gradcheck(route: str, out_axes, in_axes, monkeypatch):
 
     expected = x @ oracle(update, out_axes, in_axes).T
     torch.testing.assert_close(apply(x, *update.deviations()), expected, rtol=0, atol=1e-13)
-    assert torch.autograd.gradcheck(apply, (x, *update.deviations()))
+    # Blocks only cut elsewhere: there, a random projection of the Jacobian.
+    assert torch.autograd.gradcheck(apply, (x, *update.deviations()), fast_mode=route == "in-blocks-of-it")
 
 
 def test_a_circuit_of_many_axes():
@@ -405,7 +406,9 @@ def test_training_reduces_the_loss(model: Model, route: float):
     assert losses[-1] < losses[0] - (0.3 if model.task_type == "CAUSAL_LM" else 0.01)
 
 
-@pytest.mark.parametrize("train", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize(
+    "train", [True, pytest.param(False, marks=pytest.mark.thorough)], ids=["training", "evaluation"]
+)
 def test_it_compiles_as_one_graph(train: bool):
     model = get_peft_model(LLAMA.fresh(), QuantaConfig(num_axes=3, target_modules=["q_proj", "down_proj"]))
     perturb(model)

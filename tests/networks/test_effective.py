@@ -50,7 +50,8 @@ def test_gradcheck_and_plain_formula(modes, block_elements, has_start, has_weigh
 
     inputs = (x, weight, bias, *cores)
     tensors = [tensor for tensor in inputs if tensor is not None]
-    assert torch.autograd.gradcheck(fused, inputs)
+    # Every entry of the Jacobian in pieces of a few rows; in the others, which only cut elsewhere, a random projection.
+    assert torch.autograd.gradcheck(fused, inputs, fast_mode=block_elements != 30)
     direction = torch.randn(2, 3, out, dtype=torch.float64)
     outputs = fused(*inputs), plain(*inputs)
     torch.testing.assert_close(*outputs, rtol=1e-12, atol=1e-12)

@@ -18,6 +18,7 @@ from cases import (
     over_identity_cases,
     over_merging_cases,
     over_models,
+    over_pairs,
     perturb,
     tokens,
 )
@@ -72,8 +73,7 @@ def test_disabled_is_the_base_model_after_merging(model: Model, case: Case):
         assert torch.equal(logits(peft_model), expected)
 
 
-@over_models
-@over_cases
+@over_pairs(MODELS, CASES)
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 def test_reloaded_adapter_is_the_saved_one(model: Model, case: Case, low_cpu_mem_usage: bool, tmp_path):
     peft_model = adapted(model, case)

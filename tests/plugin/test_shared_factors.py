@@ -91,6 +91,7 @@ def _train_on_a_half(rank: int, case: Case, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.thorough
 def test_two_processes_have_the_gradients_of_one(tmp_path):
     case = SHARED[0]
     mp.spawn(_train_on_a_half, args=(case, str(tmp_path)), nprocs=2)

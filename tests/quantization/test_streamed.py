@@ -95,7 +95,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(tmp_path, small_sha
     assert len(calls) < 12 + len(load_file(tmp_path / "source" / "model.safetensors"))  # complete shards were kept
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_killed_process_leaves_what_the_next_one_finishes(tmp_path):
     """SIGKILL at a moment when some shards are complete."""
     source = tmp_path / "source"

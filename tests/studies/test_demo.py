@@ -164,10 +164,20 @@ def test_every_method_has_a_grid_of_the_same_length():
     assert all(list(method.rates) == sorted(method.rates) for method in METHODS)
 
 
-def test_adapters_sit_on_the_stated_weights_only():
-    for method in METHODS[1:]:
-        model = build_model(method, num_labels=2, seed=0)
+@pytest.fixture(scope="module")
+def fresh():
+    """By method, which layers a model of its adapts, and its loss before any training."""
+    rows, found = encode(TASK.test, max_tokens=16), {}
+    for method in METHODS:
+        model = build_model(method, num_labels=2, seed=3)
         adapted = {name for name, module in model.named_modules() if hasattr(module, "base_layer")}
+        found[method.key] = adapted, evaluate(model, rows, "cpu")[0]
+    return found
+
+
+def test_adapters_sit_on_the_stated_weights_only(fresh):
+    for method in METHODS[1:]:
+        adapted, _ = fresh[method.key]
         kinds = {re.sub(r".*\.layer\.\d+\.", "", name) for name in adapted}
         weights = {"attention.self.query", "attention.self.key", "attention.self.value"}
         others = {"attention.output.dense"} if method.key == "lorta" else {"intermediate.dense", "output.dense"}
@@ -176,9 +186,8 @@ def test_adapters_sit_on_the_stated_weights_only():
         assert len(adapted) == 6 * len(kinds)
 
 
-def test_one_seed_gives_every_method_the_same_start():
-    rows = encode(TASK.test, max_tokens=16)
-    losses = {method.key: evaluate(build_model(method, num_labels=2, seed=3), rows, "cpu")[0] for method in METHODS}
+def test_one_seed_gives_every_method_the_same_start(fresh):
+    losses = {key: loss for key, (_, loss) in fresh.items()}
     exact = [loss for key, loss in losses.items() if not key.startswith("q")]
     assert exact == pytest.approx([exact[0]] * len(exact), abs=1e-5)
     assert 0 < abs(losses["qdota"] - exact[0]) < 0.05  # the 4-bit forms move it a little

@@ -2,7 +2,6 @@
 
 import json
 from copy import deepcopy
-from dataclasses import replace
 
 import pytest
 import torch
@@ -36,21 +35,12 @@ def small(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(
-    ("config", "r", "expected"),
-    [
-        (LlamaConfig(intermediate_size=11008), 16, 10_043_392),
-        (LlamaConfig(intermediate_size=14336, num_key_value_heads=8, vocab_size=128256), 16, 5_206_016),
-    ],
-    ids=["LLaMA-2-7B", "LLaMA-3-8B"],
-)
-def test_dota_has_the_paper_s_number_of_parameters(config: LlamaConfig, r: int, expected: int, tmp_path):
-    config.architectures = ["LlamaForCausalLM"]
-    config.save_pretrained(tmp_path)
-    (plan,) = plan_model(str(tmp_path), choose_methods("dota"), rank=r, targets=TARGETS, length=8).methods
-    assert plan.trained == expected
-    assert plan.saved == 8 * expected  # with its start
-    assert plan.frozen == 4 * expected
+def test_dota_has_the_paper_s_number_of_parameters_and_its_start(tmp_path):
+    LlamaConfig(intermediate_size=11008, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
+    (plan,) = plan_model(str(tmp_path), choose_methods("dota"), rank=16, targets=TARGETS, length=8).methods
+    assert plan.trained == 10_043_392
+    assert plan.saved == 8 * plan.trained
+    assert plan.frozen == 4 * plan.trained
     assert plan.flops_ratio > 1
 
 
@@ -62,7 +52,10 @@ def test_lorta_has_the_paper_s_number_of_parameters(tmp_path):
     assert plan.base_bytes["bf16"] == 2 * 6_738_415_616
 
 
-@pytest.mark.parametrize(("checkpointing", "length", "tolerance"), [(False, 24, 0.02), (True, 64, 0.04)])
+@pytest.mark.parametrize(
+    ("checkpointing", "length", "tolerance"),
+    [(False, 24, 0.02), pytest.param(True, 64, 0.04, marks=pytest.mark.thorough)],
+)
 def test_the_memory_of_a_step_is_the_measured_one(small, checkpointing: bool, length: int, tolerance: float):
     plan = plan_model(str(small), rank=4, batch=2, length=length, gradient_checkpointing=checkpointing)
     assert rich_table(plan).row_count == len(METHODS)
@@ -121,10 +114,11 @@ def test_layers_that_differ_are_counted_one_by_one(tmp_path):
 def test_a_budget_is_come_closest_to(small):
     plan = plan_model(str(small), choose_methods("lora,nola"), budget=3000, length=8)
     for method in plan.methods:
-        counts = [
-            plan_model(str(small), [replace(method.method, default=value)], length=8).methods[0].trained
-            for value in (max(method.value - 1, 1), method.value, method.value + 1)
-        ]
+        counts = []
+        for value in (max(method.value - 1, 1), method.value, method.value + 1):
+            base = LlamaForCausalLM(LlamaConfig.from_pretrained(small))
+            model = get_peft_model(base, method.method.make(value, None))
+            counts.append(sum(p.numel() for p in model.parameters() if p.requires_grad))
         assert counts[1] == method.trained
         assert min(counts, key=lambda count: abs(count - 3000)) == method.trained
 
