@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from tensorpeft.modes import bond_dimensions
 from tensorpeft.networks.dtypes import at_least_float32, without_autocast
@@ -98,8 +99,8 @@ class MpoUpdate(AbstractFusedUpdate):
 
     @torch.no_grad()
     def _minus_start(self, start: tuple[Tensor, ...]) -> Halves | None:
-        """The start contracted to two halves, once: less than a hundredth of the weight."""
-        if not start or torch.compiler.is_compiling():
+        """The start contracted to two halves, once, where that pays."""
+        if not start or torch.compiler.is_compiling() or not _pays_to_keep(start):
             return None
         return self._kept.get(lambda: negated(_halves(start)), start)
 
@@ -126,6 +127,14 @@ class MpoUpdate(AbstractFusedUpdate):
         out, in_ = "·".join(str(s[1]) for s in shapes), "·".join(str(s[2]) for s in shapes)
         bonds = "·".join(["1", *(str(s[3]) for s in shapes)])
         return f"out {out}, in {in_}, bonds {bonds}, {'from start' if self.has_start else 'no start'}"
+
+
+def _pays_to_keep(start: Sequence[Tensor]) -> bool:
+    """Is it worth some hundredths of the weight's memory to contract the start once, not at every step?
+
+    On a GPU, where a step waits for its operations to be launched. A step that is only counted counts for a GPU.
+    """
+    return start[0].device.type != "cpu" or isinstance(start[0], FakeTensor)
 
 
 @torch.no_grad()
