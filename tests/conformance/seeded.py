@@ -1,7 +1,7 @@
 """A pytest plugin for PEFT's own tests: every one starts at the same random numbers.
 
 Without a seed, PEFT's `test_mixed_adapter_batches_different_target_layers` compares log-probabilities near zero to less
-than the rounding of their logits, and fails by chance: for PEFT's LoRA at 5 of 300 seeds, for DoTA at 4.
+than the rounding of their logits, and fails by chance, for PEFT's own LoRA too.
 """
 
 import pytest
