@@ -84,8 +84,9 @@ def _gradients(model: torch.nn.Module, inputs: torch.Tensor) -> dict[str, torch.
 
 def _train_on_a_half(rank: int, case: Case, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    model = DistributedDataParallel(adapted(case).train())
-    found = _gradients(model, tokens(batch=4)[2 * rank : 2 * rank + 2])
+    # Unnamed, so that it goes before its group. A model that goes last ends the group: it holds the GIL and waits for
+    # the group's thread, which may wait for the GIL.
+    found = _gradients(DistributedDataParallel(adapted(case).train()), tokens(batch=4)[2 * rank : 2 * rank + 2])
     if rank == 0:
         torch.save(found, f"{folder}/gradients.pt")
     dist.destroy_process_group()
