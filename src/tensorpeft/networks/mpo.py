@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from math import isfinite, prod
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from tensorpeft.modes import bond_dimensions
 from tensorpeft.networks.dtypes import at_least_float32, without_autocast
 from tensorpeft.networks.effective import Cut, Halves, Network, effective_linear, fold, negated
+from tensorpeft.networks.subspace import leading_subspace
 from tensorpeft.networks.update import BASE_DIGEST, AbstractFusedUpdate, keeping_dtype
 from tensorpeft.networks.versions import Kept
 
@@ -174,13 +175,13 @@ def decompose(
     # The leading bonds that cut nothing off cost nothing either: their cores are split from the first basis that does.
     head = next((k for k in range(1, num_cores) if prod(pairs[:k]) > bonds[k]), num_cores)
     rows = _interleave(weight.reshape(prod(out_modes[:head]), -1, prod(in_modes[:head]), prod(in_modes[head:])))
-    basis, rest = _leading_subspace(rows, bonds[head]) if head < num_cores else (rows.clone(), rows)
+    basis, rest = leading_subspace(rows, bonds[head]) if head < num_cores else (rows.clone(), rows)
     cores = _split_exactly(basis, out_modes[:head], in_modes[:head], bonds)
     for k in range(head, num_cores):
         left_out, left_in = prod(out_modes[k + 1 :]), prod(in_modes[k + 1 :])
         rest = rest.view(bonds[k], out_modes[k], left_out, in_modes[k], left_in).transpose(2, 3)
         rest = rest.reshape(bonds[k] * pairs[k], left_out * left_in)
-        basis, rest = _leading_subspace(rest, bonds[k + 1]) if k + 1 < num_cores else (rest, rest)
+        basis, rest = leading_subspace(rest, bonds[k + 1]) if k + 1 < num_cores else (rest, rest)
         cores.append(basis.view(bonds[k], out_modes[k], in_modes[k], bonds[k + 1]))
     return cores
 
@@ -240,57 +241,6 @@ def _interleave(grouped: Tensor) -> Tensor:
     return grouped.transpose(1, 2).reshape(grouped.shape[0] * grouped.shape[2], -1)
 
 
-def _leading_subspace(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The first `count` left singular vectors (m, count) of an (m, n) matrix, and the matrix in that basis."""
-    num_rows, num_columns = rows.shape
-    if num_rows > num_columns:
-        # From the right singular vectors V, the small side's: U S = rows V, and a QR takes U out of it.
-        basis, _ = torch.linalg.qr(rows @ _eigenbasis(rows.t(), count))
-    else:
-        basis = _eigenbasis(rows, count)
-    return basis, _in_basis(basis, rows)
-
-
-def _in_basis(basis: Tensor, rows: Tensor) -> Tensor:
-    """`basis.t() @ rows`. A product as thin as this keeps one thread of a CPU busy, a batch of eight keeps all."""
-    width, left_over = divmod(rows.shape[1], 8)
-    if left_over or width < 128:
-        return basis.t() @ rows
-    batch = rows.unflatten(1, (8, width)).transpose(0, 1)  # (8, m, n / 8)
-    return (basis.t() @ batch).transpose(0, 1).flatten(1)
-
-
-def _eigenbasis(rows: Tensor, count: int) -> Tensor:
-    """The first `count` left singular vectors of a wide or square (m, n) matrix from its Gram matrix."""
-    gram = _lower_gram(rows)
-    if not isfinite(gram.trace().item()):  # a sum of squares: finite if and only if every entry is
-        raise ValueError(
-            f"cannot decompose the weight: its largest entry is {rows.abs().max().item()}, expected finite numbers "
-            "whose squares float32 can hold. Check the checkpoint."
-        )
-    try:
-        values, vectors = torch.linalg.eigh(gram, UPLO="L")
-        # Squaring blurs singular values far below the largest: is the cut among those?
-        is_blurred = count < len(values) and gram.dtype == torch.float32 and bool(values[-count] < 1e-3 * values[-1])
-    except RuntimeError:  # torch.linalg.LinAlgError: many repeated eigenvalues, such as a constant weight's
-        is_blurred = True
-    if is_blurred:
-        triangle = torch.linalg.qr(rows.double().t(), mode="r").R.t()
-        return torch.linalg.svd(triangle, full_matrices=False).U[:, :count].to(rows.dtype)
-    return vectors[:, -count:].flip(1)
-
-
-def _lower_gram(rows: Tensor) -> Tensor:  # (m, m)
-    """The lower triangle of `rows @ rows.t()`; of what lies above it, only a part is computed, the rest is zero."""
-    num_rows = len(rows)
-    gram = rows.new_zeros(num_rows, num_rows)
-    step = max(-(-num_rows // 4), 64)  # four strips of columns: 5/8 of the products
-    for start in range(0, num_rows, step):
-        strip = slice(start, start + step)
-        torch.mm(rows[start:], rows[strip].t(), out=gram[start:, strip])
-    return gram
-
-
 def _split_exactly(
     basis: Tensor,  # (out · in of the modes, bond), rows in the order (all outputs, all inputs)
     out_modes: Sequence[int],
@@ -303,7 +253,7 @@ def _split_exactly(
     for k in range(len(out_modes) - 1):
         left_out, left_in = prod(out_modes[k + 1 :]), prod(in_modes[k + 1 :])
         rest = rest.reshape(bonds[k], out_modes[k], left_out, in_modes[k], left_in, -1).transpose(2, 3)
-        vectors, rest = _leading_subspace(rest.reshape(bonds[k] * out_modes[k] * in_modes[k], -1), bonds[k + 1])
+        vectors, rest = leading_subspace(rest.reshape(bonds[k] * out_modes[k] * in_modes[k], -1), bonds[k + 1])
         cores.append(vectors.view(bonds[k], out_modes[k], in_modes[k], bonds[k + 1]))
         rest = rest.view(bonds[k + 1], left_out, left_in, -1)
     cores.append(rest.reshape(bonds[len(out_modes) - 1], out_modes[-1], in_modes[-1], -1))
