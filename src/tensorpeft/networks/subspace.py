@@ -12,7 +12,9 @@ def leading_subspace(
     rows: Tensor,  # (m, n), float32 or float64
     count: int,
 ) -> tuple[Tensor, Tensor]:  # (m, count), (count, n)
-    """The first `count` left singular vectors of a matrix, and the matrix in that basis.
+    """The first `count` left singular vectors of a matrix, and the matrix in that basis. Not differentiable.
+
+    From the eigenvectors of the Gram matrix of its small side; where squaring would blur the cut, by an SVD in float64.
 
     Raises:
         ValueError: an entry is not finite, or its square is not.
