@@ -1,4 +1,4 @@
-"""The leading singular vectors of a matrix, against an SVD of it in float64."""
+"""The leading singular vectors of a matrix that is made from its SVD, in float64."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ SHAPES = [(48, 1016), (48, 1024), (48, 1030), (48, 4096), (1100, 1032), (1100, 4
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_it_is_that_of_an_svd(shape: tuple[int, int], dtype: torch.dtype):
+def test_it_is_that_of_the_svd(shape: tuple[int, int], dtype: torch.dtype):
     torch.manual_seed(0)
     decay = torch.logspace(0, -2, min(shape), dtype=torch.float64)
     left = torch.linalg.qr(torch.randn(shape[0], min(shape), dtype=torch.float64)).Q
