@@ -7,6 +7,7 @@ from torch import nn
 
 from cases import MODELS, Case, Model, logits, over_cases, over_identity_cases, over_merging_cases, perturb, tokens
 from tensorpeft import DotaConfig
+from tensorpeft.networks import effective
 from tensorpeft.quantization import quantize_residual
 from tensorpeft.studies.measure import peak_memory
 
@@ -141,6 +142,16 @@ def test_a_compiled_step_is_the_eager_one(case: Case):
     found = gradients(peft_model, "cuda")
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-4 * gradient.abs().max().item(), msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_compiled_weight_is_dithered_as_the_eager_one(dtype: torch.dtype):
+    """A compiler that multiplies positions in another type than int32 gives other bits, or none."""
+    torch.compiler.reset()
+    total = torch.randn(64, 96, device="cuda")
+    arguments = total, dtype, 3, 70_000
+    assert torch.equal(torch.compile(effective._dither)(*arguments), effective._dither(*arguments))
 
 
 @over_cases

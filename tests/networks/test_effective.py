@@ -1,5 +1,7 @@
 """The fused map against the plain formula, and the cast that loses no small update."""
 
+import shutil
+
 import pytest
 import torch
 from torch import Tensor
@@ -158,3 +160,11 @@ def test_effective_weight_keeps_the_layout_of_the_weight(transposed):
     weight = torch.randn(12, 12).t() if transposed else torch.randn(12, 12)
     cut = Cut(MPO, tuple(random_cores((3, 4), (4, 3), 2)))
     assert effective_weight(weight, [cut], torch.float32).stride() == weight.stride()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler: g++ not found")
+@pytest.mark.parametrize("first", [(0, 0), (3, 70_000)], ids=str)
+def test_a_compiled_program_dithers_with_the_same_bits(first):
+    torch.compiler.reset()
+    arguments = torch.randn(64, 90), torch.bfloat16, *first
+    assert torch.equal(torch.compile(effective._dither)(*arguments), effective._dither(*arguments))

@@ -353,9 +353,18 @@ def _dither(part: Tensor, dtype: torch.dtype, first_row: int, first_column: int)
     every call and machine. Compared in `benchmarks/bf16_loss.py`.
     """
     dropped = _DROPPED_BITS[dtype]
-    row = torch.arange(first_row, first_row + part.shape[0], dtype=torch.int32, device=part.device)
-    column = torch.arange(first_column, first_column + part.shape[1], dtype=torch.int32, device=part.device)
-    noise = (row * 0x2C1B3C6D)[:, None] ^ (column * 0x297A2D39)
+    row = _multiples(0x2C1B3C6D, first_row, part.shape[0], part.device)
+    column = _multiples(0x297A2D39, first_column, part.shape[1], part.device)
+    noise = row[:, None] ^ column
     noise = ((noise ^ (noise >> 15)) * 0x1B873593) >> (32 - dropped)
     bits = part.contiguous().view(torch.int32) + (noise & ((1 << dropped) - 1))
     return (bits & -(1 << dropped)).view(torch.float32).to(dtype)
+
+
+def _multiples(factor: int, first: int, count: int, device: torch.device) -> Tensor:  # (count,), int32
+    """The lowest 32 bits of factor · [first, first + count).
+
+    In int64, where nothing overflows: what int32's overflow does in C++, to which inductor compiles this, is undefined.
+    And through `&`: an affine function of positions inductor computes in the type of the kernel's indices, int32 again.
+    """
+    return ((torch.arange(first, first + count, device=device) & 0x7FFFFFFF) * factor).to(torch.int32)
