@@ -1,7 +1,4 @@
-"""In which dtype something is computed.
-
-Autocast is asked for only on devices that have it: on others, such as "meta", torch raises.
-"""
+"""In which dtype something is computed."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -11,15 +8,12 @@ from torch import Tensor
 
 def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which a product with `x` runs: autocast's where it is on, otherwise x's own."""
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return x.dtype
+    return torch.get_autocast_dtype(x.device.type) if _autocasts(x.device) else x.dtype
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Products run in the dtype of what they are given."""
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+    if _autocasts(device):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()  # most of the time; entering autocast takes as long as a product of small cores
 
@@ -27,3 +21,11 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
 def at_least_float32(tensor: Tensor) -> Tensor:
     """The tensor itself if it is in float32 or float64, otherwise in float32."""
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+
+
+def _autocasts(device: torch.device) -> bool:
+    """Whether autocast is on. "meta" has none, and torch raises if asked.
+
+    Not by `torch.amp.is_autocast_available`, at which the compiler of torch 2.11 breaks the graph.
+    """
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
