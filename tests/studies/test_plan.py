@@ -79,7 +79,9 @@ def test_the_memory_of_a_step_is_the_measured_one(
         model.to("cpu")  # lets go of what an update keeps of its start, which the plan counts
         for parameter in model.parameters():
             parameter.grad = None
-        assert method.step.peak_bytes == pytest.approx(peak_memory(step, "cpu"), rel=tolerance), method.method.key
+        with torch.backends.mkldnn.flags(enabled=False):  # whose workspace for bfloat16 differs between processors
+            measured = peak_memory(step, "cpu")
+        assert method.step.peak_bytes == pytest.approx(measured, rel=tolerance), method.method.key
 
 
 def test_an_encoder_without_a_head_can_be_planned(tmp_path):
