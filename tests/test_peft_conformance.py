@@ -76,8 +76,7 @@ def peft_tests() -> Path:
     return tests
 
 
-# That pass, or ask for a LoRA of low rank, which loses too much of one random model or of two.
-FEWEST = {"DoTA": 546, "others": 3170}
+FEWEST_PASSED = {"DoTA": 545, "others": 3170}
 
 
 # One process for all of PEFT's files: what it imports takes it a quarter of a minute.
@@ -102,5 +101,4 @@ def test_peft_s_own_tests_pass(methods: str, peft_tests: Path):
     failed = [(name, of) for name, of in failed if "lorettaadapter" not in of.lower() or name not in NO_MERGE_FAILURES]
     failed = [(name, of) for name, of in failed if name not in ROUNDED or ROUNDED[name] not in of]
     assert {name for name, _ in failed} <= set(EXPECTED_FAILURES), result.stdout[-5000:]
-    of_low_rank = sum(name == "test_lora_conversion" for name, _ in failed)
-    assert int(summary.group(1)) + of_low_rank >= FEWEST[methods]
+    assert int(summary.group(1)) >= FEWEST_PASSED[methods]
