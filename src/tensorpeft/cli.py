@@ -59,36 +59,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     demo = commands.add_parser(
         "demo",
-        help="compare full fine-tuning, LoRA, DoTA, LoRTA and LoTR on a small task, on this machine",
-        description="Fine-tune MiniLM-L6 with several methods; print a table, write a report, a plot and raw results.",
+        help="fine-tune a small language model with several methods, on this machine",
+        description="The packaged recipe `demo` through tensorpeft compare.",
     )
-    demo.add_argument(
-        "--task",
-        choices=("docstrings", "cola"),
-        default="docstrings",
-        help="docstrings of Python's standard library by area (default), or GLUE's CoLA (needs --data)",
-    )
-    demo.add_argument("--data", type=Path, metavar="DIR", help="folder of CoLA's train.tsv and dev.tsv")
-    demo.add_argument(
-        "--methods",
-        metavar="A,B",
-        help="of full, lora, dota, dota-random, lorta, lotr (these by default), loretta, loretta-adapter, flora, nola, "
-        "quanta, lora-fa, pissa, dora, vera, ia3, qlora, qdota",
-    )
-    demo.add_argument("--all", action="store_true", help="every method")
-    demo.add_argument("--quick", action="store_true", help="few steps, rows and seeds: shows that it runs, no more")
-    demo.add_argument("--seeds", type=int, metavar="N", help="final runs per method (default: 3; quick: 2)")
-    demo.add_argument(
-        "--steps", type=int, metavar="N", help="training steps of a run (default: 60, CoLA 400; quick: 8)"
-    )
-    demo.add_argument(
-        "--output",
-        type=Path,
-        default=Path("runs/demo"),
-        metavar="DIR",
-        help="where the report goes (default: %(default)s)",
-    )
-    demo.set_defaults(run=_demo)
+    demo.add_argument("--quick", action="store_true", help="few steps and rows: shows that it runs, no more")
+    demo.add_argument("--output", type=Path, default=Path("runs/demo"), metavar="DIR", help="(default: %(default)s)")
+    demo.set_defaults(run=_demo, extra="train")
     export = commands.add_parser("export", help="write an adapter in a form that other libraries read")
     forms = export.add_subparsers(title="forms", required=True, metavar="FORM")
     lora = forms.add_parser(
@@ -362,15 +338,11 @@ def _export_dense(arguments: argparse.Namespace, command: str) -> None:
 
 
 def _demo(arguments: argparse.Namespace, command: str) -> None:
-    # Imported here: these take seconds and optional libraries, and --help needs neither.
-    from tensorpeft.studies.demo import make_plan, run_demo
-    from tensorpeft.studies.demo_methods import choose_methods
+    from tensorpeft.studies.compare.entries import load_entries
+    from tensorpeft.studies.compare.run import run_compare
 
-    plan = make_plan(arguments.quick, arguments.steps, arguments.seeds, arguments.task)
-    if arguments.all and arguments.methods:
-        raise ValueError(f"--all and --methods {arguments.methods}: pass one of the two.")
-    methods = choose_methods("all" if arguments.all else arguments.methods, plan.rate_scale)
-    run_demo(_load_task(arguments.task, arguments.data), plan, methods, arguments.output, command)
+    recipe = Path(__file__).parents[2] / "recipes" / "demo.yaml"
+    run_compare(load_entries(recipe, smoke=arguments.quick, output=arguments.output), command=command)
 
 
 def _export_lora(arguments: argparse.Namespace, command: str) -> None:
@@ -383,16 +355,3 @@ def _export_lora(arguments: argparse.Namespace, command: str) -> None:
         for layer in layers:
             print(f"{layer.name:{width}s}  {layer.error:.1%}")
     print(f"{len(layers)} layers written to {arguments.out}")
-
-
-def _load_task(name: str, data: Path | None):  # -> ClassificationTask
-    from tensorpeft.tasks.cola import load_cola
-    from tensorpeft.tasks.docstrings import load_docstrings
-
-    if name == "docstrings":
-        if data is not None:
-            raise ValueError(f"--data {data}: the docstrings task reads this Python's own library. Leave --data out.")
-        return load_docstrings()
-    if data is None:
-        raise ValueError("--task cola: the data is not in the package. Pass its folder as --data DIR.")
-    return load_cola(data)

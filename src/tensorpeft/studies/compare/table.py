@@ -8,9 +8,9 @@ from pathlib import Path
 from rich.console import Group
 
 from tensorpeft.evaluation.report import make_table
+from tensorpeft.reports.tables import markdown_table
 from tensorpeft.studies.compare.entries import Comparison
 from tensorpeft.studies.compare.results import EntryResult, Run, common_loss, find_metrics, steps_to
-from tensorpeft.studies.report import markdown_table
 
 TABLE_WIDTH = 110
 _FAILED = "failed"
