@@ -79,15 +79,13 @@ def answer_cells(questions: Sequence[AnsweredQuestion]) -> tuple[list[str], list
 
 def answer_lines(questions: Sequence[AnsweredQuestion], width: int) -> list[str]:
     """A block of lines per question, for a terminal: answers in the width of a table's columns could not be read."""
-    lines = []
+    lines: list[str] = []
     for question in questions:
-        asked = f"{question.prompt}   expected: {question.expected}" if question.expected else question.prompt
-        lines += ["", _cut(asked, width) if len(asked) <= width or not question.expected else _cut(question.prompt, width)]
-        if question.expected and len(asked) > width:
-            lines.append(_cut(f"expected: {question.expected}", width))
-        widest = max(len(answer.label) for answer in question.answers)
-        lines += [_cut(f"  {a.mark} {a.label:{widest}s}  {a.text}", width) for a in question.answers]
-    return lines
+        widest = max(len(label) for label in ("expected", *(answer.label for answer in question.answers)))
+        lines += ["", question.prompt]
+        lines += [f"    {'expected':{widest}s}  {question.expected}"] if question.expected else []
+        lines += [f"  {answer.mark} {answer.label:{widest}s}  {answer.text}" for answer in question.answers]
+    return [_cut(line, width) for line in lines]
 
 
 def _read_rows(path: Path, count: int) -> list[dict]:
