@@ -10,8 +10,8 @@ import tensorpeft
 
 ROOT = Path(tensorpeft.__file__).parent
 PLUGIN_FOR_METHODS = {"plugin.config", "plugin.patterns", "plugin.registration"}
-# room -> what it may import of this package, besides itself; None: the public API only
-ARROWS: dict[str, set[str] | None] = {
+# room -> what it may import of this package, besides itself; "": the public API
+ARROWS: dict[str, set[str]] = {
     "modes": set(),
     "sites": set(),
     "networks": {"modes"},
