@@ -17,10 +17,10 @@ from transformers import (
     set_seed,
 )
 
+from tensorpeft.models.folding import VOCABULARY, build_folding_model
 from tensorpeft.quantization import quantize_residual
 from tensorpeft.tasks.task import LabelTask, StructureTask, Task
 from tensorpeft.training.adapters import make_config
-from tensorpeft.training.folding import VOCABULARY, build_folding_model
 from tensorpeft.training.recipe import Recipe, check_keys
 
 # Arguments of from_pretrained that say which files are meant.

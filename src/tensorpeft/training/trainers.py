@@ -15,8 +15,8 @@ from transformers import (
     set_seed,
 )
 
+from tensorpeft.models.folding import collate_structures
 from tensorpeft.tasks.task import LabelTask, PreferenceTask, QuestionTask, Structure, StructureTask
-from tensorpeft.training.folding import collate_structures
 from tensorpeft.training.models import adapt, adapter_config, load_base
 from tensorpeft.training.recipe import Recipe
 from tensorpeft.training.splits import Splits
