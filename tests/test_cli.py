@@ -6,8 +6,9 @@ import pytest
 
 for library in ("sklearn", "rich", "matplotlib"):
     pytest.importorskip(library)
-import tensorpeft  # noqa: E402
 from tensorpeft.cli import main  # noqa: E402
+
+import tensorpeft  # noqa: E402
 from tensorpeft.studies import finetune  # noqa: E402
 
 

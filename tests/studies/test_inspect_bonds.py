@@ -15,12 +15,12 @@ pytest.importorskip("scipy")
 
 from cases import MODELS, tiny_llama, tokens
 from tensorpeft import DotaConfig
-from tensorpeft.cli import main
-from tensorpeft.cli_inspect import with_view
 from tensorpeft.networks.mpo import contract, decompose
 from tensorpeft.studies.bonds import RANKS, WeightStudy, correlations, mean_squares, study_bonds, total_error
 from tensorpeft.studies.bonds_report import tables
 from tensorpeft.studies.finetune import find_model
+from tensorpeft_cli import main
+from tensorpeft_cli.inspect import with_view
 
 TARGETS = ["q_proj", "up_proj"]
 

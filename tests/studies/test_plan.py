@@ -10,12 +10,12 @@ from transformers import AutoModel, AutoModelForCausalLM, BertConfig, LlamaConfi
 
 pytest.importorskip("rich")
 
-from tensorpeft.cli import main
 from tensorpeft.networks import mpo
 from tensorpeft.studies.budget import parse_count
 from tensorpeft.studies.measure import peak_memory
 from tensorpeft.studies.plan import METHODS, choose_methods, enable_checkpointing, plan_model
 from tensorpeft.studies.plan_report import legend, parse_size, rich_table
+from tensorpeft_cli import main
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 
