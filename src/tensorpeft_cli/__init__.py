@@ -6,13 +6,14 @@ imported here is the standard library; the package is imported within a command,
 
 import argparse
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
 
 from tensorpeft_cli import compare, demo, evaluate, export, inspect, plan, quantize, recipes, train
 from tensorpeft_cli.errors import explain
-from tensorpeft_cli.options import Parser, override
+from tensorpeft_cli.options import Parser
 
 # Each has a HELP, and add_options(parser), which sets run: a function of the arguments and the command line, that
 # returns an exit code other than 0, or None.
@@ -47,6 +48,10 @@ def main(argv: Sequence[str]) -> int:
         return _fail(f"{error.argument_name or ''} {error.message.rstrip('.')}. See {name} --help.", 2)
     except KeyboardInterrupt:
         return _fail("interrupted.", 130)
+    except BrokenPipeError:
+        # Whoever read has read enough, as head does. What is still to be written at the exit goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except Exception as error:
         message = explain(error, arguments)
         if message is None:
@@ -74,5 +79,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         # argparse takes the words of one list from one place only; KEY=VALUE may stand behind an option, too.
         if arguments.overrides is None or any(word.startswith("-") for word in rest):
             raise argparse.ArgumentError(None, f"unrecognized arguments: {' '.join(rest)}")
-        arguments.overrides += [override(word) for word in rest]
+        arguments.overrides = [*arguments.overrides, *rest]
+    for word in arguments.overrides or ():
+        if not re.match(r"[^=\[\]]+=", word):
+            raise argparse.ArgumentError(
+                None, f"{word}: expected KEY=VALUE; a list is given whole, such as seeds=[0,1]"
+            )
     return arguments

@@ -25,7 +25,7 @@ def _of_the_hub(error: Exception, arguments: argparse.Namespace) -> str:
     """Nearly always a folder's name that is misspelt, which was then looked for on the Hub; the Hub does not say so."""
     given = [str(getattr(arguments, name, None) or "") for name in ("model", "adapter", "base")]
     absent = [name for name in given if name and not Path(name).exists()]
-    message = " ".join(str(error).split()).rstrip(".")
+    message = " ".join(str(error).split()).partition(" Check your internet connection")[0].rstrip(".")
     if absent and "no folder" not in message:
         message = f"{absent[0]}: no folder of that name, and not to be had from the Hub ({message})"
     return (

@@ -62,15 +62,6 @@ def model_name(text: str) -> str:
     return text
 
 
-def override(text: str) -> str:
-    """What argparse takes as `type`: KEY=VALUE of a recipe."""
-    if not re.match(r"[^=\[\]]+=", text):
-        raise argparse.ArgumentTypeError(
-            f"{text}: expected KEY=VALUE, such as trainer.learning_rate=1e-3; a list is given whole: seeds=[0,1]."
-        )
-    return text
-
-
 def method_keys(text: str) -> str:
     """What argparse takes as `type`: different names with commas between them."""
     keys = [key.strip() for key in text.split(",")]
@@ -105,7 +96,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides",
         nargs="*",
-        type=override,
+        default=(),
         metavar="KEY=VALUE",
         help="of the recipe, such as trainer.learning_rate=1e-3 seeds=[0,1]",
     )

@@ -43,8 +43,9 @@ def _folder(name: str) -> str:
 
 
 def _first_sentence(path: Path) -> str:
-    """Of what a recipe says of itself."""
+    """Of what a recipe says of itself; in files of others' form a comment says it, in their first line."""
     import yaml
 
-    tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return re.split(r"(?<=[.?!]) ", " ".join(str(tree.get("description", "")).split()))[0]
+    text = path.read_text(encoding="utf-8")
+    description = yaml.safe_load(text).get("description") or text.partition("\n")[0].removeprefix("# ")
+    return re.split(r"(?<=[.?!]) ", " ".join(description.split()))[0]

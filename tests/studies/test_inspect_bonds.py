@@ -196,7 +196,7 @@ def test_user_errors_are_one_line(tmp_path, capsys):
         (["--text", "some.txt"], "--text some.txt: only weights by activations need a text. Add --weighted"),
         (["--budget", "10"], "budget=10: expected at least"),
         (["--budget", "ten"], "--budget ten: expected a number of parameters"),
-        (["--r", "0"], "r=0: expected a whole number"),
+        (["--r", "0"], "--r 0: expected a whole number"),
     ):
         assert main(["inspect", str(tmp_path / "model"), *arguments, *options]) == 2
         assert message in capsys.readouterr().err
