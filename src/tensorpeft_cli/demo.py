@@ -29,7 +29,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="where the report goes (default: %(default)s)",
     )
     add_cache(parser)
-    parser.set_defaults(run=_run)
+    parser.set_defaults(run=_run, extra="train")
 
 
 def _run(arguments: argparse.Namespace, command: str) -> None:

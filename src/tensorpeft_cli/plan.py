@@ -59,7 +59,7 @@ def _run(arguments: argparse.Namespace, command: str) -> None:
     budget = parse_budget(arguments.budget)
     read_catalogue()["choose_methods"](arguments.methods)
     import_package()
-    from tensorpeft.studies.plan import choose_methods
+    from tensorpeft.studies.catalogue import choose_methods
     from tensorpeft.studies.plan_report import run_plan
 
     run_plan(

@@ -9,7 +9,7 @@ from torch import nn
 pytest.importorskip("bitsandbytes")
 pytest.importorskip("matplotlib")
 
-from cases import MODELS, tokens
+from cases import MODELS, minilm, tokens
 from tensorpeft import DotaConfig
 from tensorpeft.quantization.errors import method_names, quantization_errors
 from tensorpeft.quantization.residual import dequantise, quantise
@@ -79,12 +79,10 @@ def test_a_layer_where_the_network_is_worse_is_marked():
 
 
 def test_the_command_writes_table_plot_and_numbers(tmp_path, capsys):
-    from tensorpeft.studies.finetune import find_model
-
     text = tmp_path / "text.txt"
     text.write_text("A cat sat on the mat.\n\nTensor networks are graphs of tensors.\n")
     targets = r".*\.layer\.0\.attention\.self\.(query|value)"
-    inspect_quantization(str(find_model()), DotaConfig(r=8, target_modules=targets), 2, tmp_path / "out", text)
+    inspect_quantization(str(minilm()), DotaConfig(r=8, target_modules=targets), 2, tmp_path / "out", text)
     printed = capsys.readouterr().out
     table, _, path = printed.rpartition("Table, plot and raw results: ")
     assert max(map(len, table.splitlines())) <= 100
@@ -100,4 +98,4 @@ def test_the_command_writes_table_plot_and_numbers(tmp_path, capsys):
     assert (tmp_path / "out" / "quantization.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     text.write_text("\n")
     with pytest.raises(ValueError, match="no line of text"):
-        inspect_quantization(str(find_model()), config(), 1, tmp_path / "out", text)
+        inspect_quantization(str(minilm()), config(), 1, tmp_path / "out", text)

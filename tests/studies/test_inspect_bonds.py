@@ -13,12 +13,11 @@ pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 pytest.importorskip("scipy")
 
-from cases import MODELS, tiny_llama, tokens
+from cases import MODELS, minilm, tiny_llama, tokens
 from tensorpeft import DotaConfig
 from tensorpeft.networks.mpo import contract, decompose
 from tensorpeft.studies.bonds import RANKS, WeightStudy, correlations, mean_squares, study_bonds, total_error
 from tensorpeft.studies.bonds_report import tables
-from tensorpeft.studies.finetune import find_model
 from tensorpeft_cli import main
 from tensorpeft_cli.inspect import with_view
 
@@ -181,7 +180,7 @@ def test_the_tables_fit_for_a_real_model_with_weights(tmp_path, capsys):
     text.write_text("A cat sat on the mat.\n\nTensor networks are graphs of tensors.\n")
     targets = r".*\.layer\.0\.(attention\.self\.(query|key|value)|intermediate\.dense|output\.dense)"
     arguments = ["--target-modules", targets, "--output", str(tmp_path / "out"), "--weighted", "--text", str(text)]
-    assert main(["inspect", "bonds", str(find_model()), *arguments]) == 0
+    assert main(["inspect", "bonds", str(minilm()), *arguments]) == 0
     table = capsys.readouterr().out.rpartition("Tables, figures")[0]
     assert max(map(len, table.splitlines())) <= 100
     found = json.loads((tmp_path / "out" / "bonds.json").read_text())

@@ -22,25 +22,29 @@ SMALL = {area: AREAS[area] for area in ("mail", "numbers and time")}
 
 
 @pytest.fixture(scope="module")
-def task():
+def splits():
     return load_docstrings()
+
+
+def texts_of(*rows):
+    return [row.texts[0] for split in rows for row in split]
 
 
 def words(text):
     return docstrings._words(text)
 
 
-def test_every_area_is_equally_frequent_in_validation_and_test(task):
-    assert task.label_names == tuple(AREAS)
-    for split, per_area in ((task.test, 60), (task.validation, 40)):
-        assert Counter(split.labels) == dict.fromkeys(range(len(AREAS)), per_area)
-    trained = Counter(task.train.labels)
+def test_every_area_is_equally_frequent_in_validation_and_test(splits):
+    assert find_task("docstrings").label_names == tuple(AREAS)
+    for split, per_area in (("test", 60), ("validation", 40)):
+        assert Counter(row.label for row in splits[split]) == dict.fromkeys(range(len(AREAS)), per_area)
+    trained = Counter(row.label for row in splits["train"])
     assert set(trained) == set(range(len(AREAS)))
     assert 60 <= min(trained.values()) <= max(trained.values()) <= 220
 
 
-def test_no_two_rows_say_nearly_the_same(task):
-    texts = task.test.texts + task.validation.texts + task.train.texts
+def test_no_two_rows_say_nearly_the_same(splits):
+    texts = texts_of(splits["test"], splits["validation"], splits["train"])
     contains = CountVectorizer(binary=True, analyzer=words, dtype="int32").fit_transform(texts)
     common = (contains[:1000] @ contains.T).toarray()  # test and validation against everything
     sizes = np.asarray(contains.sum(axis=1)).ravel()
@@ -49,8 +53,8 @@ def test_no_two_rows_say_nearly_the_same(task):
     assert share.max() < 0.75
 
 
-def test_rows_are_long_enough_and_one_line(task):
-    for text in task.train.texts + task.validation.texts + task.test.texts:
+def test_rows_are_long_enough_and_one_line(splits):
+    for text in texts_of(*splits.values()):
         assert len(words(text)) >= 5
         assert "\n" not in text
 
@@ -69,8 +73,8 @@ def test_the_rows_do_not_depend_on_the_process(monkeypatch):
         f"package.__path__ = {list(tensorpeft.__path__)}\n"
         "from tensorpeft.tasks import docstrings\n"
         f"docstrings.AREAS = {SMALL}\n"
-        "task = docstrings.load_docstrings()\n"
-        "print([(split.texts, split.labels) for split in (task.train, task.validation, task.test)])"
+        "rows = docstrings.load_docstrings()\n"
+        "print({split: [(row.texts[0], row.label) for row in rows[split]] for split in rows})"
     )
     other = subprocess.run(
         [sys.executable, "-c", script],
@@ -80,8 +84,9 @@ def test_the_rows_do_not_depend_on_the_process(monkeypatch):
         check=True,
     )
     here = load_docstrings()
-    splits = (here.train, here.validation, here.test)
-    assert ast.literal_eval(other.stdout) == [(split.texts, split.labels) for split in splits]
+    assert ast.literal_eval(other.stdout) == {
+        split: [(row.texts[0], row.label) for row in rows] for split, rows in here.items()
+    }
 
 
 MODULE = '''"""Tools of sample.mail that read and write messages.
@@ -111,9 +116,8 @@ def test_a_class_and_its_methods_are_one_group_and_names_are_masked(tmp_path):
     ]
 
 
-def test_a_group_never_spans_two_splits(task):
-    splits = {"train": task.train, "validation": task.validation, "test": task.test}
-    split_of = {text: name for name, split in splits.items() for text in split.texts}
+def test_a_group_never_spans_two_splits(splits):
+    split_of = {text: name for name, split in splits.items() for text in texts_of(split)}
     root = Path(sysconfig.get_path("stdlib"))
     groups = [texts for name in AREAS["mail"].split() for _, texts in docstrings._read_groups(root, name)]
     owners = Counter(text for texts in groups for text in set(texts))
@@ -124,7 +128,7 @@ def test_a_group_never_spans_two_splits(task):
 
 
 def test_a_library_without_source_says_what_to_do(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"zipped or not at all.*--task cola"):
+    with pytest.raises(FileNotFoundError, match=r"zipped or not at all.*another task"):
         load_docstrings(tmp_path)
 
 
@@ -135,12 +139,8 @@ def test_an_incomplete_library_names_the_area(tmp_path):
 
 
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
-def test_a_recipe_reads_the_same_rows(task, split):
-    examples = load_examples(find_task("docstrings"), f"stdlib:{split}")
-    rows = getattr(task, split)
-    assert [(example.texts, example.label) for example in examples] == [
-        ((text,), label) for text, label in zip(rows.texts, rows.labels)
-    ]
+def test_a_recipe_reads_the_same_rows(splits, split):
+    assert load_examples(find_task("docstrings"), f"stdlib:{split}") == list(splits[split])
 
 
 @pytest.mark.parametrize("source", ["stdlib:all", "lib:train", "rows.tsv"])

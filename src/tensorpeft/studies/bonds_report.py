@@ -11,10 +11,10 @@ from rich.progress import Progress
 from rich.table import Table
 
 from tensorpeft import DotaConfig
+from tensorpeft.reports.tables import TABLE_WIDTH, markdown_table
 from tensorpeft.studies.bonds import RANKS, WeightStudy, correlations, study_bonds, total_error
 from tensorpeft.studies.bonds_plots import plot_bonds, plot_errors, plot_spectra
 from tensorpeft.studies.inspected_model import load_batch, load_network, short_name
-from tensorpeft.studies.report import TABLE_WIDTH, markdown_table
 
 Lines = tuple[str, list[str], list[list[str]], list[str]]  # of a table: title, headers, rows, legend
 

@@ -31,7 +31,7 @@ def load_batch(
     """
     tokenizer = AutoTokenizer.from_pretrained(model)
     if text is None:
-        lines = list(load_docstrings().validation.texts[:_NUM_TEXTS])
+        lines = [row.texts[0] for row in load_docstrings()["validation"][:_NUM_TEXTS]]
     else:
         lines = [line for line in text.read_text(encoding="utf-8").splitlines() if line.strip()][:_NUM_TEXTS]
     if not lines:

@@ -14,8 +14,8 @@ from rich.table import Table
 
 from tensorpeft import DotaConfig
 from tensorpeft.quantization.errors import LayerErrors, method_names, quantization_errors
+from tensorpeft.reports.tables import TABLE_WIDTH, markdown_table
 from tensorpeft.studies.inspected_model import load_batch, load_network, short_name
-from tensorpeft.studies.report import TABLE_WIDTH, markdown_table
 
 _MARKERS = "osD^v"
 

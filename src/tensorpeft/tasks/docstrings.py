@@ -25,7 +25,6 @@ from pathlib import Path
 
 from sklearn.metrics import accuracy_score
 
-from tensorpeft.tasks.classification import ClassificationTask, Split
 from tensorpeft.tasks.records import Record
 from tensorpeft.tasks.task import LabelledText, LabelTask
 
@@ -51,6 +50,7 @@ AREAS = {
     "types and collections": "_collections_abc _py_abc _weakrefset abc bisect collections contextlib copy dataclasses"
     " enum functools graphlib heapq operator types typing weakref",
 }
+_SPLITS = ("train", "validation", "test")
 _MASK = "…"
 _MIN_WORDS = 5
 _ROWS_PER_GROUP = 12
@@ -66,8 +66,8 @@ Group = tuple[str, list[str]]  # (dotted name, its texts)
 
 def load_docstrings(
     library: str | Path | None = None,  # folder of the standard library; None: this Python's
-) -> ClassificationTask:
-    """The task of naming the area of a standard-library docstring, with accuracy as its metric.
+) -> dict[str, tuple[LabelledText, ...]]:  # "train", "validation" and "test"
+    """The rows of every split.
 
     Every area has the same number of validation and of test rows. The rows of a split are in the order of a digest,
     areas mixed, so that any first n rows are a fair sample.
@@ -80,25 +80,19 @@ def load_docstrings(
     if not any(root.glob("*.py")):
         raise FileNotFoundError(
             f"no Python source in {root}: the docstrings task reads the standard library's .py files, and this Python "
-            "keeps them zipped or not at all. Use a Python installed with its source, or pass --task cola --data DIR."
+            "keeps them zipped or not at all. Use a Python installed with its source, or another task."
         )
     near_duplicates = _NearDuplicates()
-    splits: dict[str, list[tuple[str, int]]] = {"train": [], "validation": [], "test": []}
+    splits: dict[str, list[LabelledText]] = {split: [] for split in _SPLITS}
     for label, (area, names) in enumerate(AREAS.items()):
         groups = [group for name in names.split() for group in _read_groups(root, name)]
         for split, texts in _deal(area, groups, near_duplicates).items():
-            splits[split] += [(text, label) for text in texts]
-    return ClassificationTask(
-        name="docstrings",
-        description="Docstrings of Python's standard library: which area of the library is a docstring from?",
-        label_names=tuple(AREAS),
-        metrics={"accuracy": accuracy_score},
-        **{split: _mix(rows) for split, rows in splits.items()},
-    )
+            splits[split] += [LabelledText((text,), label) for text in texts]
+    return {split: tuple(sorted(rows, key=lambda row: _digest(row.texts[0]))) for split, rows in splits.items()}
 
 
 @cache
-def _load_own_library() -> ClassificationTask:
+def _load_own_library() -> dict[str, tuple[LabelledText, ...]]:
     return load_docstrings()
 
 
@@ -111,16 +105,14 @@ def read_stdlib(
         FileNotFoundError: see `load_docstrings`.
         ValueError: no such split.
     """
-    splits = ("train", "validation", "test")
     library, _, split = str(path).partition(":")
-    if library != "stdlib" or split not in splits:
+    if library != "stdlib" or split not in _SPLITS:
         raise ValueError(
             f"{path}: the task docstrings reads this Python's own library. Expected one of "
-            f"{', '.join(f'stdlib:{name}' for name in splits)} as the source."
+            f"{', '.join(f'stdlib:{name}' for name in _SPLITS)} as the source."
         )
-    rows: Split = getattr(_load_own_library(), split)
-    for index, (text, label) in enumerate(zip(rows.texts, rows.labels, strict=True)):
-        yield Record({"text": text, "label": label}, f"{path}, row {index}")
+    for index, row in enumerate(_load_own_library()[split]):
+        yield Record({"text": row.texts[0], "label": row.label}, f"{path}, row {index}")
 
 
 def parse_docstring(
@@ -206,14 +198,9 @@ def _deal(area: str, groups: list[Group], near_duplicates: "_NearDuplicates") ->
         found, needed = sum(map(len, dealt.values())), _TEST_ROWS + _VALIDATION_ROWS + _MIN_TRAIN_ROWS
         raise ValueError(
             f"area {area!r}: {found} usable docstrings in this Python's standard library, expected at least {needed}. "
-            "Install the complete library (on Debian: libpython3-stdlib), or pass --task cola --data DIR."
+            "Install the complete library (on Debian: libpython3-stdlib), or another task."
         )
     return dealt
-
-
-def _mix(rows: list[tuple[str, int]]) -> Split:
-    rows = sorted(rows, key=lambda row: _digest(row[0]))
-    return Split(tuple(text for text, _ in rows), tuple(label for _, label in rows))
 
 
 class _NearDuplicates:

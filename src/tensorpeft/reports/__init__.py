@@ -1,0 +1,1 @@
+"""How a person sees results: tables, files, versions, figures."""
