@@ -42,7 +42,9 @@ def main(argv: Sequence[str]) -> int:
         arguments = _parse(argv)
         if arguments.cache is not None:
             os.environ["TENSORPEFT_CACHE"] = str(arguments.cache.absolute())
-        return arguments.run(arguments, shlex.join(["tensorpeft", *argv])) or 0
+        code = arguments.run(arguments, shlex.join(["tensorpeft", *argv])) or 0
+        sys.stdout.flush()
+        return code
     except argparse.ArgumentError as error:
         name = " ".join(["tensorpeft", *argv[:1]] if argv and argv[0] in COMMANDS else ["tensorpeft"])
         return _fail(f"{error.argument_name or ''} {error.message.rstrip('.')}. See {name} --help.", 2)
