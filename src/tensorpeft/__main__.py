@@ -1,7 +1,7 @@
-"""``python -m tensorpeft``: the command ``tensorpeft``."""
+"""``python -m tensorpeft``: the command ``tensorpeft``, as launchers of several processes start it."""
 
 import sys
 
-from tensorpeft.cli import run
+from tensorpeft_cli import run
 
 sys.exit(run())

@@ -7,8 +7,8 @@ from transformers import AutoModel
 
 from cases import MODELS, Model, logits, over_models, perturb, tokens
 from tensorpeft import DotaConfig, LortaConfig
-from tensorpeft.cli import main
 from tensorpeft.export import to_dense
+from tensorpeft_cli import main
 
 
 def config_of(model: Model) -> DotaConfig:

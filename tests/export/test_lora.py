@@ -16,8 +16,8 @@ from torch import nn
 
 from cases import MODELS, logits, perturb, tiny_llama
 from tensorpeft import DotaConfig, FactConfig, LortaConfig, LotrConfig
-from tensorpeft.cli import main
 from tensorpeft.export import to_lora
+from tensorpeft_cli import main
 
 STORIES = Path(os.environ.get("TENSORPEFT_DATA", "../shared")) / "models" / "stories260K"
 LOW_RANK = {

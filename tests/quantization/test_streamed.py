@@ -102,7 +102,7 @@ def test_a_killed_process_leaves_what_the_next_one_finishes(tmp_path):
     tiny_llama(hidden_size=256, intermediate_size=704, num_hidden_layers=16).save_pretrained(source)
     script = (
         "import sys, tensorpeft.quantization.streamed as streamed; streamed._SHARD_BYTES = 2**20\n"
-        "from tensorpeft.cli import main; sys.exit(main(sys.argv[1:]))"
+        "from tensorpeft_cli import main; sys.exit(main(sys.argv[1:]))"
     )
 
     def start(out: str) -> subprocess.Popen:

@@ -9,7 +9,7 @@ import sys
 
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 
-from tensorpeft.cli import main
+from tensorpeft_cli import main
 
 plain_init = AcceleratorState.__init__
 

@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from tensorpeft.recipes import FOLDER
 from tensorpeft.studies.compare.entries import load_entries
 
 ROOT = Path(__file__).parents[2]
-STUDIES = sorted(path for path in (ROOT / "recipes" / "studies").glob("*.yaml") if path.stem != "base")
+STUDIES = sorted(path for path in (FOLDER / "studies").glob("*.yaml") if path.stem != "base")
 
 
 def start(output: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tensorpeft", "compare", str(ROOT / "recipes" / "demo.yaml"), "--smoke"]
+    command = [sys.executable, "-m", "tensorpeft", "compare", "demo", "--smoke"]
     command += ["--methods", "lora,dota", "--timing-rounds", "1", "--output", str(output)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tensorpeft.recipes import FOLDER
 from tensorpeft.training.results import read_result
 
 ROOT = Path(__file__).parents[2]
@@ -23,7 +24,7 @@ LORTA = ["adapter.method=lorta", "adapter.r=8", "adapter.target_modules=[q_proj,
 METHODS = {"dota": [], "lorta": [*LORTA, "trainer.learning_rate=1e-2"]}
 TORCHRUN = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
 # On CPUs accelerate starts several processes with MPI only; torchrun, which it uses for GPUs, starts them here.
-ACCELERATE_FSDP = ["accelerate.commands.launch", "--config_file", str(ROOT / "recipes/accelerate/fsdp.yaml")]
+ACCELERATE_FSDP = ["accelerate.commands.launch", "--config_file", str(FOLDER / "accelerate/fsdp.yaml")]
 ACCELERATE_FSDP += ["--main_process_port"]
 FSDP_ON_CPU = str(Path(__file__).with_name("fsdp_on_cpu.py"))
 ACCELERATE = ["accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m"]
@@ -45,7 +46,7 @@ def free_port() -> str:
 def train(output: Path, batch_size: int, launcher: list[str], *overrides: str, program: str = "tensorpeft"):
     """The result of a small SFT run, in one process or in those of a launcher."""
     command = [sys.executable, "-m", *launcher]
-    command += [program, "train", str(ROOT / "recipes/small/stories_sft.yaml"), "--smoke", f"output={output}"]
+    command += [program, "train", "small/stories_sft", "--smoke", f"output={output}"]
     command += [f"trainer.per_device_train_batch_size={batch_size}", "trainer.max_steps=6", "trainer.eval_steps=3"]
     environment = os.environ | {"TENSORPEFT_DATA": str(DATA), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -101,7 +102,7 @@ def test_two_sharded_processes_are_one_with_the_doubled_batch(method, launcher, 
 def test_without_a_gpu_sharding_is_refused(tmp_path):
     """Accelerate would train with a whole model in each process, and not say so."""
     command = [sys.executable, "-m", *TORCHRUN, free_port(), "-m", "tensorpeft", "train"]
-    command += [str(ROOT / "recipes/small/stories_sft.yaml"), "--smoke", f"output={tmp_path}", "trainer.fsdp=true"]
+    command += ["small/stories_sft", "--smoke", f"output={tmp_path}", "trainer.fsdp=true"]
     environment = os.environ | {"TENSORPEFT_DATA": str(DATA), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode != 0

@@ -12,15 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from tensorpeft.recipes import FOLDER
 from tensorpeft.training.recipe import load_recipe
 from tensorpeft.training.results import SeedResult, read_result
 
 ROOT = Path(__file__).parents[2]
 DATA = Path(os.environ.get("TENSORPEFT_DATA", ROOT.parent / "shared"))
 # Those of accelerate/ are no recipes, those of studies/ are one recipe, tested in test_compare.py.
-RECIPES = sorted(
-    path for path in (ROOT / "recipes").glob("*/*.yaml") if path.parent.name not in ("accelerate", "studies")
-)
+RECIPES = sorted(path for path in FOLDER.glob("*/*.yaml") if path.parent.name not in ("accelerate", "studies"))
 pytestmark = [
     pytest.mark.recipes,
     pytest.mark.skipif(not (DATA / "data").is_dir(), reason=f"no data in {DATA}; set TENSORPEFT_DATA"),

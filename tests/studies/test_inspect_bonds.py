@@ -15,11 +15,11 @@ pytest.importorskip("scipy")
 
 from cases import MODELS, minilm, tiny_llama, tokens
 from tensorpeft import DotaConfig
-from tensorpeft.cli import main
-from tensorpeft.cli_inspect import with_view
 from tensorpeft.networks.mpo import contract, decompose
 from tensorpeft.studies.bonds import RANKS, WeightStudy, correlations, mean_squares, study_bonds, total_error
 from tensorpeft.studies.bonds_report import tables
+from tensorpeft_cli import main
+from tensorpeft_cli.inspect import with_view
 
 TARGETS = ["q_proj", "up_proj"]
 
@@ -195,7 +195,7 @@ def test_user_errors_are_one_line(tmp_path, capsys):
         (["--text", "some.txt"], "--text some.txt: only weights by activations need a text. Add --weighted"),
         (["--budget", "10"], "budget=10: expected at least"),
         (["--budget", "ten"], "--budget ten: expected a number of parameters"),
-        (["--r", "0"], "r=0: expected a whole number"),
+        (["--r", "0"], "--r 0: expected a whole number"),
     ):
         assert main(["inspect", str(tmp_path / "model"), *arguments, *options]) == 2
         assert message in capsys.readouterr().err

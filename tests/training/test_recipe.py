@@ -91,7 +91,7 @@ def test_a_parent_is_looked_for_beside_its_heir(tmp_path):
     (tmp_path / "c/base.yaml").write_text(BASE)
     assert load_recipe(tmp_path / "a/b/recipe.yaml").task == "cola"
     (tmp_path / "c/base.yaml").unlink()
-    with pytest.raises(FileNotFoundError, match=r"no recipe .*base\.yaml, which .*middle\.yaml inherits"):
+    with pytest.raises(FileNotFoundError, match=r"middle\.yaml: inherits: no recipe .*base\.yaml: neither"):
         load_recipe(tmp_path / "a/b/recipe.yaml")
 
 

@@ -12,12 +12,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 pytest.importorskip("omegaconf")
 pytest.importorskip("trl")
 from evaluation.evaluated import LLAMA, WORDS, tiny_bert, word_tokenizer
-from tensorpeft.cli import main
 from tensorpeft.evaluation.options import EvaluationOptions
 from tensorpeft.evaluation.run import run_evaluate
 from tensorpeft.training.recipe import load_recipe
 from tensorpeft.training.results import read_result
 from tensorpeft.training.run import run_training
+from tensorpeft_cli import main
 
 long = pytest.mark.recipes
 RATES = {"trainer.learning_rate": "1e-2", "trainer.bf16": "false", "trainer.gradient_checkpointing": "false"}

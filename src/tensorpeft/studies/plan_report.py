@@ -1,7 +1,6 @@
 """The table of ``tensorpeft plan``, and its JSON."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +13,6 @@ from tensorpeft.studies.plan import MethodPlan, ModelPlan, build_skeleton, plan_
 
 # Of a GPU's memory, what CUDA's context and the allocator's gaps may take.
 _HEADROOM = 0.08
-
-
-def parse_size(text: str) -> int:  # bytes
-    """The bytes of `24GB`, `80 GiB` or `16G`: GPUs are named in GB and have GiB.
-
-    Raises:
-        ValueError: not such a size.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*G(?:i?B)?\s*", text, flags=re.IGNORECASE)
-    if match is None or float(match[1]) == 0:
-        raise ValueError(f"--gpu {text}: expected a GPU's memory, such as 24GB.")
-    return round(float(match[1]) * 2**30)
 
 
 def run_plan(

@@ -12,6 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from tensorpeft.recipes import find_recipe
+
 # Keys of a file that are no part of the finished recipe.
 _INHERITS, _SMOKE, _VALUES, _COMPARE = "inherits", "smoke", "values", "compare"
 _NUM_SEEDS = 2**32  # numpy takes no others
@@ -127,13 +129,14 @@ def load_recipe(
     smoke: bool = False,  # with the file's ``smoke`` section on top
     on_top: Mapping[str, Any] | None = None,  # what comes last, a part of a recipe
 ) -> Recipe:
-    """The recipe of a YAML file.
+    """The recipe of a YAML file, which is given as `tensorpeft.recipes.find_recipe` takes it: by path, or by name.
 
-    ``inherits: OTHER.yaml`` puts a file under it; ``smoke`` is put on top where it is asked for; ``values`` are free,
-    for others to refer to; ``compare`` is for `load_comparison`. ``${values.name}``, ``${oc.env:NAME,default}`` and
-    ``${package:NAME}`` (the folder of an installed package) are filled in. A mapping is merged field by field, but a
-    source of data or an adapter of another method replaces the one below. Smoke sections are put on in the order of
-    their files; what one says of an adapter goes with an adapter that is replaced. Null takes back what is said below.
+    ``inherits: OTHER`` puts a file under it, one beside it or a packaged one; ``smoke`` is put on top where it is asked
+    for; ``values`` are free, for others to refer to; ``compare`` is for `load_comparison`. ``${values.name}``,
+    ``${oc.env:NAME,default}`` and ``${package:NAME}`` (the folder of an installed package) are filled in. A mapping is
+    merged field by field, but a source of data or an adapter of another method replaces the one below. Smoke sections
+    are put on in the order of their files; what one says of an adapter goes with an adapter that is replaced. Null
+    takes back what is said below.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -161,7 +164,7 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = (), smoke: bool
 def _load_plain(path: str | Path, overrides: Sequence[str], smoke: bool, on_top: Mapping[str, Any]) -> dict[str, Any]:
     OmegaConf.register_resolver("package", _package_folder, replace=True)
     try:
-        tree = _override(_compose(_read(Path(path)), smoke, str(path)), overrides)
+        tree = _override(_compose(_read(find_recipe(path)), smoke, str(path)), overrides)
         tree = _put_on(tree, OmegaConf.create(_as_yaml(on_top))) if on_top else tree
         plain: Any = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
@@ -193,9 +196,6 @@ def _read(
     """The trees of a file and of those that it inherits, the lowest first."""
     if path.resolve() in heirs:
         raise ValueError(f"{path}: it inherits itself. Remove inherits from it or from {heirs[-1]}.")
-    if not path.is_file():
-        origin = f", which {heirs[-1]} inherits" if heirs else ""
-        raise FileNotFoundError(f"no recipe {path}{origin}. Pass the path of a YAML file, such as those in recipes/.")
     try:
         tree = OmegaConf.load(path)
     except (YAMLError, OSError, UnicodeDecodeError) as error:
@@ -207,7 +207,11 @@ def _read(
         return [tree]
     if not isinstance(parent, str):
         raise ValueError(f"{path}: inherits={parent!r}: expected the path of one file.")
-    return [*_read(path.parent / parent, (*heirs, path.resolve())), tree]
+    try:
+        below = find_recipe(parent, beside=path.parent)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path}: inherits: {error}") from None
+    return [*_read(below, (*heirs, path.resolve())), tree]
 
 
 def _compose(layers: Sequence[DictConfig], smoke: bool, place: str) -> DictConfig:

@@ -10,10 +10,10 @@ import pytest
 pytest.importorskip("omegaconf")
 pytest.importorskip("trl")
 from evaluation.evaluated import WORDS, tiny_bert, word_tokenizer
-from tensorpeft.cli import main
 from tensorpeft.studies.compare import cells
 from tensorpeft.studies.compare.entries import load_entries
 from tensorpeft.studies.compare.run import run_compare
+from tensorpeft_cli import main
 
 SECTION = """
 compare:

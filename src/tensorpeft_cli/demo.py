@@ -1,0 +1,43 @@
+"""``tensorpeft demo``: compare, on the packaged recipe of this name."""
+
+import argparse
+from pathlib import Path
+
+from tensorpeft_cli.options import add_cache, known_methods, method_keys, whole
+from tensorpeft_cli.package import import_package
+
+HELP = "fine-tune a small language model with several methods on this machine, and see what each has learnt"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.description = (
+        "Fine-tune a small model with several methods; print a table, write a report, plots and raw results. It is "
+        "`tensorpeft compare demo`; `tensorpeft recipes demo` prints what is done. Called again, it goes on: finished "
+        "cells are not run again."
+    )
+    parser.add_argument(
+        "--methods", type=method_keys, metavar="A,B", help=f"of the recipe's, or {', '.join(known_methods())}"
+    )
+    parser.add_argument("--quick", action="store_true", help="few steps, rows and seeds: shows that it runs, no more")
+    parser.add_argument("--seeds", type=whole(1), metavar="N", help="final runs per method (default: the recipe's)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("runs/demo"),
+        metavar="DIR",
+        help="where the report goes (default: %(default)s)",
+    )
+    add_cache(parser)
+    parser.set_defaults(run=_run, extra="train")
+
+
+def _run(arguments: argparse.Namespace, command: str) -> None:
+    import_package()
+    from tensorpeft.studies.compare.entries import load_entries
+    from tensorpeft.studies.compare.run import run_compare
+
+    comparison = load_entries(
+        "demo", arguments.methods, arguments.seeds, smoke=arguments.quick, output=arguments.output
+    )
+    run_compare(comparison, command=command)

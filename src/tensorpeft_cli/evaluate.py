@@ -1,0 +1,101 @@
+"""``tensorpeft evaluate``."""
+
+import argparse
+from pathlib import Path
+
+from tensorpeft_cli.options import DTYPES, add_cache, existing, model_name, positive, whole
+from tensorpeft_cli.package import import_package
+
+HELP = "score a model or an adapter on a task of the papers, or on lm-eval's"
+_OF_LM_EVAL = ("include_path", "few_shot")
+_OF_TASKS = ("data", "mode", "max_length", "max_new_tokens", "num_beams", "beta")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.description = "Score a model, or a saved adapter with its base, on published test files."
+    add = parser.add_argument
+    add("model", type=model_name, metavar="MODEL", help="folder or Hub name of a model, or of a saved adapter")
+    add("--base", type=model_name, metavar="MODEL", help="the base model, if it is not where the adapter says")
+    add("--task", metavar="NAME", help="such as cola, boolq, gsm8k, squad, preferences")
+    add("--data", metavar="FILE", help="published file of the task, or hub:NAME[:CONFIG]:SPLIT")
+    add("--lm-eval", metavar="A,B", help="instead of --task: tasks of lm-eval")
+    add("--include-path", type=existing, metavar="DIR", help="folder of further tasks for lm-eval")
+    add("--few-shot", type=whole(0), metavar="N", help="examples before each row, for lm-eval")
+    add("--mode", choices=("generate", "likelihood", "loss"), help="(default: what suits the task)")
+    add("--rows", type=whole(1), metavar="N", help="only the first N rows")
+    add("--batch-size", type=whole(1), default=16, metavar="N", help="(default: %(default)s)")
+    add("--max-length", type=whole(1), metavar="N", help="tokens of a row (default: the model's)")
+    add("--max-new-tokens", type=whole(1), metavar="N", help="of an answer (default: the task's)")
+    add("--num-beams", type=whole(1), metavar="N", help="(default: the task's)")
+    add("--beta", type=positive, metavar="B", help="of the DPO loss (default: 0.1)")
+    add("--dtype", choices=DTYPES, help="of the weights (default: as they were saved)")
+    add("--output", type=Path, default=Path("runs/evaluate"), metavar="DIR", help="(default: %(default)s)")
+    add_cache(parser)
+    parser.set_defaults(run=_run, extra="train")
+
+
+def _run(arguments: argparse.Namespace, command: str) -> None:
+    source = _check(arguments)
+    import_package()
+    from tensorpeft.evaluation.options import EvaluationOptions
+    from tensorpeft.evaluation.run import run_evaluate, run_lm_eval_command
+
+    model, adapter = (arguments.model, None) if arguments.base is None else (arguments.base, Path(arguments.model))
+    if arguments.lm_eval is not None:
+        run_lm_eval_command(
+            model,
+            adapter,
+            arguments.lm_eval.split(","),
+            arguments.output,
+            batch_size=arguments.batch_size,
+            limit=arguments.rows,
+            include_path=arguments.include_path,
+            num_fewshot=arguments.few_shot,
+            dtype=arguments.dtype,
+        )
+        return
+    options = EvaluationOptions(
+        mode=arguments.mode,
+        batch_size=arguments.batch_size,
+        max_new_tokens=arguments.max_new_tokens,
+        num_beams=arguments.num_beams,
+        max_length=arguments.max_length,
+        beta=0.1 if arguments.beta is None else arguments.beta,
+    )
+    run_evaluate(
+        model,
+        adapter,
+        arguments.task,
+        source,
+        options,
+        arguments.output,
+        rows=arguments.rows,
+        dtype=arguments.dtype,
+    )
+
+
+def _check(arguments: argparse.Namespace) -> object:
+    """The source of the rows, after refusing options that contradict each other."""
+    if (arguments.task is None) == (arguments.lm_eval is None):
+        raise ValueError("pass one of --task NAME, with --data FILE, and --lm-eval NAMES.")
+    given, others = ("--task", _OF_LM_EVAL) if arguments.lm_eval is None else ("--lm-eval", _OF_TASKS)
+    if useless := [name for name in others if getattr(arguments, name) is not None]:
+        raise ValueError(f"--{useless[0].replace('_', '-')} changes nothing with {given}. Leave it out.")
+    if arguments.lm_eval is None and arguments.data is None:
+        raise ValueError(
+            f"--task {arguments.task}: the data is not in the package. Pass a published file as --data FILE."
+        )
+    return None if arguments.data is None else _source(arguments.data)
+
+
+def _source(data: str) -> object:
+    """A path, or the Hub's data set that hub:NAME:SPLIT or hub:NAME:CONFIG:SPLIT names."""
+    if not data.startswith("hub:"):
+        return data
+    parts = data.split(":")[1:]
+    if len(parts) not in (2, 3) or not all(parts):
+        raise ValueError(
+            f"--data {data}: expected hub:NAME:SPLIT or hub:NAME:CONFIG:SPLIT, such as hub:nyu-mll/glue:cola:test."
+        )
+    return {"hub": parts[0], "split": parts[-1]} | ({"name": parts[1]} if len(parts) == 3 else {})
