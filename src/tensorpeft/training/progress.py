@@ -1,8 +1,9 @@
 """The bar of a training run."""
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from tensorpeft.reports.terminal import make_progress
 
 
 class ProgressBar(TrainerCallback):
@@ -18,14 +19,7 @@ class ProgressBar(TrainerCallback):
     def __init__(self, console: Console, name: str) -> None:
         self._losses = {"loss": "", "eval_loss": ""}
         self._name = name
-        self._progress = Progress(
-            TextColumn("{task.description:<44}"),
-            BarColumn(bar_width=10),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-        )
+        self._progress = make_progress(console, width=42)
         self._bar = self._progress.add_task(name, total=None)
 
     def on_train_begin(
