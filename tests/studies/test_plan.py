@@ -15,7 +15,7 @@ from tensorpeft.networks import mpo
 from tensorpeft.studies.budget import parse_count
 from tensorpeft.studies.measure import peak_memory
 from tensorpeft.studies.plan import METHODS, choose_methods, enable_checkpointing, plan_model
-from tensorpeft.studies.plan_report import legend, parse_size, rich_table
+from tensorpeft.studies.plan_report import legend, parse_size, plan_table
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 
@@ -62,7 +62,7 @@ def test_the_memory_of_a_step_is_the_measured_one(
 ):
     monkeypatch.setattr(mpo, "_pays_to_keep", lambda start: True)  # as on a GPU, which the plan is for
     plan = plan_model(str(small), rank=4, batch=2, length=length, gradient_checkpointing=checkpointing)
-    assert rich_table(plan).row_count == len(METHODS)
+    assert len(plan_table(plan).rows) == len(METHODS)
     base = LlamaForCausalLM(LlamaConfig.from_pretrained(small)).to(torch.bfloat16)
     tokens = torch.ones(2, length, dtype=torch.long)
     for method in plan.methods:
