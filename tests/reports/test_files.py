@@ -27,9 +27,13 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path):
-    with pytest.raises(KeyboardInterrupt), write_whole(tmp_path / "new" / "file") as unfinished:
-        unfinished.write_text("half")
-        raise KeyboardInterrupt
+    def write():
+        with write_whole(tmp_path / "new" / "file") as unfinished:
+            unfinished.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
     assert names(tmp_path / "new") == []
 
 
@@ -39,10 +43,15 @@ def test_a_folder_is_there_when_all_of_it_is(tmp_path):
         (unfinished / "a").write_text("1")
         assert not (tmp_path / "base").exists()
     assert names(tmp_path) == ["base"]
-    with pytest.raises(RuntimeError), write_whole(tmp_path / "other") as unfinished:
-        unfinished.mkdir()
-        (unfinished / "a").write_text("1")
-        raise RuntimeError
+
+    def fail():
+        with write_whole(tmp_path / "other") as unfinished:
+            unfinished.mkdir()
+            (unfinished / "a").write_text("1")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert names(tmp_path) == ["base"]
 
 
