@@ -32,15 +32,6 @@ def write_evaluation(
 ) -> None:
     """Write predictions.jsonl, a row per example, and results.json, each of them whole or not at all."""
     write_json_lines(folder / "predictions.jsonl", evaluation.rows)
-    results = {
-        "task": evaluation.task,
-        "mode": evaluation.mode,
-        "num_rows": evaluation.num_rows,
-        "num_cut": evaluation.num_cut,
-        "num_left_out": evaluation.num_left_out,
-        "metrics": evaluation.metrics,
-        "options": asdict(options),
-        **about,
-        "versions": find_versions(),
-    }
-    write_json(folder / "results.json", results)
+    names = ("task", "mode", "num_rows", "num_cut", "num_left_out", "metrics")
+    results = {name: getattr(evaluation, name) for name in names}
+    write_json(folder / "results.json", {**results, "options": asdict(options), **about, "versions": find_versions()})

@@ -51,21 +51,25 @@ def markdown_list(lines: Sequence[str]) -> str:
     return "\n".join(f"- {one_line(line)}" for line in lines)
 
 
-def markdown_sections(sections: Sequence[str]) -> str:
-    """A Markdown document of those sections that are not empty, without a newline at its end."""
-    return "\n\n".join(section for section in sections if section)
-
-
 def markdown_tables(tables: Sequence[Table]) -> str:
     """A Markdown document of tables with their titles and notes."""
     parts = [(f"## {t.title}", markdown_table(t.headers, t.rows), markdown_list(t.notes)) for t in tables]
-    return markdown_sections([part for section in parts for part in section])
+    return "\n\n".join(part for section in parts for part in section if part)
 
 
-def markdown_origin(recipe: str, versions: Mapping[str, str]) -> list[str]:
-    """The sections of a report that say how to get it again: the recipe, in YAML, and the versions."""
+def markdown_document(
+    title: str,
+    description: str,
+    command: str,  # that made it; "": not known
+    sections: Sequence[str],  # empty ones are left out
+    recipe: str,  # in YAML
+    versions: Mapping[str, str],
+) -> str:
+    """A Markdown document of what was done, the sections, and what one needs to get it again."""
     listed = markdown_list([f"{name} {version}" for name, version in versions.items()])
-    return ["## Recipe", f"```yaml\n{recipe.rstrip()}\n```", "## Versions", listed]
+    first = [f"# {one_line(title)}", description.strip(), f"    {command}" if command else ""]
+    last = ["## Recipe", f"```yaml\n{recipe.rstrip()}\n```", "## Versions", listed]
+    return "\n\n".join(section for section in (*first, *sections, *last) if section)
 
 
 def model_title(model: str) -> str:

@@ -60,9 +60,7 @@ def plot_errors(studies: Sequence[WeightStudy], title: str, path: Path) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(RANKS, [str(rank) for rank in RANKS])
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel("largest bond R")
-    axes.set_ylabel("relative error of the weight, ‖W − MPO‖ / ‖W‖ (%)")
-    axes.set_ylim(bottom=0)
+    axes.set(xlabel="largest bond R", ylabel="relative error of the weight, ‖W − MPO‖ / ‖W‖ (%)", ylim=(0, None))
     legend_above(figure, f"{title}: median and range over the layers")
     save_figure(figure, path)
 
@@ -81,8 +79,7 @@ def plot_bonds(studies: Sequence[WeightStudy], title: str, path: Path) -> None:
         for form, name, style in forms[: 3 - index]:
             values = [scale * getattr(getattr(study, form), field) for study in studies]
             axes.plot(values, ls="", label=name, clip_on=False, zorder=3, **style)
-        axes.set_ylabel(label)
-        axes.set_ylim(bottom=0)
+        axes.set(ylabel=label, ylim=(0, None))
     name_layers(drawn, [short_name(study.name) for study in studies])
     drawn[-1].yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     legend_above(figure, title)

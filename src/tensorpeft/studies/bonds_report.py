@@ -176,10 +176,7 @@ def to_tree(
                 ],
                 "errors": study.errors,
                 "worst_cut": study.worst_cut,
-                **{
-                    kind: {**vars(getattr(study, kind)), "kept": getattr(study, kind).kept}
-                    for kind in ("uniform", "svd", "adaptive")
-                },
+                **{kind: {**vars(getattr(study, kind)), "kept": getattr(study, kind).kept} for kind in kinds},
             }
             for study in studies
         ],

@@ -90,8 +90,7 @@ def plot(errors: Sequence[LayerErrors], rounds: int, title: str, path: Path) -> 
     for axes, panel in zip(drawn, panels):
         for name, marker in zip(method_names(rounds), MARKERS):
             axes.plot([100 * getattr(layer, panel)[name] for layer in errors], marker, label=_label(name), markersize=5)
-        axes.set_ylabel(f"relative error of the {panel} (%)")
-        axes.set_ylim(bottom=0)
+        axes.set(ylabel=f"relative error of the {panel} (%)", ylim=(0, None))
     name_layers(drawn, [short_name(layer.name) for layer in errors])
     legend_above(figure, title, columns=5)
     save_figure(figure, path)

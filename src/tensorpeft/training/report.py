@@ -7,15 +7,7 @@ from matplotlib.axes import Axes
 
 from tensorpeft.reports.figures import make_figure, plot_band, save_figure
 from tensorpeft.reports.files import write_lines
-from tensorpeft.reports.tables import (
-    Table,
-    markdown_list,
-    markdown_origin,
-    markdown_sections,
-    markdown_table,
-    mean_and_sd,
-    model_title,
-)
+from tensorpeft.reports.tables import Table, markdown_document, markdown_list, markdown_table, mean_and_sd, model_title
 from tensorpeft.reports.versions import find_versions
 from tensorpeft.training.recipe import Recipe
 from tensorpeft.training.results import SeedResult, common_curves
@@ -30,9 +22,8 @@ def summary(recipe: Recipe, results: Sequence[SeedResult]) -> Table:
     reported = [key for key in results[0].validation if not any(part in key for part in _UNREPORTED)]
     found = [(f"validation {key}", [result.validation[key] for result in results]) for key in reported]
     found += [(f"test {name}: {key}", [result.tests[name][key] for result in results]) for name, key in _tests(results)]
-    return Table(
-        _title(recipe, results), ("metric", "value"), [(name, mean_and_sd(values, 4)) for name, values in found]
-    )
+    rows = [(name, mean_and_sd(values, digits=4)) for name, values in found]
+    return Table(_title(recipe, results), ("metric", "value"), rows)
 
 
 def write_report(
@@ -44,18 +35,13 @@ def write_report(
 ) -> None:
     """Write report.md and curves.png."""
     plot_training(recipe, results, output / "curves.png")
-    sections = [f"# {_title(recipe, results)}", recipe.description.strip(), f"    {command}" if command else ""]
-    result = summary(recipe, results)
-    sections += ["## Result", markdown_table(result.headers, result.rows)]
+    title, headers, rows, _ = summary(recipe, results)
+    sections = ["## Result", markdown_table(headers, rows)]
     if len(results) > 1:
         sections += ["### Seeds", _seed_table(results)]
-    sections += [
-        "![Loss along training](curves.png)",
-        "## Data",
-        markdown_list(_data(recipe, splits)),
-        *markdown_origin(recipe.to_yaml(), find_versions()),
-    ]
-    write_lines(output / "report.md", [markdown_sections(sections)])
+    sections += ["![Loss along training](curves.png)", "## Data", markdown_list(_data(recipe, splits))]
+    text = markdown_document(title, recipe.description, command, sections, recipe.to_yaml(), find_versions())
+    write_lines(output / "report.md", [text])
 
 
 def plot_training(recipe: Recipe, results: Sequence[SeedResult], path: Path) -> None:
@@ -65,13 +51,10 @@ def plot_training(recipe: Recipe, results: Sequence[SeedResult], path: Path) -> 
     figure, axes = make_figure(1 + 5.5 * panels, 4.5, panels, columns=panels)
     for key, label, style in (("loss", "training", ":"), ("eval_loss", "validation", "-")):
         _draw(axes[0], results, key, label, style)
-    axes[0].set_ylabel("loss (nats)")
-    axes[0].set_title("Loss")
-    if metrics:
-        for key in metrics:
-            _draw(axes[1], results, key, key.removeprefix("eval_"), "-")
-        axes[1].set_ylabel("score")
-        axes[1].set_title("Validation metrics")
+    axes[0].set(title="Loss", ylabel="loss (nats)")
+    for key in metrics:
+        _draw(axes[1], results, key, key.removeprefix("eval_"), "-")
+        axes[1].set(title="Validation metrics", ylabel="score")
     for ax in axes:
         ax.set_xlabel("optimiser step")
         ax.legend()

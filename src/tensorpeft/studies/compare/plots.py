@@ -37,9 +37,7 @@ def plot_curves(comparison: Comparison, results: Sequence[EntryResult], path: Pa
             axes.lines[-1].set_label(f"loss {target:.3f}, asked for")
     starts = [result.mean_curve()[0][1] for result in drawn]
     axes.set_ylim(top=min(max(starts), 2 * statistics.median(starts)) * 1.03)
-    axes.set_title(f"Validation loss: {title(comparison)}")
-    axes.set_xlabel("optimiser step")
-    axes.set_ylabel("validation loss (nats)")
+    axes.set(title=f"Validation loss: {title(comparison)}", xlabel="optimiser step", ylabel="validation loss (nats)")
     axes.set_xlim(left=0)
     axes.legend(fontsize="small")
     save_figure(figure, path)

@@ -4,15 +4,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from tensorpeft.reports.tables import (
-    Table,
-    markdown_list,
-    markdown_origin,
-    markdown_sections,
-    markdown_table,
-    mean_and_sd,
-    model_title,
-)
+from tensorpeft.reports.tables import Table, markdown_document, markdown_list, markdown_table, mean_and_sd, model_title
 from tensorpeft.studies.compare.entries import Comparison
 from tensorpeft.studies.compare.results import EntryResult, Run, common_loss, find_metrics, steps_to
 
@@ -140,9 +132,6 @@ def markdown_report(
 ) -> str:
     """The whole report."""
     sections = [
-        f"# {title(comparison)}",
-        comparison.recipe.description.strip(),
-        f"    {command}" if command else "",
         markdown_table(*make_cells(comparison, results)),
         markdown_list(legend(comparison, results)),
         *(f"![{heading}]({path.name})" for heading, path in plots),
@@ -150,6 +139,6 @@ def markdown_report(
         markdown_table(*search_cells(results)),
         "## Seeds",
         markdown_table(*seed_cells(results)),
-        *markdown_origin(comparison.recipe.to_yaml(), versions),
     ]
-    return markdown_sections(sections)
+    recipe = comparison.recipe
+    return markdown_document(title(comparison), recipe.description, command, sections, recipe.to_yaml(), versions)
