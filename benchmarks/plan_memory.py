@@ -22,8 +22,9 @@ from peft import get_peft_model
 from transformers import AutoConfig, LlamaConfig
 
 from minilm_runs import find_minilm
+from tensorpeft.studies.catalogue import choose_methods
 from tensorpeft.studies.measure import peak_memory
-from tensorpeft.studies.plan import choose_methods, enable_checkpointing, plan_model
+from tensorpeft.studies.plan import enable_checkpointing, plan_model
 
 MIB = 2**20
 BATCH, LENGTH = 4, 128
@@ -91,7 +92,7 @@ def compare(name: str, path: Path, checkpointed: bool, device: str) -> list[floa
         config = AutoConfig.from_pretrained(path)
         torch.manual_seed(0)
         model: Any = getattr(transformers, config.architectures[0])(config).to(device, torch.bfloat16)
-        model = get_peft_model(model, method.method.make(method.value, None)).train()
+        model = get_peft_model(model, method.config(None)).train()
         if checkpointed:
             enable_checkpointing(model)
         step = training_step(model.get_base_model(), device)
@@ -101,7 +102,7 @@ def compare(name: str, path: Path, checkpointed: bool, device: str) -> list[floa
             parameter.grad = None
         predicted, measured = method.step.peak_bytes / MIB, peak_memory(step, device) / MIB
         deviations.append(abs(predicted / measured - 1))
-        print(f"  {method.method.name:32s} {predicted:9.2f} {measured:9.2f}  {predicted / measured - 1:+.1%}")
+        print(f"  {method.method.label:32s} {predicted:9.2f} {measured:9.2f}  {predicted / measured - 1:+.1%}")
     return deviations
 
 

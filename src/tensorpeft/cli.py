@@ -286,7 +286,7 @@ def _source(data: str) -> object:
 
 def _plan(arguments: argparse.Namespace, command: str) -> None:
     from tensorpeft.studies.budget import parse_count
-    from tensorpeft.studies.plan import choose_methods
+    from tensorpeft.studies.catalogue import choose_methods
     from tensorpeft.studies.plan_report import parse_size, run_plan
 
     run_plan(

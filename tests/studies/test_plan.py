@@ -2,6 +2,7 @@
 
 import json
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ pytest.importorskip("rich")
 from tensorpeft.cli import main
 from tensorpeft.networks import mpo
 from tensorpeft.studies.budget import parse_count
+from tensorpeft.studies.catalogue import DEFAULT_PLANNED, choose_methods
 from tensorpeft.studies.measure import peak_memory
-from tensorpeft.studies.plan import METHODS, choose_methods, enable_checkpointing, plan_model
+from tensorpeft.studies.plan import enable_checkpointing, plan_model
 from tensorpeft.studies.plan_report import legend, parse_size, plan_table
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
@@ -62,12 +64,12 @@ def test_the_memory_of_a_step_is_the_measured_one(
 ):
     monkeypatch.setattr(mpo, "_pays_to_keep", lambda start: True)  # as on a GPU, which the plan is for
     plan = plan_model(str(small), rank=4, batch=2, length=length, gradient_checkpointing=checkpointing)
-    assert len(plan_table(plan).rows) == len(METHODS)
+    assert len(plan_table(plan).rows) == len(DEFAULT_PLANNED)
     base = LlamaForCausalLM(LlamaConfig.from_pretrained(small)).to(torch.bfloat16)
     tokens = torch.ones(2, length, dtype=torch.long)
     for method in plan.methods:
         assert not method.problem
-        model = get_peft_model(deepcopy(base), method.method.make(method.value, None)).train()
+        model = get_peft_model(deepcopy(base), method.config(None)).train()
         if checkpointing:
             enable_checkpointing(model)
         assert method.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -112,7 +114,7 @@ def test_layers_that_differ_are_counted_one_by_one(tmp_path):
     for method in plan.methods:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-            adapted = get_peft_model(model, method.method.make(method.value, "all-linear"), low_cpu_mem_usage=True)
+            adapted = get_peft_model(model, method.config("all-linear"), low_cpu_mem_usage=True)
         assert method.trained == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     assert plan.methods[0].trained > 0
 
@@ -123,7 +125,7 @@ def test_a_budget_is_come_closest_to(small):
         counts = []
         for value in (max(method.value - 1, 1), method.value, method.value + 1):
             base = LlamaForCausalLM(LlamaConfig.from_pretrained(small))
-            model = get_peft_model(base, method.method.make(value, None))
+            model = get_peft_model(base, replace(method, value=value).config(None))
             counts.append(sum(p.numel() for p in model.parameters() if p.requires_grad))
         assert counts[1] == method.trained
         assert min(counts, key=lambda count: abs(count - 3000)) == method.trained
@@ -141,7 +143,7 @@ def test_a_method_that_cannot_serve_the_model_says_why_and_the_others_are_planne
 def test_a_budget_sets_the_rank_of_lorettas_trains(small):
     (loretta,) = plan_model(str(small), choose_methods("loretta"), budget=10_000, length=8).methods
     (smaller,) = plan_model(str(small), choose_methods("loretta"), budget=5_000, length=8).methods
-    assert loretta.method.knob == "tt_rank"
+    assert loretta.knob == "tt_rank"
     assert loretta.trained == pytest.approx(10_000, rel=0.15)
     assert smaller.value < loretta.value
 

@@ -6,8 +6,9 @@ from transformers import LlamaConfig, RobertaConfig
 pytest.importorskip("rich")
 
 import tensorpeft.studies.plan
+from tensorpeft.studies.catalogue import choose_methods
 from tensorpeft.studies.fake_step import StepCosts
-from tensorpeft.studies.plan import choose_methods, plan_model
+from tensorpeft.studies.plan import plan_model
 
 LLAMA = {"architectures": ["LlamaForCausalLM"]}
 ROBERTA = {"architectures": ["RobertaModel"], "vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}

@@ -16,89 +16,20 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from peft import LoraConfig, PeftConfig, get_peft_model
+from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from tensorpeft import (
-    DotaConfig,
-    FactConfig,
-    FloraConfig,
-    LorettaAdapterConfig,
-    LorettaConfig,
-    LortaConfig,
-    LotrConfig,
-    NolaConfig,
-    QuantaConfig,
-)
 from tensorpeft.quantization.model import plan_layers
 from tensorpeft.studies.budget import closest_value
+from tensorpeft.studies.catalogue import REFERENCE, Method, choose_methods, methods_by_key
 from tensorpeft.studies.fake_step import StepCosts, count_step
+from tensorpeft.training.adapters import make_config
 
 # Models of at most so many layers are stepped through in full. Of others two and three layers are, which give the rest:
 # from the second on every layer adds the same. (The first may be frozen in part, or hold no peak.)
 _MAX_LAYERS = 4
-_REFERENCE = "lora"
-
-
-@dataclass(frozen=True)
-class PlannedMethod:
-    """One way to adapt, and the one number that makes it larger.
-
-    Args:
-        key: how ``--methods`` calls it.
-        name: how tables call it.
-        config_cls: its configuration.
-        knob: the field that makes it larger; None: there is none.
-        default: the knob's value where neither a rank nor a budget is given.
-        arguments: further fields.
-        follows_rank: whether ``--rank`` sets the knob.
-        has_own_targets: whether it stands at other layers than those that are named for all.
-        budget_knob: the field that a budget sets, where it is not the knob.
-    """
-
-    key: str
-    name: str
-    config_cls: type[PeftConfig]
-    knob: str | None = "r"
-    default: int = 16
-    arguments: tuple[tuple[str, Any], ...] = ()
-    follows_rank: bool = True
-    has_own_targets: bool = False
-    budget_knob: str | None = None
-
-    def for_budget(self) -> PlannedMethod:
-        """The method whose knob is the one that a budget sets."""
-        return self if self.budget_knob is None else replace(self, knob=self.budget_knob)
-
-    def make(self, value: int, targets: list[str] | str | None) -> PeftConfig:
-        """A configuration with this value of the knob."""
-        fields = {**dict(self.arguments), **({self.knob: value} if self.knob else {})}
-        return self.config_cls(target_modules=None if self.has_own_targets else targets, **fields)  # type: ignore
-
-
-METHODS = (
-    PlannedMethod(_REFERENCE, "LoRA", LoraConfig),
-    PlannedMethod("dota", "DoTA", DotaConfig),
-    PlannedMethod("lorta", "LoRTA", LortaConfig),
-    PlannedMethod("lotr", "LoTR", LotrConfig),
-    PlannedMethod("fact-tt", "FacT-TT", FactConfig),
-    PlannedMethod("fact-tk", "FacT-TK", FactConfig, arguments=(("core", "tk"),)),
-    # Its trains hardly grow with r, and one that is a large prime is one mode.
-    PlannedMethod("loretta", "LoRETTA", LorettaConfig, budget_knob="tt_rank"),
-    PlannedMethod(
-        "loretta-adapter",
-        "LoRETTA-adp",
-        LorettaAdapterConfig,
-        knob="tt_rank",
-        default=5,
-        follows_rank=False,
-        has_own_targets=True,
-    ),
-    PlannedMethod("flora", "FLoRA", FloraConfig),
-    PlannedMethod("nola", "NOLA", NolaConfig, knob="num_bases", default=64, follows_rank=False),
-    PlannedMethod("quanta", "QuanTA", QuantaConfig, knob=None, default=0),
-)
+_RANK = 16  # where neither a rank nor a budget is given
 
 
 @dataclass(frozen=True)
@@ -107,7 +38,8 @@ class MethodPlan:
 
     Args:
         method: which.
-        value: of its knob.
+        knob: the field that tells its size; None: it has none.
+        value: of that field.
         trained: parameters.
         saved: size of the adapter's file, without its header.
         frozen: of the adapter, in memory: DoTA's start, NOLA's bases.
@@ -116,14 +48,22 @@ class MethodPlan:
         problem: why the model cannot have it; all else is zero then.
     """
 
-    method: PlannedMethod
-    value: int
+    method: Method
+    knob: str | None = None
+    value: int = 0
     trained: int = 0
     saved: int = 0
     frozen: int = 0
     step: StepCosts = field(default_factory=lambda: StepCosts(0, 0))
     flops_ratio: float = 0.0
     problem: str = ""
+
+    def config(self, targets: list[str] | str | None) -> PeftConfig:
+        """Its configuration on these layers; None: PEFT's for the architecture."""
+        fields = {**(self.method.adapter or {}), **({self.knob: self.value} if self.knob else {})}
+        if not self.method.has_own_targets:
+            fields["target_modules"] = targets
+        return make_config(fields, None)
 
     def total(self, base: int) -> int:
         """The memory of training on a base of so many bytes: weights, adapter, AdamW's moments, the peak of a step."""
@@ -138,7 +78,7 @@ class ModelPlan:
         name: the model's.
         num_parameters: its own.
         base_bytes: of its weights, by form: "bf16", and "NF4" (linear layers but the head in 4 bits).
-        methods: in the order of `METHODS`.
+        methods: in the order of the catalogue.
         batch: texts of a step.
         length: tokens of a text.
         gradient_checkpointing: whether a step keeps only the inputs of the blocks and computes the rest once more.
@@ -153,22 +93,9 @@ class ModelPlan:
     gradient_checkpointing: bool = False
 
 
-def choose_methods(keys: str | None) -> tuple[PlannedMethod, ...]:  # such as "lora,dota"; None: all
-    """The methods with these keys, in the order of `METHODS`.
-
-    Raises:
-        ValueError: a key is unknown.
-    """
-    known = {method.key: method for method in METHODS}
-    wanted = set(known) if keys is None else {key.strip() for key in keys.split(",")}
-    if unknown := sorted(wanted - set(known)):
-        raise ValueError(f"--methods {keys}: no method {unknown[0]!r}. Choose from {', '.join(known)}.")
-    return tuple(method for key, method in known.items() if key in wanted)
-
-
 def plan_model(
     name: str,  # Hub name, or folder, of a model; only its config.json is read
-    methods: Sequence[PlannedMethod] = METHODS,
+    methods: Sequence[Method] | None = None,  # None: those that are planned by default
     rank: int | None = None,
     budget: int | None = None,  # trained parameters; each method gets the value that comes closest
     targets: list[str] | str | None = None,
@@ -194,13 +121,13 @@ def plan_model(
         raise ValueError(f"{type(model).__name__} has no gradient checkpointing. Plan without it.")
     plans: list[MethodPlan] = []
     plan_method = partial(_plan_method, skeleton, rank=rank, budget=budget, targets=targets)
-    for plan in _map_in_processes(plan_method, methods):
-        on_method(plan.method.name)
+    for plan in _map_in_processes(plan_method, choose_methods(None) if methods is None else methods):
+        on_method(plan.method.label)
         plans.append(plan)
-    reference = next((plan.step.flops for plan in plans if plan.method.key == _REFERENCE), 0)
+    reference = next((plan.step.flops for plan in plans if plan.method.key == REFERENCE), 0)
     if reference == 0 and any(not plan.problem for plan in plans):
-        lora = next(method for method in METHODS if method.key == _REFERENCE)
-        reference = skeleton.count_step(lora.make(rank or lora.default, targets)).flops
+        lora = MethodPlan(methods_by_key()[REFERENCE], "r", rank or _RANK)
+        reference = skeleton.count_step(lora.config(targets)).flops
     plans = [_with_ratio(plan, reference) for plan in plans]
     sizes = _numel(model), _base_bytes(model)
     return ModelPlan(name, *sizes, tuple(plans), batch, length, gradient_checkpointing)
@@ -304,9 +231,7 @@ def _affine(two: int, three: int, depth: int) -> int:
     return two + (three - two) * (depth - 2)
 
 
-def _map_in_processes(
-    function: Callable[[PlannedMethod], MethodPlan], methods: Sequence[PlannedMethod]
-) -> Iterator[MethodPlan]:
+def _map_in_processes(function: Callable[[Method], MethodPlan], methods: Sequence[Method]) -> Iterator[MethodPlan]:
     """`map`, in a process per core: counting is Python's work, seconds per method, which threads cannot share.
 
     The processes are forked, as those of a DataLoader are, because a new one would import torch for longer than it
@@ -328,31 +253,41 @@ def _map_in_processes(
 
 def _plan_method(
     skeleton: _Skeleton,
-    method: PlannedMethod,
+    method: Method,
     rank: int | None,
     budget: int | None,
     targets: list[str] | str | None,
 ) -> MethodPlan:
     """The plan, without the ratio to LoRA; a method that the model cannot have is one with a problem."""
+    plan = MethodPlan(method)
     try:
-        return _try_method(skeleton, method, rank, budget, targets)
+        plan = _size(skeleton, method, rank, budget, targets)
+        config = plan.config(targets)
+        sizes = skeleton.measure_adapter(config)
+        return replace(plan, **sizes._asdict(), step=skeleton.count_step(config))
     except ValueError as error:
-        return MethodPlan(method, method.default, problem=str(error))
+        return replace(plan, problem=str(error))
 
 
-def _try_method(
+def _size(
     skeleton: _Skeleton,
-    method: PlannedMethod,
+    method: Method,
     rank: int | None,
     budget: int | None,
     targets: list[str] | str | None,
 ) -> MethodPlan:
-    value = rank if rank is not None and method.follows_rank and method.knob else method.default
-    if budget is not None and method.knob:
-        method = method.for_budget()
-        value = closest_value(lambda value: skeleton.measure_adapter(method.make(value, targets)).trained, budget)
-    config = method.make(value, targets)
-    return MethodPlan(method, value, *skeleton.measure_adapter(config), skeleton.count_step(config))
+    """The method at the size that is asked for, and no more known of it."""
+    if method.adapter is None:
+        raise ValueError("all weights are trained: a plan is of adapters.")
+    if budget is not None and method.knob is not None:
+
+        def count(value: int) -> int:
+            return skeleton.measure_adapter(MethodPlan(method, method.knob, value).config(targets)).trained
+
+        return MethodPlan(method, method.knob, closest_value(count, budget))
+    if method.rank is not None:
+        return MethodPlan(method, method.rank, rank or _RANK)
+    return MethodPlan(method, method.knob, method.adapter[method.knob] if method.knob else 0)
 
 
 def _num_bytes(tensors: Iterable[Tensor]) -> int:

@@ -44,8 +44,10 @@ def run_plan(
     if with_maps:
         model = build_skeleton(name)
         for planned in plan.methods:
-            config = planned.method.make(planned.value, arguments.get("targets"))
-            if config.peft_type != PeftType.LORA and not planned.problem:
+            if planned.problem:
+                continue
+            config = planned.config(arguments.get("targets"))
+            if config.peft_type != PeftType.LORA:
                 print()
                 print_tensor_map(model, config)  # type: ignore[arg-type]
     if json_file is not None:
@@ -67,10 +69,9 @@ def plan_table(plan: ModelPlan, gpu: int | None = None) -> Table:
 def _cells(plan: ModelPlan, method: MethodPlan, gpu: int | None) -> list[str]:
     totals = {form: method.total(base) for form, base in plan.base_bytes.items()}
     fits = [form for form, total in totals.items() if gpu is not None and total <= (1 - _HEADROOM) * gpu]
-    knob = method.method.knob
     return [
-        method.method.name,
-        f"{knob}={method.value}" if knob else "",
+        method.method.label,
+        f"{method.knob}={method.value}" if method.knob else "",
         f"{method.trained:,}",
         f"{method.trained / plan.num_parameters:.3%}".rstrip("%"),
         f"{method.saved / 1e6:.2f}",
@@ -91,7 +92,7 @@ def legend(plan: ModelPlan, gpu: int | None = None) -> list[str]:
     if gpu is not None:
         lines.append(f"fits: into {gpu / 2**30:g} GiB, {_HEADROOM:.0%} of which are left for CUDA and the allocator.")
     return lines + [
-        f"{method.method.name}: not on this model. {method.problem}" for method in plan.methods if method.problem
+        f"{method.method.label}: not on this model. {method.problem}" for method in plan.methods if method.problem
     ]
 
 
@@ -108,7 +109,7 @@ def to_tree(plan: ModelPlan) -> dict[str, Any]:
             method.method.key: {"problem": method.problem}
             if method.problem
             else {
-                **({method.method.knob: method.value} if method.method.knob else {}),
+                **({method.knob: method.value} if method.knob else {}),
                 "trained_parameters": method.trained,
                 "file_bytes": method.saved,
                 "step_bytes": method.step.peak_bytes,

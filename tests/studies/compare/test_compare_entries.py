@@ -4,7 +4,8 @@ import pytest
 
 pytest.importorskip("omegaconf")
 pytest.importorskip("trl")
-from tensorpeft.studies.compare.entries import BUILT_IN, DEFAULT, load_entries
+from tensorpeft.studies.catalogue import DEFAULT_COMPARED, METHODS
+from tensorpeft.studies.compare.entries import load_entries
 from tensorpeft.studies.rates import rate_grid, rates_beyond
 
 RECIPE = """
@@ -32,7 +33,7 @@ def adapters(comparison):
 
 def test_without_a_section_the_default_methods_stand_beside_the_recipes_own(write):
     comparison = load_entries(write())
-    assert tuple(entry.key for entry in comparison.entries) == DEFAULT
+    assert tuple(entry.key for entry in comparison.entries) == DEFAULT_COMPARED
     assert comparison.seeds == 3
     assert str(comparison.output) == "runs/compare/some"
     found = adapters(comparison)
@@ -97,7 +98,8 @@ def test_a_section_is_no_part_of_the_recipe_that_train_runs(write):
         ("", {"overrides": ["trainer.learning_rate=null"]}, "learning_rate=None"),
         ("compare: {methods: {mine: }}", {}, "mine is empty"),
         ("compare: {methods: {mine: {rank: 3}}}", {}, "unknown key 'rank'"),
-        ("compare: {methods: {mine: {rates: [1e-3]}}}", {}, "at least two"),
+        ("compare: {methods: {mine: {rates: [0]}}}", {}, "numbers above 0"),
+        ("compare: {methods: {mine: {rates: 1e-3}}}", {}, "a list of numbers"),
         ("compare: {methods: {mine: 3}}", {}, "expected a mapping"),
         ("compare: {methods: [dota]}", {}, "expected a mapping"),
         ("compare: {sedes: 3}", {}, "Did you mean seeds"),
@@ -110,13 +112,51 @@ def test_what_is_wrong_is_named(write, section, arguments, message):
         load_entries(write(section), **arguments)
 
 
-def test_every_built_in_method_has_a_configuration():
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.key)
+def test_every_method_of_the_catalogue_has_a_configuration_with_its_knobs(method):
     from tensorpeft.training.adapters import make_config
 
-    for built_in in BUILT_IN.values():
-        if built_in.adapter is not None:
-            config = make_config({**built_in.adapter, "target_modules": ["q"]}, "SEQ_CLS")
-            assert built_in.knob is None or hasattr(config, built_in.knob)
+    if method.adapter is None:
+        assert method.knob is method.rank is None
+        return
+    config = make_config({**method.adapter, "target_modules": ["q"]}, "SEQ_CLS")
+    for field in {method.knob, method.rank} - {None}:
+        assert hasattr(config, field)
+    if method.is_planned and method.rank is None and method.knob is not None:
+        assert method.knob in method.adapter  # what a plan says without a budget
+
+
+def test_every_method_of_ours_is_in_the_catalogue():
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    ours = {
+        str(name.value).lower()
+        for name, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()
+        if config.__module__.startswith("tensorpeft.methods.")
+    }
+    assert ours <= {method.adapter_method for method in METHODS if method.is_planned}
+
+
+def test_one_rate_is_no_choice(write):
+    (entry,) = load_entries(write("compare: {methods: {lora: {rates: [2e-3]}}}")).entries
+    assert entry.rates == (2e-3,)
+
+
+def test_what_is_done_to_the_base_is_the_methods_or_the_recipes(write):
+    qlora, qdota, dota = load_entries(write(), "qlora,qdota,dota").entries
+    assert qlora.recipe.quantize == {"residual": False}
+    assert qdota.recipe.quantize == {"rounds": 5}
+    assert "4 bits" in qdota.note
+    assert dota.recipe.quantize is None
+    section = "compare: {methods: {qdota: {quantize: {rounds: 2}}}}"
+    (qdota,) = load_entries(write(section)).entries
+    assert qdota.recipe.quantize == {"rounds": 2}
+
+
+def test_a_method_with_places_of_its_own_does_not_take_the_recipes_layers(write):
+    recipe = RECIPE.replace("target_modules: [q, v]", "target_modules: [q, v], modules_to_save: [head]")
+    (entry,) = load_entries(write(recipe=recipe), "loretta-adapter").entries
+    assert entry.recipe.adapter == {"method": "lorettaadapter", "tt_rank": 5, "modules_to_save": ["head"]}
 
 
 def test_rates():

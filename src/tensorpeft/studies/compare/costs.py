@@ -9,7 +9,8 @@ from typing import Any
 
 from transformers import Trainer
 
-from tensorpeft.studies.compare.entries import REFERENCE, Comparison, Entry
+from tensorpeft.studies.catalogue import REFERENCE
+from tensorpeft.studies.compare.entries import Comparison, Entry
 from tensorpeft.studies.compare.results import EntryCosts
 from tensorpeft.studies.measure import median_step_times, peak_memory
 from tensorpeft.tasks.task import StructureTask

@@ -6,62 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from tensorpeft.studies.budget import parse_count
+from tensorpeft.studies.catalogue import DEFAULT_COMPARED, METHODS, Method, methods_by_key
 from tensorpeft.studies.rates import rate_grid
 from tensorpeft.training.recipe import Recipe, check_keys, load_comparison, load_recipe
 
-REFERENCE = "lora"
-DEFAULT = ("full", REFERENCE, "dota", "dota-random", "lorta", "lotr")
-# What of the recipe's adapter every other method is given too: which weights are adapted.
-_SHARED_FIELDS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
+# What of the recipe's adapter every other method is given too: which weights are adapted, which modules are trained.
+_TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+_KEPT_MODULES = ("modules_to_save",)
 _SECTION = ("seeds", "methods", "rate_scale", "budget", "target_loss", "widenings", "output")
 _ON_TOP = ("trainer", "quantize", "model_arguments", "head_learning_rate")
 _ENTRY = ("label", "note", "rates", "knob", "adapter", *_ON_TOP)
-
-
-@dataclass(frozen=True)
-class BuiltIn:
-    """A method as it is compared where a recipe says no more of it than its name.
-
-    Args:
-        label: how tables call it; of an adapter with a knob, the knob's value follows.
-        adapter: method and fields of the adapter; None: all weights are trained.
-        rate: the learning rate that suits it, as a multiple of the one that suits LoRA.
-        knob: the field of the adapter that makes it larger, which a budget sets; None: there is none.
-    """
-
-    label: str
-    adapter: Mapping[str, Any] | None
-    rate: float
-    knob: str | None = "r"
-
-    @property
-    def method(self) -> str | None:
-        """Of its adapter."""
-        return None if self.adapter is None else self.adapter["method"]
-
-
-# The multiples are those that tensorpeft demo chose on MiniLM (docs/demo.md), to a factor of three.
-BUILT_IN = {
-    "full": BuiltIn("full fine-tuning", None, 0.03, None),
-    REFERENCE: BuiltIn("LoRA", {"method": "lora", "r": 8, "lora_alpha": 16}, 1),
-    "dota": BuiltIn("DoTA", {"method": "dota", "r": 16}, 1),
-    "dota-random": BuiltIn("DoTA-random", {"method": "dota", "r": 16, "init_weights": "random"}, 3),
-    "lorta": BuiltIn("LoRTA", {"method": "lorta", "r": 16}, 10),
-    "lotr": BuiltIn("LoTR", {"method": "lotr", "r": 16}, 3),
-    "fact-tt": BuiltIn("FacT-TT", {"method": "fact", "r": 16}, 3),
-    "fact-tk": BuiltIn("FacT-TK", {"method": "fact", "r": 16, "core": "tk"}, 3),
-    # Its trains hardly grow with r, and one that is a large prime is one mode.
-    "loretta": BuiltIn("LoRETTA", {"method": "loretta", "r": 8}, 3, "tt_rank"),
-    "loretta-adapter": BuiltIn("LoRETTA-adp", {"method": "lorettaadapter"}, 3, "tt_rank"),
-    "flora": BuiltIn("FLoRA", {"method": "flora", "r": 8}, 1),
-    "nola": BuiltIn("NOLA", {"method": "nola", "r": 8}, 10, "num_bases"),
-    "quanta": BuiltIn("QuanTA", {"method": "quanta"}, 0.3, None),
-    "dora": BuiltIn("DoRA", {"method": "lora", "r": 8, "lora_alpha": 16, "use_dora": True}, 1),
-    "rslora": BuiltIn("rsLoRA", {"method": "lora", "r": 8, "lora_alpha": 16, "use_rslora": True}, 1),
-    "pissa": BuiltIn("PiSSA", {"method": "lora", "r": 8, "lora_alpha": 8, "init_lora_weights": "pissa"}, 0.3),
-    "vera": BuiltIn("VeRA", {"method": "vera", "r": 256}, 3),
-    "ia3": BuiltIn("IA3", {"method": "ia3"}, 10, None),
-}
 
 
 @dataclass(frozen=True)
@@ -110,7 +64,7 @@ class Comparison:
 
 def load_entries(
     path: str | Path,
-    methods: str | None = None,  # such as "dota,lora"; None: the recipe's, or `DEFAULT`
+    methods: str | None = None,  # such as "dota,lora"; None: the recipe's, or `DEFAULT_COMPARED`
     seeds: int | None = None,  # None: the recipe's, or 3
     overrides: Sequence[str] = (),  # of the recipe, as `load_recipe` takes them
     smoke: bool = False,
@@ -122,9 +76,9 @@ def load_entries(
 
     The recipe's section ``compare`` may have ``methods`` ({key: null, or a part of a recipe with ``label``, ``rates``,
     ``note`` and ``knob``}), ``seeds``, ``rate_scale``, ``budget`` (such as 50k), ``widenings``, ``target_loss`` and
-    ``output``. A key of `BUILT_IN` begins with what is there; an adapter of the recipe's own method begins with the
+    ``output``. A key of the catalogue begins with what is there; an adapter of the recipe's own method begins with the
     recipe's; every adapter has the recipe's targets. Without ``rates``, an entry chooses among three: the recipe's
-    learning rate, times what its method wants of it, and √10 below and above.
+    learning rate, times what its method wants of it, and √10 below and above; of one rate nothing is chosen.
 
     Raises:
         FileNotFoundError: there is no such recipe.
@@ -136,16 +90,17 @@ def load_entries(
     described = section.get("methods") or {}
     if not isinstance(described, dict):
         raise ValueError(f"{path}: compare.methods={described!r}: expected a mapping from a name to its fields.")
-    keys = [key.strip() for key in methods.split(",")] if methods is not None else list(described or DEFAULT)
-    check_keys(keys, {**described, **BUILT_IN}, "methods")
+    keys = [key.strip() for key in methods.split(",")] if methods is not None else list(described or DEFAULT_COMPARED)
+    catalogue = methods_by_key()
+    check_keys(keys, {**described, **catalogue}, "methods")
     if len(set(keys)) < len(keys):
         raise ValueError(f"methods={','.join(keys)}: one is there twice. Give each once.")
     rate = recipe.trainer.get("learning_rate")
     if not isinstance(rate, int | float) or isinstance(rate, bool) or rate <= 0:
         raise ValueError(f"{path}: trainer.learning_rate={rate!r}: expected a number, for grids to begin from.")
     base_rate = rate * float(section.get("rate_scale", 1)) / _most_like(recipe.adapter).rate
-    if missing := [key for key in keys if key not in BUILT_IN and described.get(key) is None]:
-        raise ValueError(f"{path}: compare.methods.{missing[0]} is empty, and no method is built in by that name.")
+    if missing := [key for key in keys if key not in catalogue and described.get(key) is None]:
+        raise ValueError(f"{path}: compare.methods.{missing[0]} is empty, and the catalogue has no such method.")
 
     def read(on_top: Mapping[str, Any]) -> Recipe:
         return load_recipe(path, overrides, smoke, on_top)
@@ -176,60 +131,63 @@ def _make_entry(
     if not isinstance(described, Mapping):
         raise ValueError(f"compare.methods.{key}={described!r}: expected a mapping of fields, or nothing.")
     check_keys(described, _ENTRY, f"compare.methods.{key}")
-    built_in = BUILT_IN.get(key)
+    method = methods_by_key().get(key)
     on_top = {name: described[name] for name in _ON_TOP if name in described}
-    if "adapter" in described or built_in is not None:
-        on_top["adapter"] = _adapter(described.get("adapter", {}), built_in, recipe.adapter)
+    if method is not None and method.quantize is not None:
+        on_top.setdefault("quantize", method.quantize)
+    if "adapter" in described or method is not None:
+        on_top["adapter"] = _adapter(described.get("adapter", {}), method, recipe.adapter)
     entry_recipe = read(on_top) if on_top else recipe
     adapter = entry_recipe.adapter
     like = _most_like(adapter)
     rates = described.get("rates") or rate_grid(base_rate * like.rate)
-    if not isinstance(rates, Sequence) or len(rates) < 2 or not all(_is_rate(rate) for rate in rates):
-        raise ValueError(f"compare.methods.{key}.rates={rates!r}: expected at least two numbers above 0.")
+    if not isinstance(rates, Sequence) or not all(_is_rate(rate) for rate in rates):
+        raise ValueError(f"compare.methods.{key}.rates={rates!r}: expected a list of numbers above 0.")
     knob = described.get("knob", like.knob)
-    size = f" {knob}={adapter[knob]}" if built_in and adapter and knob in adapter else ""
+    size = f" {knob}={adapter[knob]}" if method and adapter and knob in adapter else ""
     return Entry(
         key=key,
-        label=str(described.get("label", f"{built_in.label}{size}" if built_in else key)),
+        label=str(described.get("label", f"{method.label}{size}" if method else key)),
         recipe=entry_recipe,
         rates=tuple(sorted(float(rate) for rate in rates)),
-        note=str(described.get("note", "")),
+        note=str(described.get("note", method.note if method else "")),
         knob=knob,
     )
 
 
 def _adapter(
-    described: Mapping[str, Any] | None, built_in: BuiltIn | None, of_recipe: Mapping[str, Any] | None
+    described: Mapping[str, Any] | None, method: Method | None, of_recipe: Mapping[str, Any] | None
 ) -> dict[str, Any] | None:
-    """The fields of an entry's adapter: the recipe's targets, what is built in, the recipe's own, what is described."""
-    if described is None or (built_in is not None and built_in.adapter is None):
+    """The fields of an entry's adapter: the recipe's targets, the catalogue's, the recipe's own, what is described."""
+    if described is None or (method is not None and method.adapter is None):
         return None
     of_recipe = of_recipe or {}
-    shared = {name: of_recipe[name] for name in _SHARED_FIELDS if name in of_recipe}
-    fields = {} if built_in is None or built_in.adapter is None else dict(built_in.adapter)
-    method = described.get("method", fields.get("method", of_recipe.get("method")))
-    own = of_recipe if of_recipe.get("method") == method else {}
-    variant = {} if built_in is None else {name: fields[name] for name in _variant_fields(built_in)}
-    return {**shared, **fields, **own, **variant, **described, "method": method}
+    names = _KEPT_MODULES if method and method.has_own_targets else (*_TARGETS, *_KEPT_MODULES)
+    shared = {name: of_recipe[name] for name in names if name in of_recipe}
+    fields = {} if method is None or method.adapter is None else dict(method.adapter)
+    name = described.get("method", fields.get("method", of_recipe.get("method")))
+    own = of_recipe if of_recipe.get("method") == name else {}
+    variant = {} if method is None else {field: fields[field] for field in _variant_fields(method)}
+    return {**shared, **fields, **own, **variant, **described, "method": name}
 
 
-def _variant_fields(built_in: BuiltIn) -> list[str]:
-    """What makes a built-in method another one than the first of its configuration: DoRA's use_dora."""
-    plain = next(other.adapter for other in BUILT_IN.values() if other.method == built_in.method)
-    return [name for name in built_in.adapter or () if name not in (plain or {})]
+def _variant_fields(method: Method) -> list[str]:
+    """What makes a method another one than the first of its configuration: DoRA's use_dora."""
+    plain = next(other.adapter for other in METHODS if other.adapter_method == method.adapter_method)
+    return [name for name in method.adapter or () if name not in (plain or {})]
 
 
-def _most_like(adapter: Mapping[str, Any] | None) -> BuiltIn:
-    """The built-in method that an adapter is, whatever its size."""
-    method = None if adapter is None else adapter["method"]
+def _most_like(adapter: Mapping[str, Any] | None) -> Method:
+    """The method of the catalogue that an adapter is, whatever its size."""
+    name = None if adapter is None else adapter["method"]
     alike = [
-        built_in
-        for built_in in BUILT_IN.values()
-        if built_in.method == method
-        and all((adapter or {}).get(name) == (built_in.adapter or {})[name] for name in _variant_fields(built_in))
+        method
+        for method in METHODS
+        if method.adapter_method == name
+        and all((adapter or {}).get(field) == (method.adapter or {})[field] for field in _variant_fields(method))
     ]
-    unknown = BuiltIn(str(method), adapter, 1, "r" if "r" in (adapter or {}) else None)
-    return max(alike, key=lambda built_in: len(_variant_fields(built_in)), default=unknown)
+    unknown = Method(str(name), str(name), adapter, knob="r" if "r" in (adapter or {}) else None)
+    return max(alike, key=lambda method: len(_variant_fields(method)), default=unknown)
 
 
 def _is_rate(value: Any) -> bool:

@@ -24,7 +24,7 @@ def fit_budget(
 ) -> Comparison:
     """The comparison with every entry's knob at the value that comes closest to the budget.
 
-    Counted on the meta device: nothing is decomposed. An entry without a knob (full fine-tuning, QuanTA) stays as it
+    Counted on the meta device: nothing is decomposed. An entry without a knob, such as full fine-tuning, stays as it
     is; a knob called ``budget`` gets the number itself.
 
     Raises:

@@ -84,8 +84,8 @@ class EntryResult:
 
     @property
     def chose_the_edge(self) -> bool:
-        """Whether the chosen rate is the lowest or highest that was tried: a better one may lie outside."""
-        return bool(self.final) and self.rate in (self.search[0].rate, self.search[-1].rate)
+        """Whether the chosen rate is the lowest or highest of several: a better one may lie outside."""
+        return bool(self.final) and len(self.search) > 1 and self.rate in (self.search[0].rate, self.search[-1].rate)
 
     def losses(self) -> list[float]:
         """The validation losses of the finished final runs."""

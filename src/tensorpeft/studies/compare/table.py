@@ -59,7 +59,10 @@ def legend(comparison: Comparison, results: Sequence[EntryResult]) -> list[str]:
     spread = "mean ± standard deviation over the seeds" if comparison.seeds > 1 else "one seed"
     head = next((result.costs.head_parameters for result in results if result.costs is not None), 0)
     lines = [f"Scores: test rows, scored once per final run, {spread}. Valid. loss: in nats, of the kept checkpoint."]
-    lines.append("Rate: the learning rate, chosen for every method on the first seed's validation loss from its grid.")
+    if any(len(result.search) > 1 for result in results):
+        lines.append("Rate: the learning rate, chosen on the first seed's validation loss from a grid of the method's.")
+    else:
+        lines.append("Rate: the learning rate, one per method: nothing was searched.")
     if head:
         lines.append(f"Trained: every method also trains a new head of {head:,} parameters.")
     if comparison.budget is not None:
