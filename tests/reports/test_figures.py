@@ -10,7 +10,8 @@ from tensorpeft.reports.figures import legend_above, make_figure, name_layers, p
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-@pytest.mark.parametrize("label", [r"$\frac{", "[/bold] a|b", "100 $ and 200 $"])
+@pytest.mark.filterwarnings("error:Glyph")
+@pytest.mark.parametrize("label", [r"$\frac{", "[/bold] a|b \x1b[31m", "100 $ and 200 $"])
 def test_a_label_is_no_formula(label, tmp_path):
     figure, (axes,) = make_figure(3, 2)
     axes.plot([0, 1], label=label)

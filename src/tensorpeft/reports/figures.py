@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from tensorpeft.reports.files import write_whole
+from tensorpeft.reports.tables import strip_controls
 
 # One marker per curve: curves that lie on each other, or print in grey, can still be told apart.
 MARKERS = "osD^vPX*<>hd"
@@ -59,8 +60,9 @@ def legend_above(figure: Figure, title: str, columns: int = 3) -> None:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a PNG, whole; a dollar in a label is a dollar, not the start of a formula."""
+    """Write a PNG, whole; labels are shown as they are: a dollar is a dollar, not the start of a formula."""
     for text in figure.findobj(Text):
+        text.set_text(strip_controls(text.get_text()))  # pyright: ignore[reportAttributeAccessIssue]
         text.set_parse_math(False)  # pyright: ignore[reportAttributeAccessIssue]
     with write_whole(path) as unfinished:
         figure.savefig(unfinished, format="png")
