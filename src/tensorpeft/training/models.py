@@ -19,6 +19,7 @@ from transformers import (
 
 from tensorpeft.models.folding import VOCABULARY, build_folding_model
 from tensorpeft.quantization import quantize_residual
+from tensorpeft.reports.files import write_whole
 from tensorpeft.tasks.task import LabelTask, StructureTask, Task
 from tensorpeft.training.adapters import make_config
 from tensorpeft.training.recipe import Recipe, check_keys
@@ -78,11 +79,10 @@ def load_base(
 def _keep_base(model: Any, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
     """Save a base that exists nowhere else, and let adapters name it."""
     if PartialState().is_main_process and not folder.is_dir():
-        partial = folder.with_name(f"{folder.name}.partial")
-        model.save_pretrained(partial)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
-        partial.rename(folder)
+        with write_whole(folder) as unfinished:
+            model.save_pretrained(unfinished)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(unfinished)
     model.name_or_path = model.config._name_or_path = str(folder)
 
 

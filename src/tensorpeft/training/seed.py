@@ -11,7 +11,8 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 
 from tensorpeft.evaluation.evaluate import evaluate_task
 from tensorpeft.evaluation.options import EvaluationOptions
-from tensorpeft.evaluation.report import to_json, write_lines
+from tensorpeft.reports.files import write_json_lines, write_lines
+from tensorpeft.reports.terminal import plain
 from tensorpeft.tasks.task import StructureTask
 from tensorpeft.training.checkpoints import last_whole_checkpoint, train_from
 from tensorpeft.training.models import load_tokenizer
@@ -162,8 +163,8 @@ def _test(
         return {}
     metrics, model = {}, whole_model(trainer, recipe, splits.task, tokenizer, saved)
     for name, (task, examples) in splits.test.items():
-        with console.status(f"test: {name}, {len(examples)} rows"):
+        with console.status(plain(f"test: {name}, {len(examples)} rows")):
             found = evaluate_task(model, tokenizer, task, examples, options)
-        write_lines(saved.with_name(f"predictions-{name}.jsonl"), (to_json(row) for row in found.rows))
+        write_json_lines(saved.with_name(f"predictions-{name}.jsonl"), found.rows)
         metrics[name] = dict(found.metrics)
     return metrics

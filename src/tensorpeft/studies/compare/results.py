@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tensorpeft.studies.compare.entries import Comparison, Entry
-from tensorpeft.training.results import SeedResult
+from tensorpeft.training.results import SeedResult, common_curves
 
 
 @dataclass(frozen=True)
@@ -97,11 +97,8 @@ class EntryResult:
 
     def mean_curve(self) -> list[tuple[int, float]]:
         """(step, validation loss), the mean over the finished final runs."""
-        curves = [dict(result.curve("eval_loss")) for result in self.finished]
-        if not curves:
-            return []
-        steps = sorted(set.intersection(*(set(curve) for curve in curves)))
-        return [(step, statistics.fmean(curve[step] for curve in curves)) for step in steps]
+        steps, curves = common_curves(self.finished, "eval_loss")
+        return [(step, statistics.fmean(losses)) for step, losses in zip(steps, zip(*curves))]
 
 
 def find_metrics(results: Sequence[EntryResult]) -> list[tuple[str, str]]:

@@ -8,9 +8,10 @@ from typing import TextIO
 
 import datasets
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from tensorpeft.evaluation.report import find_versions, to_json, write_lines
+from tensorpeft.reports.files import to_json, write_json, write_lines
+from tensorpeft.reports.terminal import make_progress, print_table, say
+from tensorpeft.reports.versions import find_versions
 from tensorpeft.studies.compare.cells import Runner
 from tensorpeft.studies.compare.costs import CostMeter, saved_bytes
 from tensorpeft.studies.compare.entries import Comparison, Entry
@@ -18,7 +19,7 @@ from tensorpeft.studies.compare.equal_size import fit_budget
 from tensorpeft.studies.compare.html import write_html
 from tensorpeft.studies.compare.plots import plot_curves, plot_front
 from tensorpeft.studies.compare.results import EntryCosts, EntryResult, to_tree
-from tensorpeft.studies.compare.table import TABLE_WIDTH, markdown_report, rich_table
+from tensorpeft.studies.compare.table import main_table, markdown_report
 from tensorpeft.training.arguments import make_arguments
 from tensorpeft.training.run import check_recipe, quieten
 from tensorpeft.training.seed import kept_folder
@@ -54,15 +55,14 @@ def run_compare(
     if comparison.budget is not None:
         comparison = fit_budget(comparison, splits.task, comparison.budget)
     for leak in splits.leaks:
-        console.print(f"Leak: {leak}.", soft_wrap=True)
+        say(console, f"Leak: {leak}.")
     meter = CostMeter(comparison, splits, timing_rounds)
     with _Bar(console, comparison) as bar:
         runner = Runner(comparison, splits, options, bar.describe, bar.share, bar.done, bar.more)
         results = [_run_entry(entry, runner, meter, bar) for entry in comparison.entries]
     _write(comparison, results, command)
-    wide = Console(file=terminal, width=max(console.width, TABLE_WIDTH))
-    wide.print(rich_table(comparison, results))
-    wide.print(f"Report, plots, raw results: {comparison.output}", soft_wrap=True)
+    print_table(console, main_table(comparison, results))
+    say(console, f"Report, plots, raw results: {comparison.output}")
     return results
 
 
@@ -92,14 +92,13 @@ def _measure(entry: Entry, comparison: Comparison, meter: CostMeter) -> tuple[En
         costs = meter.measure(entry)
     except Exception as error:
         return None, f"costs: {type(error).__name__}: {error}"
-    write_lines(path, [to_json({"of": wanted, "costs": dataclasses.asdict(costs)}, indent=1)])
+    write_json(path, {"of": wanted, "costs": dataclasses.asdict(costs)})
     return costs, ""
 
 
 def _write(comparison: Comparison, results: Sequence[EntryResult], command: str) -> None:
     output, versions = comparison.output, find_versions()
-    output.mkdir(parents=True, exist_ok=True)
-    write_lines(output / "results.json", [to_json(to_tree(comparison, results, versions), indent=1)])
+    write_json(output / "results.json", to_tree(comparison, results, versions))
     plots: list[tuple[str, Path]] = []
     for name, title, plot in (
         ("curves.png", "Validation loss along training", plot_curves),
@@ -108,7 +107,7 @@ def _write(comparison: Comparison, results: Sequence[EntryResult], command: str)
         if plot(comparison, results, output / name):
             plots.append((title, output / name))
     text = markdown_report(comparison, results, command, plots, versions)
-    write_lines(output / "report.md", [text.rstrip()])
+    write_lines(output / "report.md", [text])
     write_html(comparison, results, command, plots, versions, output / "report.html")
 
 
@@ -118,18 +117,8 @@ class _Bar:
     def __init__(self, console: Console, comparison: Comparison) -> None:
         self._done = 0.0
         self._total = sum(len(entry.rates) + comparison.seeds - 1 for entry in comparison.entries)
-        self._progress = Progress(
-            TextColumn("{task.description:<42}"),
-            BarColumn(bar_width=16),
-            TextColumn("{task.fields[count]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-        )
-        self._task: TaskID = self._progress.add_task("", total=self._total, count=self._count())
-
-    def _count(self) -> str:
-        return f"{int(self._done)}/{self._total} cells"
+        self._progress = make_progress(console, width=42)
+        self._task = self._progress.add_task("", total=self._total)
 
     def __enter__(self) -> "_Bar":
         self._progress.start()
@@ -139,14 +128,14 @@ class _Bar:
         self._progress.stop()
 
     def describe(self, text: str) -> None:
-        self._progress.update(self._task, description=text[:42])
+        self._progress.update(self._task, description=text)
 
     def share(self, share: float) -> None:
         self._progress.update(self._task, completed=self._done + share)
 
     def done(self) -> None:
         self._done += 1
-        self._progress.update(self._task, completed=self._done, count=self._count())
+        self._progress.update(self._task, completed=self._done)
 
     def more(self, cells: int) -> None:
         self._total += cells
