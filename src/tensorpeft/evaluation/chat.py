@@ -151,7 +151,7 @@ class _Screen:
 
     def _columns(self, texts: list[str], height: int | None = None) -> Table:
         """The texts next to each other, each wrapped; of a limited height their ends."""
-        width = max((self._console.width - 2) // 2, 1)
+        width = max((self._console.width - 5) // 2, 1)  # less a space at each side of both, and one between
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False)
         cells = []
         for title, text in zip(self._titles, texts, strict=True):
