@@ -54,7 +54,7 @@ def run_chat(
     if not conversation.has_template:
         screen.say("The model has no chat template: it goes on with the text.")
     if not conversation.together:
-        screen.say("This adapter cannot share a batch with its base: they answer one after the other.")
+        screen.say("In one batch this adapter cannot be told from its base: they answer one after the other.")
     try:
         _talk(conversation, screen)
     except KeyboardInterrupt:  # a second one within an answer
