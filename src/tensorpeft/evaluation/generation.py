@@ -70,27 +70,30 @@ def generate_texts(
         return [_cut(text, generation.stop) for text in _decode(tokenizer, output[:, width:])]
 
     lengths = [len(prompt.ids) for prompt in prompts]
-    with _settings(model, tokenizer, generation):
+    settings = {"do_sample": False, "max_new_tokens": generation.max_new_tokens, "num_beams": generation.num_beams}
+    with generation_settings(model, tokenizer, **settings):
         return map_batches(compute, prompts, lengths, batch_size, lambda indices: on_row(len(indices)))
 
 
 @contextmanager
-def _settings(model: nn.Module, tokenizer: PreTrainedTokenizerBase, generation: Generation) -> Iterator[None]:
-    """The model with these generation settings instead of its own, which would fill in whatever is left open."""
+def generation_settings(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    **settings: Any,  # fields of transformers' GenerationConfig
+) -> Iterator[list[int]]:
+    """The model with these generation settings instead of its own, which would fill in whatever is left open.
+
+    Yields the tokens that end an answer: the model's and the tokenizer's.
+    """
     base = base_model(model)
     own = base.generation_config
     of_model = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
-    ends = {end for end in (*of_model, tokenizer.eos_token_id) if isinstance(end, int)}
+    ends = sorted({end for end in (*of_model, tokenizer.eos_token_id) if isinstance(end, int)})
     base.generation_config = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=generation.max_new_tokens,
-        num_beams=generation.num_beams,
-        bos_token_id=own.bos_token_id,
-        eos_token_id=sorted(ends) or None,
-        pad_token_id=pad_id(tokenizer),
+        bos_token_id=own.bos_token_id, eos_token_id=ends or None, pad_token_id=pad_id(tokenizer), **settings
     )
     try:
-        yield
+        yield ends
     finally:
         base.generation_config = own
 
