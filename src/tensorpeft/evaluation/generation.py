@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from tensorpeft.evaluation.batches import map_batches
+from tensorpeft.evaluation.chat import find_turn_end
 from tensorpeft.evaluation.options import EvaluationOptions
 from tensorpeft.evaluation.tokens import TokenRow, base_model, device_of, encode_prompts, find_limit, pad_id, pad_tokens
 from tensorpeft.tasks.task import Generation, Question, QuestionTask
@@ -35,7 +36,8 @@ def evaluate_generation(
         raise ValueError(
             f"task {task.name}, row {empty[0]!r}: the prompt has no tokens, expected a text to go on from."
         )
-    texts = generate_texts(model, tokenizer, prompts, generation, options.batch_size, on_row)
+    turn_end = find_turn_end(tokenizer) if options.chat else None
+    texts = generate_texts(model, tokenizer, prompts, generation, options.batch_size, on_row, turn_end)
     rows = []
     for example, prompt, text in zip(examples, prompts, texts, strict=True):
         scored = task.score(text, example)
@@ -53,6 +55,7 @@ def generate_texts(
     generation: Generation,
     batch_size: int,
     on_row: Callable[[int], object],
+    turn_end: int | None = None,  # a further token that ends an answer
 ) -> list[str]:
     """What the model writes after every prompt, up to the first of the stop texts.
 
@@ -70,17 +73,19 @@ def generate_texts(
         return [_cut(text, generation.stop) for text in _decode(tokenizer, output[:, width:])]
 
     lengths = [len(prompt.ids) for prompt in prompts]
-    with _settings(model, tokenizer, generation):
+    with _settings(model, tokenizer, generation, turn_end):
         return map_batches(compute, prompts, lengths, batch_size, lambda indices: on_row(len(indices)))
 
 
 @contextmanager
-def _settings(model: nn.Module, tokenizer: PreTrainedTokenizerBase, generation: Generation) -> Iterator[None]:
+def _settings(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, generation: Generation, turn_end: int | None
+) -> Iterator[None]:
     """The model with these generation settings instead of its own, which would fill in whatever is left open."""
     base = base_model(model)
     own = base.generation_config
     of_model = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
-    ends = {end for end in (*of_model, tokenizer.eos_token_id) if isinstance(end, int)}
+    ends = {end for end in (*of_model, tokenizer.eos_token_id, turn_end) if isinstance(end, int)}
     base.generation_config = GenerationConfig(
         do_sample=False,
         max_new_tokens=generation.max_new_tokens,
