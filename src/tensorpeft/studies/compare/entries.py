@@ -184,8 +184,8 @@ def _make_entry(
     adapter = entry_recipe.adapter
     like = _most_like(adapter)
     rates = described.get("rates") or rate_grid(base_rate * like.rate)
-    if not isinstance(rates, Sequence) or len(rates) < 2 or not all(_is_rate(rate) for rate in rates):
-        raise ValueError(f"compare.methods.{key}.rates={rates!r}: expected at least two numbers above 0.")
+    if not isinstance(rates, Sequence) or not all(_is_rate(rate) for rate in rates):
+        raise ValueError(f"compare.methods.{key}.rates={rates!r}: expected one or more numbers above 0.")
     knob = described.get("knob", like.knob)
     size = f" {knob}={adapter[knob]}" if built_in and adapter and knob in adapter else ""
     return Entry(
