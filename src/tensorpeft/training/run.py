@@ -2,7 +2,7 @@
 
 import warnings
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import datasets
 from rich.console import Console
@@ -100,8 +100,9 @@ def check_recipe(
     _check_fields(recipe, task)
     adapter_config(recipe, task)
     check_keys(recipe.evaluate, EvaluationOptions.__dataclass_fields__, "evaluate")
-    # The DPO loss is tested with the beta that it is trained with.
-    trained = {"beta": arguments.beta} if hasattr(arguments, "beta") else {}  # pyright: ignore[reportAttributeAccessIssue]
+    # Questions are tested as they are asked in training, the DPO loss with the beta that it is trained with.
+    trained: dict[str, Any] = {"chat": recipe.data.chat}
+    trained |= {"beta": arguments.beta} if hasattr(arguments, "beta") else {}  # pyright: ignore[reportAttributeAccessIssue]
     return EvaluationOptions(**{**trained, **recipe.evaluate})
 
 
@@ -116,5 +117,7 @@ def _check_fields(recipe: Recipe, task: Task) -> None:
         raise ValueError(f"data.max_length: the task {task.name} is cut by trainer.max_length. Write it there.")
     if recipe.head_learning_rate is not None and not has_head:
         raise ValueError(f"head_learning_rate: a model for the task {task.name} gets no new head. Remove it.")
+    if recipe.data.chat and not isinstance(task, QuestionTask):
+        raise ValueError(f"data.chat: only questions are asked in a chat, {task.name} has none. Remove it.")
     if recipe.data.loss_on == "text" and not isinstance(task, QuestionTask):
         raise ValueError(f"data.loss_on: text: only questions have a prompt to learn, {task.name} has none. Remove it.")
