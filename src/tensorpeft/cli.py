@@ -24,7 +24,7 @@ def run() -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code of the command: 0, or 2 after a user error."""
+    """Exit code of the command: 0, 1 where `compare` had to show something as failed, or 2 after a user error."""
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = _parser()
     arguments, rest = parser.parse_known_args(with_view(argv), argparse.Namespace(extra="demo", overrides=None))
@@ -34,17 +34,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         arguments.overrides += rest
     try:
-        arguments.run(arguments, shlex.join(["tensorpeft", *argv]))
+        return arguments.run(arguments, shlex.join(["tensorpeft", *argv])) or 0
     except ValueError as error:
         return _fail(str(error))
     except ModuleNotFoundError as error:
-        extra = {"bitsandbytes": "4bit", "lm_eval": "eval"}.get(str(error.name), arguments.extra)
+        extra = {"bitsandbytes": "4bit", "lm_eval": "eval", "ray": "ray"}.get(str(error.name), arguments.extra)
         return _fail(
             f'{error}. This command needs more libraries than the package. Run: pip install "tensorpeft[{extra}]"'
         )
     except (ImportError, OSError) as error:
         return _fail(str(error))
-    return 0
 
 
 def _fail(message: str) -> int:
@@ -168,6 +167,14 @@ def _add_compare(commands) -> None:  # commands: what add_subparsers returns
     compare.add_argument(
         "--timing-rounds", type=int, default=7, metavar="N", help="timed steps; 0: time nothing (default: %(default)s)"
     )
+    compare.add_argument("--workers", type=int, metavar="N", help="processes to run in, with a GPU or some cores each")
+    compare.add_argument(
+        "--ray",
+        nargs="?",
+        const="",
+        metavar="ADDRESS",
+        help="run on a Ray cluster; without ADDRESS: the one here, or new",
+    )
     compare.add_argument("--smoke", action="store_true", help="the recipe's small version: shows that it runs, no more")
     compare.add_argument("--output", type=Path, metavar="DIR", help="(default: the recipe's, or runs/compare/RECIPE)")
     compare.set_defaults(run=_compare, extra="train")
@@ -208,7 +215,7 @@ def _train(arguments: argparse.Namespace, command: str) -> None:
     run_training(recipe, arguments.resume, command)
 
 
-def _compare(arguments: argparse.Namespace, command: str) -> None:
+def _compare(arguments: argparse.Namespace, command: str) -> int:
     from tensorpeft.studies.budget import parse_count
     from tensorpeft.studies.compare.entries import load_entries
     from tensorpeft.studies.compare.run import run_compare
@@ -225,7 +232,8 @@ def _compare(arguments: argparse.Namespace, command: str) -> None:
         None if arguments.budget is None else parse_count(arguments.budget),
         arguments.target_loss,
     )
-    run_compare(comparison, arguments.timing_rounds, command)
+    results = run_compare(comparison, arguments.timing_rounds, command, workers=arguments.workers, ray=arguments.ray)
+    return int(any(result.has_failed for result in results))
 
 
 def _evaluate(arguments: argparse.Namespace, command: str) -> None:
@@ -337,12 +345,13 @@ def _export_dense(arguments: argparse.Namespace, command: str) -> None:
     print(f"Merged model in {arguments.dtype} written to {arguments.out}")
 
 
-def _demo(arguments: argparse.Namespace, command: str) -> None:
+def _demo(arguments: argparse.Namespace, command: str) -> int:
     from tensorpeft.studies.compare.entries import load_entries
     from tensorpeft.studies.compare.run import run_compare
 
     recipe = Path(__file__).parents[2] / "recipes" / "demo.yaml"
-    run_compare(load_entries(recipe, smoke=arguments.quick, output=arguments.output), command=command)
+    results = run_compare(load_entries(recipe, smoke=arguments.quick, output=arguments.output), command=command)
+    return int(any(result.has_failed for result in results))
 
 
 def _export_lora(arguments: argparse.Namespace, command: str) -> None:
