@@ -1,4 +1,4 @@
-"""``python -m tensorpeft.studies.compare.worker FD``: the process of a worker; see `workers.Worker`."""
+"""The process of a `workers.Worker`, run as a script with the file descriptor of its connection."""
 
 import os
 import pickle

@@ -14,6 +14,8 @@ from typing import Any
 from tensorpeft.studies.compare.cells import Cell
 from tensorpeft.studies.compare.engine import ATTEMPTS, LostCellError, StoppedError, Work
 
+# Not as a module of the package, whose import takes seconds: before it, the worker looks after its own end.
+_START = f"import runpy; runpy.run_path({str(Path(__file__).with_name('worker.py'))!r}, run_name='__main__')"
 _POLL_SECONDS = 0.5
 _DYING_SECONDS = 5
 
@@ -90,7 +92,7 @@ class Worker:
             if self._process is None or self._connection is None:
                 self._log.parent.mkdir(parents=True, exist_ok=True)
                 self._connection, theirs = Pipe()
-                command = [sys.executable, "-m", "tensorpeft.studies.compare.worker", str(theirs.fileno())]
+                command = [sys.executable, "-c", _START, str(theirs.fileno())]
                 with theirs, self._log.open("ab") as log:
                     self._process = subprocess.Popen(
                         command,
