@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from huggingface_hub.utils import WeakFileLock
 from peft import PeftConfig, get_peft_model
 from torch import nn
 from transformers import (
@@ -78,11 +79,14 @@ def load_base(
 
 def _keep_base(model: Any, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
     """Save a base that exists nowhere else, and let adapters name it."""
-    if PartialState().is_main_process and not folder.is_dir():
-        with write_whole(folder) as unfinished:
-            model.save_pretrained(unfinished)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(unfinished)
+    if PartialState().is_main_process:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with WeakFileLock(folder.with_name(f".{folder.name}.lock")):  # cells of one entry of `compare` share it
+            if not folder.is_dir():
+                with write_whole(folder) as unfinished:
+                    model.save_pretrained(unfinished)
+                    if tokenizer is not None:
+                        tokenizer.save_pretrained(unfinished)
     model.name_or_path = model.config._name_or_path = str(folder)
 
 

@@ -29,7 +29,10 @@ _RECIPE = "recipe.yaml"
 
 def _claim(output: Path, recipe: Recipe) -> None:
     """Make the folder that of this recipe: from here on it holds a run."""
-    write_lines(output / _RECIPE, [recipe.to_yaml().rstrip()])
+    file, text = output / _RECIPE, f"{recipe.to_yaml().rstrip()}\n"
+    # Not written again: other seeds may run at the same time, and do the same.
+    if not file.is_file() or file.read_text(encoding="utf-8") != text:
+        write_lines(file, text.splitlines())
 
 
 def check_output(output: Path, recipe: Recipe, resume: bool) -> None:

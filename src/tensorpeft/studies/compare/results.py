@@ -83,6 +83,11 @@ class EntryResult:
         return [run.result for run in self.final if run.result is not None]
 
     @property
+    def has_failed(self) -> bool:
+        """Whether the entry, its costs or one of its final runs failed; another rate of the search may have."""
+        return bool(self.problem) or len(self.finished) < len(self.final)
+
+    @property
     def chose_the_edge(self) -> bool:
         """Whether the chosen rate is the lowest or highest of several: a better one may lie outside."""
         return bool(self.final) and len(self.search) > 1 and self.rate in (self.search[0].rate, self.search[-1].rate)

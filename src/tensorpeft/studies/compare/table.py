@@ -79,7 +79,8 @@ def legend(comparison: Comparison, results: Sequence[EntryResult]) -> list[str]:
         if result.problem:
             lines.append(f"{result.entry.label}: {result.problem.splitlines()[0]}")
         elif done < wanted:
-            lines.append(f"{result.entry.label}: {wanted - done} of {wanted} final runs failed.")
+            problem = next(run.problem for run in result.final if run.result is None)
+            lines.append(f"{result.entry.label}: {wanted - done} of {wanted} final runs failed: {problem}")
         if result.entry.note:
             lines.append(f"{result.entry.label}: {result.entry.note}")
     return lines
