@@ -1,4 +1,4 @@
-"""`tensorpeft compare --workers 2`, interrupted and killed from outside: no process is left, no finished cell is lost."""
+"""`tensorpeft compare` with workers, interrupted and killed: no process is left, no finished cell is lost."""
 
 import json
 import os
@@ -18,9 +18,9 @@ import psutil
 pytestmark = pytest.mark.thorough
 
 
-def start(place, output):
+def start(place, output, engine):
     command = [sys.executable, "-m", "tensorpeft", "compare", str(place / "some.yaml"), "--output", str(output)]
-    command += ["--methods", "full,lora,lorta", "--timing-rounds", "0", "--workers", "2"]
+    command += ["--methods", "full,lora,lorta", "--timing-rounds", "0", *engine]
     command += ["trainer.max_steps=150", "trainer.eval_steps=50"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
@@ -33,7 +33,7 @@ def finished_cells(output):
 
 
 def cells_in_the_middle(output):
-    return [path for path in output.rglob("rate-*/seed-*/checkpoint-*/trainer_state.json")]
+    return list(output.rglob("rate-*/seed-*/checkpoint-*/trainer_state.json"))
 
 
 def end(process, output, number, at_least):
@@ -50,11 +50,14 @@ def end(process, output, number, at_least):
     return finished_cells(output)
 
 
-def test_a_command_that_is_interrupted_or_killed_leaves_no_process_and_goes_on(place, tmp_path):
+@pytest.mark.parametrize("engine", [("--workers", "2"), ("--ray",)], ids=["workers", "ray"])
+def test_a_command_that_is_interrupted_or_killed_leaves_no_process_and_goes_on(place, tmp_path, engine):
+    if "--ray" in engine:
+        pytest.importorskip("ray")
     output = tmp_path / "run"
-    before = end(start(place, output), output, signal.SIGINT, at_least=1)
-    between = end(start(place, output), output, signal.SIGKILL, at_least=len(before) + 1)
-    last = start(place, output)
+    before = end(start(place, output, engine), output, signal.SIGINT, at_least=1)
+    between = end(start(place, output, engine), output, signal.SIGKILL, at_least=len(before) + 1)
+    last = start(place, output, engine)
     printed, _ = last.communicate(timeout=600)
     assert last.returncode == 0, printed
     tree = json.loads((output / "results.json").read_text(encoding="utf-8"))

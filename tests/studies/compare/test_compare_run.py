@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import shutil
 import threading
@@ -177,6 +178,8 @@ def test_workers_give_the_cells_of_the_serial_run_though_one_is_killed_in_the_mi
 def test_ray_gives_the_cells_of_the_serial_run(place, finished, monkeypatch, tmp_path, capfd):
     pytest.importorskip("ray")
     monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    paths = [str(Path(path).absolute()) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
     monkeypatch.chdir(tmp_path)
     results, _ = compare(place, Path("run"), 0, ray="")
     assert found_by(results) == found_by(finished[0])

@@ -142,7 +142,7 @@ def open_engine(
     """An engine that runs cells here, in several workers of this machine, or on a Ray cluster.
 
     Raises:
-        ValueError: as `check_engine`.
+        ValueError: as `check_engine`; or no machine of the cluster has room for a cell.
         ModuleNotFoundError: Ray is not installed.
         ConnectionError: there is no cluster at the address.
     """
