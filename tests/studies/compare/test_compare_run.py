@@ -1,5 +1,6 @@
 """`tensorpeft compare` from the recipe to the report, on a tiny model: cells, failures, resuming, equal size."""
 
+import contextlib
 import io
 import json
 import os
@@ -14,6 +15,9 @@ import torch
 
 pytest.importorskip("omegaconf")
 pytest.importorskip("trl")
+pytest.importorskip("psutil")
+import psutil
+
 from tensorpeft.cli import main
 from tensorpeft.studies.compare import cells
 from tensorpeft.studies.compare.engine import LostCellError
@@ -145,27 +149,8 @@ def test_called_again_nothing_that_is_finished_runs_again(place, finished, monke
 def test_workers_give_the_cells_of_the_serial_run_though_one_is_killed_in_the_middle(
     place, finished, monkeypatch, tmp_path
 ):
-    psutil = pytest.importorskip("psutil")
     monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
-    killed = []
-
-    def trains(worker):
-        locks = [Path(file.path) for file in worker.open_files() if file.path.endswith("/.lock")]
-        return any("broken" not in lock.parts and not (lock.parent / "results.json").exists() for lock in locks)
-
-    def kill_one_that_trains():
-        while not killed:
-            time.sleep(0.01)
-            for worker in filter(trains, psutil.Process().children()):
-                worker.suspend()  # it neither ends its cell nor begins another one between the question and the kill
-                if trains(worker):
-                    worker.kill()
-                    killed.append(worker.pid)
-                    return
-                worker.resume()
-
-    killer = threading.Thread(target=kill_one_that_trains, daemon=True)
-    killer.start()
+    killed = kill_a_worker()
     results, printed = compare(place, tmp_path / "run", 0, workers=2)
     assert len(killed) == 1
     assert not psutil.Process().children()
@@ -174,14 +159,46 @@ def test_workers_give_the_cells_of_the_serial_run_though_one_is_killed_in_the_mi
     assert re.search(r"broken +failed", printed)
 
 
+def kill_a_worker():
+    """Kill a process that this one will start, as soon as one trains; the list that its id will be in."""
+    killed = []
+
+    def trains(worker):
+        try:
+            locks = [Path(file.path) for file in worker.open_files() if file.path.endswith("/.lock")]
+        except psutil.Error:
+            return False
+        return any("broken" not in lock.parts and not (lock.parent / "results.json").exists() for lock in locks)
+
+    def kill_one_that_trains():
+        while not killed:
+            time.sleep(0.01)
+            for worker in filter(trains, psutil.Process().children(recursive=True)):
+                # Suspended, it neither ends its cell nor begins another one between the question and the kill.
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    worker.suspend()
+                    if trains(worker):
+                        worker.kill()
+                        killed.append(worker.pid)
+                        return
+                    worker.resume()
+
+    threading.Thread(target=kill_one_that_trains, daemon=True).start()
+    return killed
+
+
 @pytest.mark.thorough
-def test_ray_gives_the_cells_of_the_serial_run(place, finished, monkeypatch, tmp_path, capfd):
+def test_ray_gives_the_cells_of_the_serial_run_though_a_process_is_killed_in_the_middle(
+    place, finished, monkeypatch, tmp_path, capfd
+):
     pytest.importorskip("ray")
     monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
     paths = [str(Path(path).absolute()) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
     monkeypatch.chdir(tmp_path)
+    killed = kill_a_worker()
     results, _ = compare(place, Path("run"), 0, ray="")
+    assert len(killed) == 1
     assert found_by(results) == found_by(finished[0])
     assert files_of(tmp_path / "run") == files_of(finished[2])
     assert capfd.readouterr() == ("", "")

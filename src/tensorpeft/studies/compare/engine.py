@@ -92,7 +92,9 @@ class Engine:
             futures = [threads.submit(function, item) for item in items]
             try:
                 for future in as_completed(futures):
-                    future.result()
+                    error = future.exception()
+                    if error is not None and not isinstance(error, StoppedError):  # that is what an error leads to
+                        raise error
             except BaseException:
                 threads.shutdown(wait=False, cancel_futures=True)
                 self.stop()

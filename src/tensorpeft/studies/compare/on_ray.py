@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -27,28 +28,31 @@ class RaySlot:
         self._work = work
         self._running: Any = None
         self._is_stopped = False
+        self._lock = threading.Lock()  # no task may start behind the back of stop
 
     def run(self, cell: Cell, on_share: Callable[[float], object]) -> str:
         """What the work returns for a cell; see `Slot`. Shares are not told."""
-        if self._is_stopped:
-            raise StoppedError("the cluster's tasks were stopped")
-        self._running = self._task.remote(os.getcwd(), self._work, cell)
+        with self._lock:
+            if self._is_stopped:
+                raise StoppedError("the cluster's tasks were stopped")
+            self._running = running = self._task.remote(os.getcwd(), self._work, cell)
         try:
-            return ray.get(self._running)
+            return ray.get(running)
         except RayError as error:
             if self._is_stopped:
                 raise StoppedError("the cluster's tasks were stopped") from None
             text = Text.from_ansi(str(error)).plain.strip()  # a traceback of the node's, its cause last
             raise LostCellError(f"Ray could not run it: {text.splitlines()[-1]}\n\n{text}") from None
         finally:
-            self._running = None
+            with self._lock:
+                self._running = None
 
     def stop(self) -> None:
         """Kill the task; see `Slot`."""
-        self._is_stopped = True
-        running = self._running
-        if running is not None:
-            ray.cancel(running, force=True)
+        with self._lock:
+            self._is_stopped = True
+            if self._running is not None:
+                ray.cancel(self._running, force=True)
 
 
 @contextlib.contextmanager
@@ -74,8 +78,8 @@ def ray_slots(
         if number == 0:
             gpu = " and a GPU" if gpus else ""
             raise ValueError(
-                f"--ray: no machine of the cluster has {threads} processors (OMP_NUM_THREADS){gpu}. Set OMP_NUM_THREADS "
-                "to what a cell may take."
+                f"--ray: no machine of the cluster has {threads} processors (OMP_NUM_THREADS){gpu}. Set OMP_NUM_THREADS"
+                " to what a cell may take."
             )
         task: Any = ray.remote(_run_on_node)
         task = task.options(num_cpus=threads, num_gpus=gpus, max_retries=ATTEMPTS - 1)
