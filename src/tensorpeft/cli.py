@@ -222,17 +222,20 @@ def _compare(arguments: argparse.Namespace, command: str) -> int:
 
     if arguments.timing_rounds < 0:
         raise ValueError(f"--timing-rounds {arguments.timing_rounds}: expected 0 or more.")
+    ray, overrides = arguments.ray, arguments.overrides
+    if ray and "=" in ray:  # no address: KEY=VALUE behind a --ray without one
+        ray, overrides = "", [*overrides, ray]
     comparison = load_entries(
         arguments.recipe,
         arguments.methods,
         arguments.seeds,
-        arguments.overrides,
+        overrides,
         arguments.smoke,
         arguments.output,
         None if arguments.budget is None else parse_count(arguments.budget),
         arguments.target_loss,
     )
-    results = run_compare(comparison, arguments.timing_rounds, command, workers=arguments.workers, ray=arguments.ray)
+    results = run_compare(comparison, arguments.timing_rounds, command, workers=arguments.workers, ray=ray)
     return int(any(result.has_failed for result in results))
 
 
