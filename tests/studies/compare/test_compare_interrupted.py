@@ -36,7 +36,7 @@ def cells_in_the_middle(output):
     return list(output.rglob("rate-*/seed-*/checkpoint-*/trainer_state.json"))
 
 
-def end(process, output, number, at_least):
+def end(process, output, number, at_least, seconds=5):
     """Send a signal in the middle of a cell, once so many are finished; what was finished."""
     while len(finished_cells(output)) < at_least or not cells_in_the_middle(output):
         assert process.poll() is None, process.stdout.read()
@@ -45,7 +45,7 @@ def end(process, output, number, at_least):
     assert len(family) >= 2
     process.send_signal(number)
     process.wait(20)
-    _, alive = psutil.wait_procs(family, 5)
+    _, alive = psutil.wait_procs(family, seconds)
     assert not alive
     return finished_cells(output)
 
@@ -56,7 +56,8 @@ def test_a_command_that_is_interrupted_or_killed_leaves_no_process_and_goes_on(p
         pytest.importorskip("ray")
     output = tmp_path / "run"
     before = end(start(place, output, engine), output, signal.SIGINT, at_least=1)
-    between = end(start(place, output, engine), output, signal.SIGKILL, at_least=len(before) + 1)
+    seconds = 60 if "--ray" in engine else 5  # Ray's own agents, which run no cell, take their time
+    between = end(start(place, output, engine), output, signal.SIGKILL, len(before) + 1, seconds)
     last = start(place, output, engine)
     printed, _ = last.communicate(timeout=600)
     assert last.returncode == 0, printed

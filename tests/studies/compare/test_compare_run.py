@@ -1,6 +1,7 @@
 """`tensorpeft compare` from the recipe to the report, on a tiny model: cells, failures, resuming, equal size."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 pytest.importorskip("omegaconf")
 pytest.importorskip("trl")
@@ -19,6 +21,7 @@ pytest.importorskip("psutil")
 import psutil
 
 from tensorpeft.cli import main
+from tensorpeft.evaluation.options import EvaluationOptions
 from tensorpeft.studies.compare import cells
 from tensorpeft.studies.compare.engine import LostCellError
 from tensorpeft.studies.compare.entries import load_entries
@@ -146,6 +149,7 @@ def test_called_again_nothing_that_is_finished_runs_again(place, finished, monke
     assert re.search(r"broken +failed", printed)
 
 
+@pytest.mark.slow
 def test_workers_give_the_cells_of_the_serial_run_though_one_is_killed_in_the_middle(
     place, finished, monkeypatch, tmp_path
 ):
@@ -273,6 +277,27 @@ def test_an_edge_that_is_the_best_is_gone_beyond(place, tmp_path):
     (result,), _ = compare(place, tmp_path / "run", **arguments)
     assert len(result.search) == 3
     assert result.search[0].rate < 1e-6 or result.search[-1].rate > 1e-5
+
+
+def test_one_rate_is_no_grid_to_go_beyond(place, tmp_path):
+    comparison = load_entries(place / "some.yaml", "lorta", 1, ["compare.widenings=1"], output=tmp_path / "run")
+    entry = dataclasses.replace(comparison.entries[0], rates=(1e-3,))
+    (result,) = run_compare(dataclasses.replace(comparison, entries=(entry,)), 0, terminal=io.StringIO())
+    assert [run.rate for run in result.search] == [run.rate for run in result.final] == [1e-3]
+    assert not result.has_failed
+
+
+def test_a_cell_waits_for_whoever_runs_it(place, monkeypatch, tmp_path):
+    recipe = load_entries(place / "some.yaml").recipe
+    ran = threading.Event()
+    monkeypatch.setitem(cells._KINDS, "train", lambda cell, splits, on_share: ran.set())
+    cell = cells.Cell("train", "a cell", recipe, 0, tmp_path, EvaluationOptions())
+    with FileLock(tmp_path / ".lock"):
+        waiting = threading.Thread(target=cells.run_cell, args=(cell, print))
+        waiting.start()
+        assert not ran.wait(0.5)
+    waiting.join(60)
+    assert ran.is_set()
 
 
 def test_equal_size_sets_the_ranks(place, tmp_path):
