@@ -211,6 +211,7 @@ def _add_evaluate(commands) -> None:  # commands: what add_subparsers returns
     evaluate.add_argument("--include-path", type=Path, metavar="DIR", help="folder of further tasks for lm-eval")
     evaluate.add_argument("--few-shot", type=int, metavar="N", help="examples before each row, for lm-eval")
     evaluate.add_argument("--mode", choices=("generate", "likelihood", "loss"), help="(default: what suits the task)")
+    evaluate.add_argument("--chat", action="store_true", help="ask questions in the model's chat template")
     evaluate.add_argument("--rows", type=int, metavar="N", help="only the first N rows")
     evaluate.add_argument("--batch-size", type=int, default=16, metavar="N", help="(default: %(default)s)")
     evaluate.add_argument("--max-length", type=int, metavar="N", help="tokens of a row (default: the model's)")
@@ -283,6 +284,7 @@ def _evaluate(arguments: argparse.Namespace, command: str) -> None:
         num_beams=arguments.num_beams,
         max_length=arguments.max_length,
         beta=arguments.beta,
+        chat=arguments.chat,
     )
     run_evaluate(
         model,
