@@ -103,6 +103,7 @@ def test_an_adapter_is_evaluated_on_the_base_that_it_names(folder, tmp_path):
         "num_beams": None,
         "max_length": None,
         "beta": 0.1,
+        "chat": False,
     }
     assert results["data"] == str(folder / "rows.jsonl")
     assert results["model"] == str(folder / "llama")
