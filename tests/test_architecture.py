@@ -18,18 +18,20 @@ ARROWS: dict[str, set[str] | None] = {
     "plugin": {"sites", "networks"},
     "methods": {"modes", "networks", "sites", *PLUGIN_FOR_METHODS},
     "__init__": {"methods", "plugin", "quantization"},
-    "quantization": {"networks", "plugin", "sites"},
-    "export": {"plugin", "networks", "quantization"},
+    # The names of models and the classes of architectures; what loads a model stands on quantization.
+    "loading": {"", "quantization", "tasks.task"},
+    "quantization": {"loading.architectures", "loading.errors", "loading.names", "networks", "plugin", "sites"},
+    "export": {"loading", "networks", "plugin", "quantization"},
     "tasks": set(),
-    "evaluation": {"", "tasks"},
-    "training": {"", "evaluation", "quantization", "tasks"},
-    "studies": {"", "evaluation", "networks", "plugin.base_weight", "quantization", "tasks", "training"},
+    "evaluation": {"", "loading", "tasks"},
+    "training": {"", "evaluation", "loading", "quantization", "tasks"},
+    "studies": {"", "evaluation", "loading", "networks", "plugin.base_weight", "quantization", "tasks", "training"},
     "cli": {"", "cli_inspect", "cli_options", "evaluation", "export", "quantization", "studies", "tasks", "training"},
     "cli_inspect": {"cli_options", "studies"},
     "cli_options": {""},
     "__main__": {"cli"},
 }
-MAY_IMPORT_PEFT = {"evaluation", "export", "plugin", "studies", "training"}
+MAY_IMPORT_PEFT = {"evaluation", "export", "loading", "plugin", "studies", "training"}
 FILES = sorted(ROOT.rglob("*.py"))
 
 
