@@ -10,9 +10,9 @@ from peft import get_peft_model
 
 from cases import Model, perturb
 from tensorpeft.evaluation import EvaluationOptions, evaluate_task
-from tensorpeft.evaluation.loading import load_model
 from tensorpeft.evaluation.report import metrics_table
 from tensorpeft.evaluation.run import run_evaluate
+from tensorpeft.loading.adapters import load_model
 from tensorpeft.tasks.records import read_json_lines
 from tensorpeft.tasks.task import Generation, LabelledText, LabelTask, Question, QuestionTask, Scored, StructureTask
 
