@@ -97,18 +97,9 @@ class RandomBasesUpdate(AbstractLowRankUpdate):
 
     def factors_from(self, tensors: Mapping[str, Tensor]) -> Factors:
         """Both combinations, each a product of the coefficients with the bases, and the scale."""
-        shared = cast(RandomBases, self.shared)
-        down, up = getattr(shared, f"down_{self.in_}"), getattr(shared, f"up_{self.out}")
-        # Layers may lie on several devices: the few coefficients go to the bases, not the bases to them.
-        alpha, beta = tensors["alpha"].to(up.device), tensors["beta"].to(down.device)
-        combined = (beta @ down.flatten(1).to(beta.dtype)).unflatten(-1, down.shape[1:])
-        core = combined.new_full((*combined.shape[:-2], shared.rank), self.scale)
-        return Factors(combined, core, (alpha @ up.flatten(1).to(alpha.dtype)).unflatten(-1, up.shape[1:]))
-
-    def place(self) -> tuple[object, ...]:
-        """What the bases are made from, and the scale."""
-        shared = cast(RandomBases, self.shared)
-        return (shared.seed, shared.num_bases, shared.rank, self.out, self.in_, self.scale)
+        down, up = tensors[f"down_{self.in_}"], tensors[f"up_{self.out}"]
+        down = _combined(tensors["beta"], down)
+        return Factors(down, down.new_full(down.shape[:-1], self.scale), _combined(tensors["alpha"], up))
 
     def tensor_name(self) -> str:
         """The bases it combines."""
@@ -118,3 +109,13 @@ class RandomBasesUpdate(AbstractLowRankUpdate):
     def extra_repr(self) -> str:
         """Its shape."""
         return f"out {self.out}, in {self.in_}"
+
+
+def _combined(
+    coefficients: Tensor,  # (*adapters, k)
+    bases: Tensor,  # (*adapters, k, m, n)
+) -> Tensor:  # (*adapters, m, n)
+    # Layers may lie on several devices: the few coefficients go to the bases, not the bases to them.
+    coefficients = coefficients.to(bases.device)
+    rows = coefficients.unsqueeze(-2) @ bases.flatten(-2).to(coefficients.dtype)
+    return rows.squeeze(-2).unflatten(-1, bases.shape[-2:])

@@ -80,10 +80,6 @@ class TensorTrainUpdate(AbstractLowRankUpdate):
         up = contract([tensors[f"up_{k}"] for k in range(1, self.num_up + 1)]).unflatten(-1, (-1, self.rank))
         return Factors(down, down.new_full((*down.shape[:-2], self.rank), self.scale), up)
 
-    def place(self) -> tuple[object, ...]:
-        """Rank and scale."""
-        return (self.rank, self.scale)
-
     def tensor_name(self) -> str:
         """Two trains of its own for every weight, told by their modes."""
         return self.extra_repr()
