@@ -57,16 +57,23 @@ class MpoUpdate(AbstractFusedUpdate):
         cores: the trained cores, each (bond_left, out_mode, in_mode, bond_right); kept in float32 or float64.
         start: frozen cores of the same shapes, saved beside the trained ones; a base layer's own, which stay there, and
             whose digest is saved; None: nothing is subtracted.
+        starts_at_projection: whether MPO(start) is an orthogonal projection of the base weight, as `decompose` gives.
 
     Source: DoTA, section 3.2; the paper subtracts MPO(start) from the base weight, we leave that untouched.
     """
 
     base_start: FrozenCores | None
 
-    def __init__(self, cores: Sequence[Tensor], start: Sequence[Tensor] | FrozenCores | None = None):
+    def __init__(
+        self,
+        cores: Sequence[Tensor],
+        start: Sequence[Tensor] | FrozenCores | None = None,
+        starts_at_projection: bool = False,
+    ):
         super().__init__()
         self.num_cores = len(cores)
         self.has_start = start is not None
+        self.starts_at_projection = starts_at_projection
         self._kept: Kept[Halves] = Kept()
         object.__setattr__(self, "base_start", None)
         if isinstance(start, FrozenCores):
