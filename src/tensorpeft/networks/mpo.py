@@ -43,7 +43,7 @@ class FrozenCores(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenCores:
         """As torch's, but the dtype stays: the residual is that of these very numbers."""
-        return super()._apply(keeping_dtype(fn), recurse)
+        return super()._apply(keeping_dtype(fn), recurse)  # pyright: ignore[reportUnknownMemberType]
 
     def cores(self) -> tuple[Tensor, ...]:
         """First to last."""
@@ -115,7 +115,7 @@ class MpoUpdate(AbstractFusedUpdate):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MpoUpdate:
         """As torch's; what is kept of the start goes."""
         self._kept.clear()
-        return super()._apply(fn, recurse)
+        return super()._apply(fn, recurse)  # pyright: ignore[reportUnknownMemberType]  # torch's own has no types
 
     def is_cheaper_apart(self, rows: int) -> bool:
         """Never: core by core, the activations cost several times the sum."""
@@ -255,7 +255,7 @@ def _split_exactly(
     bonds: Sequence[int],
 ) -> list[Tensor]:
     """The cores of an orthonormal basis over several modes; nothing is cut off, all come out left-orthonormal."""
-    cores = []
+    cores: list[Tensor] = []
     rest = basis.view(1, prod(out_modes), prod(in_modes), -1)
     for k in range(len(out_modes) - 1):
         left_out, left_in = prod(out_modes[k + 1 :]), prod(in_modes[k + 1 :])

@@ -39,9 +39,8 @@ def random_basis(
         return torch.empty(shape)
     key = np.array([seed, 2 * size + _SIDES[side]], dtype=np.uint64)
     words = np.random.Philox(key=key).random_raw(int(np.prod(shape)))
-    return torch.from_numpy((words >> np.uint64(40)).astype(np.float32) * np.float32(2**-23) - np.float32(1)).view(
-        shape
-    )
+    numbers = (words >> np.uint64(40)).astype(np.float32) * np.float32(2**-23) - np.float32(1)
+    return torch.from_numpy(numbers).view(shape)  # pyright: ignore[reportUnknownMemberType]  # torch's own has no types
 
 
 class RandomBases(SharedFactors):
@@ -70,7 +69,7 @@ class RandomBases(SharedFactors):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RandomBases:
         """As torch's, but the dtype stays: a loaded adapter makes these very numbers again."""
-        return super()._apply(keeping_dtype(fn), recurse)
+        return super()._apply(keeping_dtype(fn), recurse)  # pyright: ignore[reportUnknownMemberType]
 
     def extra_repr(self) -> str:
         """Seed, number and rank."""
@@ -118,4 +117,4 @@ def _combined(
     # Layers may lie on several devices: the few coefficients go to the bases, not the bases to them.
     coefficients = coefficients.to(bases.device)
     rows = coefficients.unsqueeze(-2) @ bases.flatten(-2).to(coefficients.dtype)
-    return rows.squeeze(-2).unflatten(-1, bases.shape[-2:])
+    return torch.unflatten(rows.squeeze(-2), -1, bases.shape[-2:])

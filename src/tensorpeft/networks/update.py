@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -253,7 +254,9 @@ def _is_field(name: str, value: object) -> bool:
 def _same(first: object, other: object) -> bool:
     """Whether two values are surely equal. Of an array or tensor, whose `==` is none, only itself is."""
     if isinstance(first, (list, tuple)) and isinstance(other, (list, tuple)):
-        return len(first) == len(other) and all(map(_same, first, other))
+        items, others = cast(Sequence[object], first), cast(Sequence[object], other)
+        return len(items) == len(others) and all(map(_same, items, others))
     if isinstance(first, dict) and isinstance(other, dict):
-        return first.keys() == other.keys() and all(_same(value, other[key]) for key, value in first.items())
+        named, others = cast(dict[object, object], first), cast(dict[object, object], other)
+        return named.keys() == others.keys() and all(_same(value, others[key]) for key, value in named.items())
     return first is other or (first == other) is True

@@ -128,7 +128,7 @@ class TensorConfig(PeftConfig, ABC):
         add_loading_hint(Path(save_directory))
 
 
-def own_fields(config: TensorConfig) -> list[str]:
+def own_fields(config: PeftConfig) -> list[str]:
     """The names of the fields that a method's configuration adds to the shared ones."""
     shared = {item.name for item in fields(TensorConfig)}
     return [item.name for item in fields(config) if item.name not in shared]

@@ -131,6 +131,7 @@ class ResidualLinear4bit(Linear4bit, AbstractUpdatableLinear):
     Source: DoTA, section 3.3 (QDoTA).
     """
 
+    start: FrozenCores  # pyright: ignore[reportIncompatibleVariableOverride]  # set here and nowhere else
     dtype_of_model: Tensor  # (0,)
 
     def __init__(
