@@ -3,12 +3,16 @@
 import ast
 import re
 import sys
+from collections import Counter
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from peft import LoraConfig
 
 import tensorpeft
 import tensorpeft_cli
+from tensorpeft.plugin.config import TensorConfig, own_fields
 
 ROOT = Path(tensorpeft.__file__).parent
 PLUGIN_FOR_METHODS = {"plugin.config", "plugin.patterns", "plugin.registration"}
@@ -51,6 +55,8 @@ ARROWS: dict[str, set[str]] = {
     "recipes": set(),
     "__main__": set(),
 }
+# What of networks/ is the same for every network, and so may be known to the plug-in.
+SHARED_NETWORK_CODE = {"dtypes", "effective", "low_rank", "update", "versions"}
 MAY_IMPORT_PEFT = {"evaluation", "export", "loading", "plugin", "studies", "training"}
 FILES = sorted(ROOT.rglob("*.py"))
 COMMAND = sorted(Path(tensorpeft_cli.__file__).parent.glob("*.py"))
@@ -61,8 +67,8 @@ def room_of(path: Path) -> str:
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
-def imports_of(path: Path, at_import: bool = False) -> set[str]:
-    """Full names of the imported modules: all, or those of its top level."""
+def imports_of(path: Path, at_import: bool = False, with_names: bool = False) -> set[str]:
+    """Full names of the imported modules: all, or those of its top level; and, if asked, of what is taken of them."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     names = set()
     for node in tree.body if at_import else ast.walk(tree):
@@ -71,6 +77,7 @@ def imports_of(path: Path, at_import: bool = False) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             names.add(node.module or "")
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} if with_names else set()
     return names
 
 
@@ -128,6 +135,55 @@ def test_shared_code_knows_no_method():
             names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
             words = {word.lower() for name in names for word in re.findall("[A-Z]?[a-z0-9]+", name)}
             assert not words & methods, path
+
+
+def test_the_plugin_knows_no_network():
+    """Neither a module of one, nor what one defines, nor a setting of a single method; not even in a text."""
+    networks = [path for path in (ROOT / "networks").glob("*.py") if path.stem not in SHARED_NETWORK_CODE]
+    defined = {name for path in networks for name in public_names_of(path)}
+    assert {"FrozenCores", "decompose", "CpFactors", "CIRCUIT"} <= defined
+    configs = [value for value in vars(tensorpeft).values() if isinstance(value, type) and value is not TensorConfig]
+    configs = [config for config in configs if issubclass(config, TensorConfig)]
+    counts = Counter(name for config in configs for name in own_fields(config))
+    of_one_method = {name for name, count in counts.items() if count == 1} - {item.name for item in fields(LoraConfig)}
+    assert {"num_cores", "num_axes", "num_bases", "bonds"} <= of_one_method
+    methods = {path.stem for path in (ROOT / "methods").glob("*.py")} - {"__init__"}
+    for path in (ROOT / "plugin").glob("*.py"):
+        modules = {name.removeprefix("tensorpeft.networks.") for name in imports_of(path) if ".networks." in name}
+        assert modules <= SHARED_NETWORK_CODE, path
+        words = words_of(path)
+        assert not words & (defined | of_one_method | {"cores", "axes", "bonds"}), path
+        assert not {word.lower() for word in words} & methods, path
+
+
+def public_names_of(path: Path) -> set[str]:
+    """The classes, functions and constants that a module defines."""
+    names: set[str] = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign):
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return {name for name in names if not name.startswith("_")}
+
+
+def words_of(path: Path) -> set[str]:
+    """All words of a file but those of its docstrings' examples, which need a method to show something."""
+    text = re.sub(r"^ *>>> .*?(?=^ *(\"\"\"|$))", "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    return set(re.findall(r"\w+", text))
+
+
+def test_no_module_imports_one_that_imports_it():
+    """Function-level imports included: one that hides a cycle says that a function stands in the wrong module."""
+    modules = {
+        ".".join(("tensorpeft", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): path
+        for path in FILES
+    }
+    edges = {name: imports_of(path, with_names=True) & set(modules) - {name} for name, path in modules.items()}
+    assert "tensorpeft.quantization.quantizer" in edges["tensorpeft"] & edges["tensorpeft.quantization.model"]
+    while leaves := {name for name, others in edges.items() if not others}:
+        edges = {name: others - leaves for name, others in edges.items() if name not in leaves}
+    assert not edges
 
 
 @pytest.mark.parametrize("path", [*FILES, *COMMAND], ids=lambda path: f"{path.parent.name}/{path.name}")

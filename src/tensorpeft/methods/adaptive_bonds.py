@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from tensorpeft.modes import count_parameters
 from tensorpeft.networks.bonds import Spectra, choose_bonds, unfolding_energies
+from tensorpeft.networks.mpo import FrozenCores
 from tensorpeft.plugin.config import Bases, check_rank
 from tensorpeft.sites import Site
 
@@ -80,7 +81,7 @@ def choose_site_bonds(
     spectra: dict[str, Spectra] = {}
     left = budget
     for site in sites:
-        if keeps_starts and (start := bases.start(site)) is not None:
+        if keeps_starts and isinstance(start := bases.start(site), FrozenCores):
             chosen[site.name] = [core.shape[3] for core in start.cores()[:-1]]
             left -= sum(core.numel() for core in start.cores())
             continue

@@ -67,7 +67,7 @@ class DotaConfig(TensorConfig):
             raise ValueError(f"num_cores={self.num_cores!r}: expected at least 2 cores, such as the paper's 5.")
         if self.init_weights not in (True, False, "random"):
             raise ValueError(f'init_weights={self.init_weights!r}: expected True, "random" or False.')
-        self.modes = check_modes(self.modes, self.num_cores)
+        self.modes = check_modes(self.modes, self.num_cores, of="core")
         check_request(self.r, self.budget, self.bonds, self.rank_pattern, self.num_cores)
 
     def settle(self, sites: Sequence[Site], bases: Bases) -> None:
@@ -87,7 +87,7 @@ class DotaConfig(TensorConfig):
         out_modes, in_modes = self._modes(site.out), self._modes(site.in_)
         r = value_for(site.name, self.rank_pattern, self.r) if self.bonds is None else self.bonds[site.name]
         assert not isinstance(r, str)  # settled
-        if self.init_weights is True and (start := bases.start(site)) is not None:
+        if self.init_weights is True and isinstance(start := bases.start(site), FrozenCores):
             bonds = bond_dimensions(out_modes, in_modes, r)
             _check_start(site.name, start, list(zip(bonds[:-1], out_modes, in_modes, bonds[1:])))
             return MpoUpdate(start.cores(), start)
@@ -105,7 +105,9 @@ class DotaConfig(TensorConfig):
             cores = random_cores(out_modes, in_modes, r, weight.device)
         if self.init_weights == "random":
             cores[-1].zero_()
-        return MpoUpdate(cores, start=cores if self.init_weights is True else None)
+        if self.init_weights is not True:
+            return MpoUpdate(cores)
+        return MpoUpdate(cores, start=cores, starts_at_projection=True)
 
     def _modes(self, size: int) -> tuple[int, ...]:
         return tuple((self.modes or {}).get(size) or factor_modes(size, self.num_cores))

@@ -16,11 +16,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from heapq import heapify, heappop, heappush
 from math import exp, expm1, prod
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from tensorpeft.modes import bond_dimensions
+
+_linalg: Any = torch.linalg  # has no types
+_special: Any = torch.special  # nor has this
 
 # Columns of a wide matrix that are made float64 at a time: 4096 rows of them are half a gigabyte.
 _COLUMNS_AT_A_TIME = 2**14
@@ -79,9 +83,10 @@ def energies_of(
     """
     narrow = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.t()
     gram = torch.zeros(len(narrow), len(narrow), dtype=torch.float64, device=matrix.device)
-    for part in narrow.split(_COLUMNS_AT_A_TIME, dim=1):
-        gram.addmm_(part.double(), part.double().t())
-    return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0).cpu()
+    for first in range(0, narrow.shape[1], _COLUMNS_AT_A_TIME):
+        part = narrow[:, first : first + _COLUMNS_AT_A_TIME].double()
+        gram.addmm_(part, part.t())
+    return _linalg.eigvalsh(gram).flip(0).clamp_min(0).cpu()
 
 
 @torch.no_grad()
@@ -110,7 +115,7 @@ def unfolding_energies(
             f"the modes {tuple(out_modes)} x {tuple(in_modes)} make a ({prod(out_modes)}, {prod(in_modes)}) matrix, "
             f"but the weight is {tuple(weight.shape)}: the modes of a side must multiply to its size."
         )
-    found = []
+    found: list[Tensor] = []
     for k in range(1, len(out_modes)):
         grouped = weight.reshape(prod(out_modes[:k]), prod(out_modes[k:]), prod(in_modes[:k]), prod(in_modes[k:]))
         found.append(energies_of(grouped.transpose(1, 2).reshape(grouped.shape[0] * grouped.shape[2], -1)))
@@ -130,7 +135,7 @@ def effective_rank(
     values = energies.double().sqrt()
     if not values.any():
         return 0.0
-    return torch.special.entr(values / values.sum()).sum().exp().item()
+    return _special.entr(values / values.sum()).sum().exp().item()
 
 
 def choose_bonds(
@@ -189,7 +194,7 @@ def _frontiers(weights: Sequence[Spectra]) -> list[_Frontier]:
             price = highest * _LOWEST_PRICE ** (step / (_NUM_PRICES - 1))
             for index, bonds in zip(indices, chain.solve(price)):
                 found[index].add(bonds)
-    frontiers = []
+    frontiers: list[_Frontier] = []
     for weight, several in zip(weights, found):
         bonds = sorted(several, key=lambda b: (weight.size(b), b))
         sizes = torch.tensor([weight.size(b) for b in bonds], dtype=torch.float64)
@@ -221,18 +226,22 @@ class _Chain:
     def solve(self, price: float) -> list[Bonds]:
         """The bonds of each weight that minimise Σ_k −ln q_k(r_k) + price · size."""
         cost = torch.zeros_like(self.losses[-1])  # (weights, candidates): the best of the chain so far
-        origins = []
+        origins: list[Tensor] = []
         for sizes, impossible, losses in zip(self.sizes, self.impossible, self.losses):
             edges = (price * sizes).masked_fill(impossible, float("inf"))
             cost, origin = (cost[:, :, None] + edges).min(1)
             cost = cost + losses
             origins.append(origin)
         position = torch.zeros(len(cost), 1, dtype=torch.int64)
-        found = []
+        found: list[list[int]] = []
         for bonds, origin in zip(self.bonds[-2:0:-1], origins[:0:-1]):
             position = origin.gather(1, position)
-            found.append(bonds[position[:, 0]].tolist())
+            found.append(_listed(bonds[position[:, 0]]))
         return list(zip(*reversed(found))) if found else [()] * len(cost)
+
+
+def _listed(tensor: Tensor) -> list[Any]:
+    return cast(list[Any], tensor.tolist())  # pyright: ignore[reportUnknownMemberType]  # torch's own has no type
 
 
 def _candidates(exact: int) -> Tensor:  # ascending, int64
@@ -302,7 +311,7 @@ def _fill(weights: Sequence[Spectra], start: Sequence[Bonds], budget: int) -> li
     """The bonds, raised one by one where that gains most per parameter, until nothing more fits or gains."""
     bonds = [list(found) for found in start]
     left = budget - sum(weight.size(found) for weight, found in zip(weights, start))
-    losses = [[cut.tolist() for cut in weight.losses] for weight in weights]
+    losses: list[list[list[float]]] = [[_listed(cut) for cut in weight.losses] for weight in weights]
 
     def offers(index: int) -> Iterator[tuple[float, int, int, int]]:
         """(−gain per parameter, weight, cut, parameters) of each bond of a weight that can be raised."""

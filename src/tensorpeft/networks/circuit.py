@@ -13,16 +13,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import combinations
 from math import inf, prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils import checkpoint
 
 from tensorpeft.networks.dtypes import at_least_float32, product_dtype, without_autocast
 from tensorpeft.networks.effective import Cut, Halves, Network
 from tensorpeft.networks.update import AbstractFusedUpdate
+
+_checkpoint: Any = checkpoint  # has no types
 
 # What a row takes on its way through a circuit, forward and backward, in multiply-adds of a dense product: for every
 # multiply-add of the circuit, and for every element of the states between its tensors. And the rows that making the
@@ -58,7 +60,7 @@ def circuit_shapes(
     ((4, 2, 3, 2),)
     """
     pairs, current = axis_pairs(len(in_axes)), list(in_axes)
-    tensors = []
+    tensors: list[tuple[int, int, int, int]] = []
     for k, pair in enumerate(pairs):
         before = [current[axis] for axis in pair]
         for axis in pair:
@@ -123,10 +125,10 @@ def apply_circuit(
     dtype = product_dtype(x)
     rows = x.reshape(-1, *shapes.in_axes)
     if torch.is_grad_enabled():
-        update = checkpoint(_run, rows, *deviations, use_reentrant=False, preserve_rng_state=False)
+        update: Tensor = _checkpoint.checkpoint(_run, rows, *deviations, use_reentrant=False, preserve_rng_state=False)
     else:
         update = _run(rows, *deviations)
-    return update.reshape(*x.shape[:-1], prod(shapes.out_axes)).to(dtype)  # type: ignore[union-attr]
+    return update.reshape(*x.shape[:-1], prod(shapes.out_axes)).to(dtype)
 
 
 def _run(rows: Tensor, *deviations: Tensor) -> Tensor:  # (rows, *in_axes) -> (rows, *out_axes)

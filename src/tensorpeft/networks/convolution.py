@@ -13,6 +13,7 @@ from tensorpeft.networks.dtypes import without_autocast
 from tensorpeft.networks.low_rank import Factors
 from tensorpeft.networks.update import AbstractFactoredUpdate
 
+_torch: Any = torch  # `tensordot` has no type for lists of axes
 _CONVOLVE: tuple[Any, ...] = (F.conv1d, F.conv2d, F.conv3d)
 
 
@@ -83,10 +84,10 @@ class TuckerConvolutionUpdate(AbstractFactoredUpdate):
 
     def factors(self) -> Factors:
         """`down`: the core times all factors but U; the scale; and U."""
-        down = self.G
+        down: Tensor = self.G
         with without_autocast(down.device):
             for factor in (self.V, *self.kernel_factors()):
-                down = torch.tensordot(down, factor, dims=([1], [1]))  # type: ignore[arg-type]  # its axis goes last
+                down = _torch.tensordot(down, factor, dims=([1], [1]))  # its axis goes last
         return Factors(down.flatten(1), self.U.new_full((len(down),), self.scale), self.U)
 
     def forward(self, x: Tensor) -> Tensor:

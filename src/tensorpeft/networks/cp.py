@@ -84,35 +84,30 @@ class CpUpdate(AbstractLowRankUpdate):
         self.inner_is_out = inner_is_out
         self.interleaved = interleaved
 
-    def factors_from(self, shared: Mapping[str, Tensor]) -> Factors:
+    def factors_from(self, tensors: Mapping[str, Tensor]) -> Factors:
         """A and K on their sides, the coefficients of layer and projection between them."""
-        model, layers, coefficients = (shared[f"{self.tensor}_{name}"] for name in ("A", "C_L", "C_M"))
+        model, layers, coefficients = (tensors[f"{self.tensor}_{name}"] for name in ("A", "C_L", "C_M"))
         core = layers[..., self.layer, :] * self.scale
         if len(self.projections) == 1:
             core = core * coefficients[..., self.projections[0], :]
-            inner = self._inner(shared, self.heads[0]).flatten(-3, -2)
+            inner = self._inner(tensors, self.heads[0]).flatten(-3, -2)
         else:
             parts = [
-                self._inner(shared, heads) * coefficients[..., projection, None, None, :]
+                self._inner(tensors, heads) * coefficients[..., projection, None, None, :]
                 for projection, heads in zip(self.projections, self.heads)
             ]
             inner = torch.stack(parts, -3).flatten(-4, -2) if self.interleaved else torch.cat(parts, -3).flatten(-3, -2)
         return Factors(model.mT, core, inner) if self.inner_is_out else Factors(inner.mT, core, model)
 
-    def _inner(self, shared: Mapping[str, Tensor], heads: int) -> Tensor:  # (heads, head features, r)
-        features = shared[f"{self.tensor}_B"].unsqueeze(-3)
-        per_head = shared.get(f"{self.tensor}_C_H")
+    def _inner(self, tensors: Mapping[str, Tensor], heads: int) -> Tensor:  # (heads, head features, r)
+        features = tensors[f"{self.tensor}_B"].unsqueeze(-3)
+        per_head = tensors.get(f"{self.tensor}_C_H")
         return features if per_head is None else per_head[..., :heads, None, :] * features
 
     def tensor_name(self) -> str:
         """The tensor and its modes."""
         modes = cast(CpFactors, self.shared).sizes[self.tensor]
         return f"{self.tensor}: " + " · ".join(f"{factor} {size}" for factor, size in modes.items())
-
-    def place(self) -> tuple[object, ...]:
-        """Its slice of the tensor, and how that is laid out."""
-        layout = (self.scale, self.inner_is_out, self.interleaved)
-        return (self.tensor, self.layer, self.projections, self.heads, *layout)
 
     def extra_repr(self) -> str:
         """Which weight of which tensor."""

@@ -14,7 +14,7 @@ from functools import cache
 from importlib.util import find_spec
 from itertools import islice
 from math import lcm
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -114,6 +114,10 @@ def _effective_weight(weight: Tensor | None, updates: Sequence[_Update], dtype: 
     return result
 
 
+# Of each cut: its network, and how many cores, starts and halves of a start it has.
+Layout = Sequence[tuple[Network, int, int, int]]
+
+
 class _Update:
     """A cut with its halves contracted, for as long as one weight is being worked on."""
 
@@ -155,20 +159,26 @@ class _EffectiveLinear(torch.autograd.Function):
     """Saves x, the frozen weight and the cores: tensors that are there anyway; and per cut a number."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, layout, *tensors):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | Callable[[], Tensor] | None,
+        bias: Tensor | None,
+        layout: Layout,
+        *tensors: Tensor,
+    ) -> Tensor:
         stored, ctx.make_weight = (None, weight) if callable(weight) else (weight, None)
         ctx.layout = layout
-        if ctx.make_weight is not None:
-            weight = ctx.make_weight()
+        matrix = weight() if callable(weight) else weight
         with without_autocast(x.device):
             updates = [_Update(cut) for cut in _cuts(layout, tensors)]
             ctx.save_for_backward(x, stored, *(update.moved for update in updates), *tensors)
-            effective = _effective_weight(weight, updates, x.dtype)  # type: ignore
+            effective = _effective_weight(matrix, updates, x.dtype)
             return F.linear(x, effective, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grad_outputs):
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad_output,) = grad_outputs
         x, weight, *tensors = ctx.saved_tensors
         moved, tensors = tensors[: len(ctx.layout)], tensors[len(ctx.layout) :]
@@ -192,9 +202,10 @@ class _EffectiveLinear(torch.autograd.Function):
         return None if grad_x is None else grad_x.view_as(x), grad_weight, grad_bias, None, *grads
 
 
-def _cuts(layout: Sequence[tuple[Network, int, int, int]], tensors: Sequence[Tensor]) -> list[Cut]:
+def _cuts(layout: Layout, tensors: Sequence[Tensor]) -> list[Cut]:
     """The cuts whose cores, starts and halves of starts stand one after the other in `tensors`."""
-    cuts, rest = [], iter(tensors)
+    cuts: list[Cut] = []
+    rest = iter(tensors)
     for network, *counts in layout:
         cores, start, halves = (tuple(islice(rest, count)) for count in counts)
         cuts.append(Cut(network, cores, start, Halves(*halves) if halves else None))
@@ -319,7 +330,7 @@ def _block_gradients(
         for k, update in enumerate(updates) if needs_cores else ():
             left, rights[k] = _fold_gradient(block, update, start, rights[k])
             lefts[k].append(left)
-    grad_halves = []
+    grad_halves: list[Halves] = []
     for update, left, right in zip(updates, lefts, rights):
         if right is not None:
             grad_left = left[0] if len(left) == 1 else torch.cat(left)

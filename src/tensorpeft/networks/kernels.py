@@ -2,7 +2,8 @@
 
 Imported where Triton is, which torch brings along with CUDA.
 """
-# pyright: reportMissingImports=false, reportIndexIssue=false
+# Triton has no types, and a kernel's parameters are none of Python's.
+# pyright: basic, reportMissingImports=false, reportIndexIssue=false
 
 from __future__ import annotations
 

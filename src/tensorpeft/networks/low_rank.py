@@ -7,7 +7,7 @@ its own gradient of x: no pass over either beyond those of the base. Measured by
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -58,11 +58,11 @@ class _LowRankLinear(torch.autograd.Function):
     """Saves x, the frozen weight, the factors and, of every update, x in its r dimensions."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, *tensors):
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, *tensors: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         with without_autocast(x.device):
             result = _base(rows, weight, bias, tensors[2].shape[0])
-            projected = []
+            projected: list[Tensor] = []
             for down, core, up in _groups(tensors):
                 hidden = F.linear(rows, down)
                 projected.append(hidden)
@@ -72,7 +72,7 @@ class _LowRankLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grad_outputs):
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad_output,) = grad_outputs
         x, weight, *saved = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, *needs_tensors = ctx.needs_input_grad

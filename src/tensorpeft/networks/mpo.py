@@ -43,7 +43,7 @@ class FrozenCores(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenCores:
         """As torch's, but the dtype stays: the residual is that of these very numbers."""
-        return super()._apply(keeping_dtype(fn), recurse)
+        return super()._apply(keeping_dtype(fn), recurse)  # pyright: ignore[reportUnknownMemberType]
 
     def cores(self) -> tuple[Tensor, ...]:
         """First to last."""
@@ -57,16 +57,23 @@ class MpoUpdate(AbstractFusedUpdate):
         cores: the trained cores, each (bond_left, out_mode, in_mode, bond_right); kept in float32 or float64.
         start: frozen cores of the same shapes, saved beside the trained ones; a base layer's own, which stay there, and
             whose digest is saved; None: nothing is subtracted.
+        starts_at_projection: whether MPO(start) is an orthogonal projection of the base weight, as `decompose` gives.
 
     Source: DoTA, section 3.2; the paper subtracts MPO(start) from the base weight, we leave that untouched.
     """
 
     base_start: FrozenCores | None
 
-    def __init__(self, cores: Sequence[Tensor], start: Sequence[Tensor] | FrozenCores | None = None):
+    def __init__(
+        self,
+        cores: Sequence[Tensor],
+        start: Sequence[Tensor] | FrozenCores | None = None,
+        starts_at_projection: bool = False,
+    ):
         super().__init__()
         self.num_cores = len(cores)
         self.has_start = start is not None
+        self.starts_at_projection = starts_at_projection
         self._kept: Kept[Halves] = Kept()
         object.__setattr__(self, "base_start", None)
         if isinstance(start, FrozenCores):
@@ -108,7 +115,7 @@ class MpoUpdate(AbstractFusedUpdate):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MpoUpdate:
         """As torch's; what is kept of the start goes."""
         self._kept.clear()
-        return super()._apply(fn, recurse)
+        return super()._apply(fn, recurse)  # pyright: ignore[reportUnknownMemberType]  # torch's own has no types
 
     def is_cheaper_apart(self, rows: int) -> bool:
         """Never: core by core, the activations cost several times the sum."""
@@ -248,7 +255,7 @@ def _split_exactly(
     bonds: Sequence[int],
 ) -> list[Tensor]:
     """The cores of an orthonormal basis over several modes; nothing is cut off, all come out left-orthonormal."""
-    cores = []
+    cores: list[Tensor] = []
     rest = basis.view(1, prod(out_modes), prod(in_modes), -1)
     for k in range(len(out_modes) - 1):
         left_out, left_in = prod(out_modes[k + 1 :]), prod(in_modes[k + 1 :])

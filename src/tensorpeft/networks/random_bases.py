@@ -39,9 +39,8 @@ def random_basis(
         return torch.empty(shape)
     key = np.array([seed, 2 * size + _SIDES[side]], dtype=np.uint64)
     words = np.random.Philox(key=key).random_raw(int(np.prod(shape)))
-    return torch.from_numpy((words >> np.uint64(40)).astype(np.float32) * np.float32(2**-23) - np.float32(1)).view(
-        shape
-    )
+    numbers = (words >> np.uint64(40)).astype(np.float32) * np.float32(2**-23) - np.float32(1)
+    return torch.from_numpy(numbers).view(shape)  # pyright: ignore[reportUnknownMemberType]  # torch's own has no types
 
 
 class RandomBases(SharedFactors):
@@ -70,7 +69,7 @@ class RandomBases(SharedFactors):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RandomBases:
         """As torch's, but the dtype stays: a loaded adapter makes these very numbers again."""
-        return super()._apply(keeping_dtype(fn), recurse)
+        return super()._apply(keeping_dtype(fn), recurse)  # pyright: ignore[reportUnknownMemberType]
 
     def extra_repr(self) -> str:
         """Seed, number and rank."""
@@ -97,18 +96,9 @@ class RandomBasesUpdate(AbstractLowRankUpdate):
 
     def factors_from(self, tensors: Mapping[str, Tensor]) -> Factors:
         """Both combinations, each a product of the coefficients with the bases, and the scale."""
-        shared = cast(RandomBases, self.shared)
-        down, up = getattr(shared, f"down_{self.in_}"), getattr(shared, f"up_{self.out}")
-        # Layers may lie on several devices: the few coefficients go to the bases, not the bases to them.
-        alpha, beta = tensors["alpha"].to(up.device), tensors["beta"].to(down.device)
-        combined = (beta @ down.flatten(1).to(beta.dtype)).unflatten(-1, down.shape[1:])
-        core = combined.new_full((*combined.shape[:-2], shared.rank), self.scale)
-        return Factors(combined, core, (alpha @ up.flatten(1).to(alpha.dtype)).unflatten(-1, up.shape[1:]))
-
-    def place(self) -> tuple[object, ...]:
-        """What the bases are made from, and the scale."""
-        shared = cast(RandomBases, self.shared)
-        return (shared.seed, shared.num_bases, shared.rank, self.out, self.in_, self.scale)
+        down, up = tensors[f"down_{self.in_}"], tensors[f"up_{self.out}"]
+        down = _combined(tensors["beta"], down)
+        return Factors(down, down.new_full(down.shape[:-1], self.scale), _combined(tensors["alpha"], up))
 
     def tensor_name(self) -> str:
         """The bases it combines."""
@@ -118,3 +108,13 @@ class RandomBasesUpdate(AbstractLowRankUpdate):
     def extra_repr(self) -> str:
         """Its shape."""
         return f"out {self.out}, in {self.in_}"
+
+
+def _combined(
+    coefficients: Tensor,  # (*adapters, k)
+    bases: Tensor,  # (*adapters, k, m, n)
+) -> Tensor:  # (*adapters, m, n)
+    # Layers may lie on several devices: the few coefficients go to the bases, not the bases to them.
+    coefficients = coefficients.to(bases.device)
+    rows = coefficients.unsqueeze(-2) @ bases.flatten(-2).to(coefficients.dtype)
+    return torch.unflatten(rows.squeeze(-2), -1, bases.shape[-2:])

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from math import isfinite
+from typing import Any
 
 import torch
 from torch import Tensor
+
+_linalg: Any = torch.linalg  # has no types
 
 
 def leading_subspace(
@@ -22,7 +25,7 @@ def leading_subspace(
     num_rows, num_columns = rows.shape
     if num_rows > num_columns:
         # From the right singular vectors V, the small side's: U S = rows V, and a QR takes U out of it.
-        basis, _ = torch.linalg.qr(rows @ _eigenbasis(rows.t(), count))
+        basis, _ = _linalg.qr(rows @ _eigenbasis(rows.t(), count))
     else:
         basis = _eigenbasis(rows, count)
     return basis, _in_basis(basis, rows)
@@ -33,7 +36,7 @@ def _in_basis(basis: Tensor, rows: Tensor) -> Tensor:
     width, left_over = divmod(rows.shape[1], 8)
     if left_over or width < 128:
         return basis.t() @ rows
-    batch = rows.unflatten(1, (8, width)).transpose(0, 1)  # (8, m, n / 8)
+    batch = torch.unflatten(rows, 1, (8, width)).transpose(0, 1)  # (8, m, n / 8)
     return (basis.t() @ batch).transpose(0, 1).flatten(1)
 
 
@@ -46,15 +49,18 @@ def _eigenbasis(rows: Tensor, count: int) -> Tensor:
             "whose squares float32 can hold. Check the checkpoint."
         )
     try:
-        values, vectors = torch.linalg.eigh(gram, UPLO="L")
-        # Squaring blurs singular values far below the largest: is the cut among those?
-        is_blurred = count < len(values) and gram.dtype == torch.float32 and bool(values[-count] < 1e-3 * values[-1])
+        values, vectors = _linalg.eigh(gram, UPLO="L")
     except RuntimeError:  # torch.linalg.LinAlgError: many repeated eigenvalues, such as a constant weight's
-        is_blurred = True
-    if is_blurred:
-        triangle = torch.linalg.qr(rows.double().t(), mode="r").R.t()
-        return torch.linalg.svd(triangle, full_matrices=False).U[:, :count].to(rows.dtype)
+        return _eigenbasis_in_float64(rows, count)
+    # Squaring blurs singular values far below the largest: is the cut among those?
+    if count < len(values) and gram.dtype == torch.float32 and bool(values[-count] < 1e-3 * values[-1]):
+        return _eigenbasis_in_float64(rows, count)
     return vectors[:, -count:].flip(1)
+
+
+def _eigenbasis_in_float64(rows: Tensor, count: int) -> Tensor:
+    triangle = _linalg.qr(rows.double().t(), mode="r").R.t()
+    return _linalg.svd(triangle, full_matrices=False).U[:, :count].to(rows.dtype)
 
 
 def _lower_gram(rows: Tensor) -> Tensor:  # (m, m)

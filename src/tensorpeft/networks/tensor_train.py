@@ -22,7 +22,7 @@ def contract(
     """All entries of a train. Differentiable."""
     chain = cores[0].squeeze(-3)  # (*adapters, entries so far, bond)
     for core in cores[1:]:
-        chain = (chain @ core.flatten(-2)).unflatten(-1, core.shape[-2:]).flatten(-3, -2)
+        chain = torch.unflatten(chain @ core.flatten(-2), -1, core.shape[-2:]).flatten(-3, -2)
     return chain.squeeze(-1)
 
 
@@ -76,13 +76,10 @@ class TensorTrainUpdate(AbstractLowRankUpdate):
 
     def factors_from(self, tensors: Mapping[str, Tensor]) -> Factors:
         """A, the scale and B: formed once per forward, and kept for backward."""
-        down = contract([tensors[f"down_{k}"] for k in range(1, self.num_down + 1)]).unflatten(-1, (self.rank, -1))
-        up = contract([tensors[f"up_{k}"] for k in range(1, self.num_up + 1)]).unflatten(-1, (-1, self.rank))
+        down = contract([tensors[f"down_{k}"] for k in range(1, self.num_down + 1)])
+        down = torch.unflatten(down, -1, (self.rank, -1))
+        up = torch.unflatten(contract([tensors[f"up_{k}"] for k in range(1, self.num_up + 1)]), -1, (-1, self.rank))
         return Factors(down, down.new_full((*down.shape[:-2], self.rank), self.scale), up)
-
-    def place(self) -> tuple[object, ...]:
-        """Rank and scale."""
-        return (self.rank, self.scale)
 
     def tensor_name(self) -> str:
         """Two trains of its own for every weight, told by their modes."""

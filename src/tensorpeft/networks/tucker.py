@@ -70,10 +70,6 @@ class TuckerMatrixUpdate(AbstractLowRankUpdate):
         """Vᵀ, the scaled core and U."""
         return Factors(tensors["V"].mT, tensors["G"] * self.scale, tensors["U"])
 
-    def place(self) -> tuple[object, ...]:
-        """The scale."""
-        return (self.scale,)
-
     def tensor_name(self) -> str:
         """A tensor of its own for every weight, told by its modes."""
         return self.extra_repr()
@@ -99,24 +95,20 @@ class TuckerUpdate(AbstractLowRankUpdate):
         self.index = index
         self.scale = scale
 
-    def factors_from(self, shared: Mapping[str, Tensor]) -> Factors:
+    def factors_from(self, tensors: Mapping[str, Tensor]) -> Factors:
         """Vᵀ, the scaled core and U."""
-        if (cores := shared.get(f"{self.tensor}_G")) is not None:
+        if (cores := tensors.get(f"{self.tensor}_G")) is not None:
             core = cores[..., self.index, :, :]
         else:
-            row = shared[f"{self.tensor}_P"][..., self.index, :]
-            core = (shared[f"{self.tensor}_C"] @ row[..., None, :, None]).squeeze(-1)
-        return Factors(shared[f"{self.tensor}_V"].mT, core * self.scale, shared[f"{self.tensor}_U"])
+            row = tensors[f"{self.tensor}_P"][..., self.index, :]
+            core = (tensors[f"{self.tensor}_C"] @ row[..., None, :, None]).squeeze(-1)
+        return Factors(tensors[f"{self.tensor}_V"].mT, core * self.scale, tensors[f"{self.tensor}_U"])
 
     def tensor_name(self) -> str:
         """The tensor and its modes."""
         shared = cast(TuckerFactors, self.shared)
         count, out, in_ = shared.sizes[self.tensor]
         return f"{self.tensor}: U {out} · V {in_} · {'P' if shared.has_small_core else 'G'} {count}"
-
-    def place(self) -> tuple[object, ...]:
-        """Its place in the tensor."""
-        return (self.tensor, self.index, self.scale)
 
     def extra_repr(self) -> str:
         """Which weight of which tensor."""

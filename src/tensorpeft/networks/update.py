@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from tensorpeft.networks.versions import Kept
 
 # The buffer that an update has where a part of it is stored in the base layer: which base that must be.
 BASE_DIGEST = "base_digest"
+# What torch itself keeps as attributes of every module.
+_FIELDS_OF_TORCH = frozenset(vars(nn.Module()))
 
 
 def keeping_dtype(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -54,6 +57,9 @@ class AbstractWeightUpdate(AbstractUpdate):
     The weight of a convolution is read as a matrix too, (out, in / groups · kernel); its update is a convolution.
     """
 
+    # Whether what `cut` subtracts is an orthogonal projection of W0, so that a checkpoint shows which W0 it is for.
+    starts_at_projection: bool = False
+
     @abstractmethod
     def forward(
         self,
@@ -90,9 +96,13 @@ class AbstractOutputUpdate(AbstractUpdate):
 class AbstractUpdatableLinear(nn.Module, ABC):
     """A frozen linear layer that stores its weight in a form of its own, and by itself adds updates to it.
 
+    A part of the weight, its `start`, may be tensors at which an update of a layer like it starts.
+
     Its forward is `forward_with(x, ())`, and `forward_with` multiplies by `weight_with(cuts, x.dtype)`, so that an
     update of zero changes nothing.
     """
+
+    start: nn.Module | None
 
     @abstractmethod
     def forward_with(
@@ -112,7 +122,10 @@ class AbstractUpdatableLinear(nn.Module, ABC):
 
 
 class SharedFactors(nn.Module):
-    """The factors that the updates of one adapter share. Their owner registers them once."""
+    """The factors that the updates of one adapter share. Their owner registers them once.
+
+    Parameters are trained; buffers are frozen.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -123,11 +136,9 @@ class SharedFactors(nn.Module):
 
         Kept until one of them changes: all layers of a mixed batch ask for the same ones.
         """
-        named = [dict(module.named_parameters()) for module in (self, *others)]
-        return self._stacked.get(
-            lambda: {name: torch.stack([tensors[name] for tensors in named]) for name in named[0]},
-            [tensor for tensors in named for tensor in tensors.values()],
-        )
+        modules = (self, *others)
+        tensors = [tensor for module in modules for tensor in _tensors(module).values()]
+        return self._stacked.get(lambda: _stack(modules, _stack_or_expand), tensors)
 
     def train(self, mode: bool = True) -> SharedFactors:
         """As torch's; what was stacked for inference goes."""
@@ -160,19 +171,16 @@ class AbstractLowRankUpdate(AbstractFactoredUpdate):
 
     @abstractmethod
     def factors_from(self, tensors: Mapping[str, Tensor]) -> Factors:
-        """The three factors made of these tensors, named as the parameters (the shared ones, and its own) are.
+        """The three factors made of these tensors, named as the parameters and buffers (shared ones, its own) are.
 
-        Where every tensor has one more leading axis, of adapters, so have the factors.
+        Where every tensor has one more leading axis, of adapters, so have the factors. What else they depend on, as a
+        scale, is an attribute of the update or of what it shares: updates that differ in one are not stacked.
         """
-
-    @abstractmethod
-    def place(self) -> tuple[object, ...]:
-        """What, besides the tensors, the factors depend on: equal for updates whose tensors may be stacked."""
 
     def factors(self) -> Factors:
         """Those of its own tensors and the shared ones."""
-        shared = {} if self.shared is None else dict(self.shared.named_parameters())
-        return self.factors_from({**shared, **dict(self.named_parameters())})
+        shared = {} if self.shared is None else _tensors(self.shared)
+        return self.factors_from({**shared, **_tensors(self)})
 
     def forward(self, x: Tensor) -> Tensor:
         """`x downᵀ coreᵀ upᵀ`; under autocast in its dtype."""
@@ -183,21 +191,72 @@ class AbstractLowRankUpdate(AbstractFactoredUpdate):
 def stacked_factors(updates: Sequence[AbstractUpdate]) -> Factors | None:
     """The factors of one weight's updates in several adapters, each stacked along a leading axis.
 
-    None where they cannot be: not all of low rank, of one method, one shape and one scale.
+    None where they cannot be: not all of low rank, or different in more than the numbers in their tensors.
     """
     first = updates[0]
     if not isinstance(first, AbstractLowRankUpdate):
         return None
-    for update in updates[1:]:
-        if type(update) is not type(first) or update.place() != first.place() or _shapes(update) != _shapes(first):
-            return None
-    shared = {}
+    if not all(_are_alike(first, update) and _are_alike(first.shared, update.shared) for update in updates[1:]):
+        return None
+    shared: Mapping[str, Tensor] = {}
     if first.shared is not None:
         shared = first.shared.stacked_with([update.shared for update in updates[1:] if update.shared])
-    own = [dict(update.named_parameters()) for update in updates]
-    return first.factors_from({**shared, **{name: torch.stack([each[name] for each in own]) for name in own[0]}})
+    return first.factors_from({**shared, **_stack(updates)})
 
 
-def _shapes(update: AbstractUpdate) -> dict[str, torch.Size]:
-    modules = [update] if update.shared is None else [update.shared, update]
-    return {name: tensor.shape for module in modules for name, tensor in module.named_parameters()}
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def _stack(
+    modules: Sequence[nn.Module],
+    join: Callable[[list[Tensor]], Tensor] = torch.stack,
+) -> dict[str, Tensor]:
+    """Their tensors by name, each stacked along a leading axis."""
+    named = [_tensors(module) for module in modules]
+    return {name: join([tensors[name] for tensors in named]) for name in named[0]}
+
+
+def _stack_or_expand(tensors: list[Tensor]) -> Tensor:
+    """Tensors along a leading axis, as one where all are equal: frozen bases are large, and those of one seed are."""
+    first, *others = tensors
+    is_one = all(other.dtype == first.dtype and torch.equal(other, first) for other in others)
+    return first.expand(len(tensors), *first.shape) if is_one else torch.stack(tensors)
+
+
+def _are_alike(first: nn.Module | None, other: nn.Module | None) -> bool:
+    """Whether two modules differ in nothing but the numbers in their tensors."""
+    if first is None or other is None:
+        return first is other
+    return _shapes(first) == _shapes(other) and _same(_fields(first), _fields(other))
+
+
+def _shapes(module: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in _tensors(module).items()}
+
+
+def _fields(module: nn.Module) -> list[tuple[type[nn.Module], dict[str, object]]]:
+    """What a module and its submodules were made with: their classes and attributes.
+
+    All of them, so that no class can forget to name one; but for torch's own, for what is kept of a computation, and
+    for `shared`, which is asked itself.
+    """
+    return [
+        (type(part), {name: value for name, value in vars(part).items() if _is_field(name, value)})
+        for part in module.modules()
+    ]
+
+
+def _is_field(name: str, value: object) -> bool:
+    return name not in _FIELDS_OF_TORCH and name != "shared" and not isinstance(value, Kept)
+
+
+def _same(first: object, other: object) -> bool:
+    """Whether two values are surely equal. Of an array or tensor, whose `==` is none, only itself is."""
+    if isinstance(first, (list, tuple)) and isinstance(other, (list, tuple)):
+        items, others = cast(Sequence[object], first), cast(Sequence[object], other)
+        return len(items) == len(others) and all(map(_same, items, others))
+    if isinstance(first, dict) and isinstance(other, dict):
+        named, others = cast(dict[object, object], first), cast(dict[object, object], other)
+        return named.keys() == others.keys() and all(_same(value, others[key]) for key, value in named.items())
+    return first is other or (first == other) is True

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from math import prod
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from peft import PeftConfig
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, PeftType
-from torch import Tensor
+from torch import Tensor, nn
 
-from tensorpeft.networks.mpo import FrozenCores
 from tensorpeft.networks.update import AbstractUpdate
 from tensorpeft.plugin.checkpoint import add_loading_hint, check_file
 from tensorpeft.sites import Site
@@ -30,8 +29,8 @@ class Bases(Protocol):
         """
         ...
 
-    def start(self, site: Site) -> FrozenCores | None:
-        """The cores that the base layer holds itself, where it is one of QDoTA's."""
+    def start(self, site: Site) -> nn.Module | None:
+        """What the base layer holds itself for an update to start at, where it is one that adds updates by itself."""
         ...
 
 
@@ -129,18 +128,24 @@ class TensorConfig(PeftConfig, ABC):
         add_loading_hint(Path(save_directory))
 
 
+def own_fields(config: PeftConfig) -> list[str]:
+    """The names of the fields that a method's configuration adds to the shared ones."""
+    shared = {item.name for item in fields(TensorConfig)}
+    return [item.name for item in fields(config) if item.name not in shared]
+
+
 def check_rank(name: str, value: object) -> None:
     """Raise a `ValueError` that names the field unless its value is a whole number of at least 1."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name}={value!r}: expected a whole number of at least 1, such as 16.")
 
 
-def check_modes(modes: object, num_modes: int | None = None, of: str = "core") -> dict[int, list[int]] | None:
+def check_modes(modes: object, num_modes: int | None = None, of: str = "tensor") -> dict[int, list[int]] | None:
     """The field `modes`, {size: [mode, …]}, with integer keys (JSON has none).
 
     Raises:
         ValueError: not such a dictionary, a mode below 1, a product that is not the size, or another number of modes
-            than `num_modes` (None: any from 2), one per core or what `of` says.
+            than `num_modes` (None: any from 2), one per what `of` says.
     """
     if modes is None:
         return None

@@ -35,6 +35,7 @@ from tensorpeft.plugin.base_weight import (
     set_innermost,
 )
 from tensorpeft.plugin.holder import UpdateHolder
+from tensorpeft.plugin.routes import Route, choose_route
 
 # From so many adapters in a batch on, their factors are gathered per row instead of looping over the adapters.
 _GATHERED_ADAPTERS = 4
@@ -92,25 +93,33 @@ class TensorLayer(UpdateHolder):
         weight = addable_weight(self.base_layer) if updates else None
         is_updatable = isinstance(self.base_layer, AbstractUpdatableLinear) and not has_own_forward(self.base_layer)
         fused = [update for update in updates if isinstance(update, AbstractFusedUpdate)]
+        low_rank = [update for update in updates if isinstance(update, AbstractLowRankUpdate)]
         trains = self.training or _trains(weight, fused)
-        may_cache = may_cache and weight is not None and self.owns_base and not trains
-        may_cache = may_cache and not torch.compiler.is_compiling()
         rows = x.numel() // max(x.shape[-1], 1)
-        if (weight is None and not is_updatable) or (
-            not may_cache and all(update.is_cheaper_apart(rows) for update in fused)
-        ):
-            fused = []
-        low_rank = [] if weight is None or fused else [u for u in updates if isinstance(u, AbstractLowRankUpdate)]
-        if is_updatable and fused:
+        route = choose_route(
+            is_addable=weight is not None,
+            is_updatable=is_updatable,
+            has_fused=bool(fused),
+            has_low_rank=bool(low_rank),
+            may_keep=may_cache and self.owns_base and not trains and not torch.compiler.is_compiling(),
+            is_cheaper_apart=all(update.is_cheaper_apart(rows) for update in fused),
+        )
+        bias: Any = self.base_layer.bias if weight is not None else None
+        joined: Sequence[AbstractUpdate] = fused
+        if route is Route.UPDATABLE:
             result = self.base_layer.forward_with(x, [update.cut() for update in fused])  # type: ignore[operator]
-        elif fused:
-            result = self._fused_forward(x, weight, fused, may_cache)  # type: ignore[arg-type]
-        elif low_rank:
-            factors = [update.factors() for update in low_rank]
-            result = low_rank_linear(x, weight, self.base_layer.bias, factors)  # type: ignore[arg-type]
+        elif route is Route.KEPT_SUM:
+            assert weight is not None
+            result = F.linear(x, self._cached_weight(weight, fused, product_dtype(x)), bias)
+        elif route is Route.SUM:
+            result = effective_linear(x, weight, bias, [update.cut() for update in fused])
+        elif route is Route.LOW_RANK:
+            joined = low_rank
+            result = low_rank_linear(x, weight, bias, [update.factors() for update in low_rank])
         else:
+            joined = ()
             result = self.base_layer(x, *args, **kwargs)
-        return self._add(result, x, [update for update in updates if update not in (*fused, *low_rank)])
+        return self._add(result, x, [update for update in updates if update not in joined])
 
     def _add(self, result: Tensor, x: Tensor, updates: Sequence[AbstractUpdate]) -> Tensor:
         """What the base made of x, with what these updates add."""
@@ -121,14 +130,6 @@ class TensorLayer(UpdateHolder):
             added = update(output if isinstance(update, AbstractOutputUpdate) else x)
             result = result + added.to(result.dtype)
         return result
-
-    def _fused_forward(
-        self, x: Tensor, weight: Tensor, updates: Sequence[AbstractFusedUpdate], may_cache: bool
-    ) -> Tensor:
-        bias: Tensor | None = self.base_layer.bias  # type: ignore[assignment]
-        if not may_cache:
-            return effective_linear(x, weight, bias, [update.cut() for update in updates])
-        return F.linear(x, self._cached_weight(weight, updates, product_dtype(x)), bias)
 
     def _cached_weight(self, weight: Tensor, updates: Sequence[AbstractFusedUpdate], dtype: torch.dtype) -> Tensor:
         """The effective weight of these updates, made anew when any tensor it is made of has changed."""

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from tensorpeft.networks.effective import fold
 from tensorpeft.networks.update import BASE_DIGEST, AbstractWeightUpdate
+from tensorpeft.plugin.config import own_fields
 from tensorpeft.plugin.holder import UpdateHolder
 from tensorpeft.plugin.layer import TensorLayer
 
@@ -31,7 +32,7 @@ def key_of(name: str) -> str:  # of a module, or the beginning of one
 def check_state_dict(tuner: BaseTuner, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
     """A tuner's `load_state_dict` pre-hook.
 
-    A checkpoint without an update's buffers is one that subtracts nothing (DoTA's `init_weights=False`): they are zero.
+    A checkpoint without an update's buffers is one of an update that subtracts nothing: they are zero.
 
     Raises:
         ValueError: a tensor has another shape than the adapter it is loaded into, an update's tensors are there only in
@@ -47,7 +48,8 @@ def check_state_dict(tuner: BaseTuner, state_dict: dict[str, Tensor], prefix: st
         for adapter_name, update in layer.updates.items():
             found = _part(state_dict, f"{stem}{adapter_name}.")
             unmapped = _part(state_dict, stem)
-            problem = _other_residual_base(update, found, unmapped) or _misfit(update, found, unmapped)
+            settings = ", ".join(own_fields(tuner.peft_config[adapter_name]))
+            problem = _other_own_part(update, found, unmapped) or _misfit(update, found, unmapped, settings)
             is_layer = isinstance(layer, TensorLayer)
             foreign = _foreign_start(layer, update, found) if is_layer and not problem else None
             if foreign and not isinstance(tuner.model, PreTrainedModel):
@@ -64,8 +66,8 @@ def _part(state_dict: Mapping[str, Tensor], stem: str) -> dict[str, Tensor]:
     return {key.removeprefix(stem): tensor for key, tensor in state_dict.items() if key.startswith(stem)}
 
 
-def _other_residual_base(update: nn.Module, found: Mapping[str, Tensor], unmapped: Mapping[str, Tensor]) -> str | None:
-    """Whether a checkpoint is for another residual base, or for a base of another kind."""
+def _other_own_part(update: nn.Module, found: Mapping[str, Tensor], unmapped: Mapping[str, Tensor]) -> str | None:
+    """Whether checkpoint and update start at what different base layers hold themselves, or only one of them does."""
     mine, theirs = dict(update.named_buffers()).get(BASE_DIGEST), found.get(BASE_DIGEST, unmapped.get(BASE_DIGEST))
     if not found or (mine is None and theirs is None):
         return None
@@ -73,7 +75,7 @@ def _other_residual_base(update: nn.Module, found: Mapping[str, Tensor], unmappe
         return None
     return (
         f"this adapter was trained on {_describe(theirs)}, but this model has {_describe(mine)} here. Load it on the "
-        "very base that it was trained on: its cores count only together with that base's residual. A base that was "
+        "very base that it was trained on: its tensors count only together with that base's residual. A base that was "
         "quantised in memory has to be saved (save_pretrained) to be loaded again."
     )
 
@@ -84,7 +86,12 @@ def _describe(digest: Tensor | None) -> str:
     return f"the residual base {digest.cpu().numpy().tobytes().hex()[:12]}…"
 
 
-def _misfit(update: nn.Module, found: Mapping[str, Tensor], unmapped: Mapping[str, Tensor]) -> str | None:
+def _misfit(
+    update: nn.Module,
+    found: Mapping[str, Tensor],
+    unmapped: Mapping[str, Tensor],
+    settings: str,  # what of a configuration the tensors depend on
+) -> str | None:
     """What is wrong with one update's part of a checkpoint; None if nothing is, or if it has none.
 
     `found` has the tensors that PEFT mapped to this update. PEFT leaves the key of a tensor that the update does not
@@ -95,7 +102,7 @@ def _misfit(update: nn.Module, found: Mapping[str, Tensor], unmapped: Mapping[st
     if more and found:
         return (
             f"the checkpoint has {more}, which this adapter does not: it was made with another configuration "
-            "(init_weights, num_cores, num_axes). Load it with the adapter_config.json it was saved with."
+            f"({settings}). Load it with the adapter_config.json it was saved with."
         )
     missing = sorted(set(parameters) - set(found))
     if not set(buffers).isdisjoint(found):
@@ -111,24 +118,26 @@ def _misfit(update: nn.Module, found: Mapping[str, Tensor], unmapped: Mapping[st
             return (
                 f"{key} is {tuple(tensor.shape)} in the checkpoint, expected {tuple(expected.shape)} for this model "
                 "and configuration. Load it on the model it was trained on (base_model_name_or_path in "
-                "adapter_config.json), with the r, num_cores and modes it was trained with."
+                f"adapter_config.json), with the settings it was trained with ({settings})."
             )
     return None
 
 
 def _foreign_start(layer: TensorLayer, update: nn.Module, found: Mapping[str, Tensor]) -> str | None:
-    """Whether a checkpoint's start is not the layer's own weight, cut down.
+    """Whether a checkpoint's start, which the update says is the layer's own weight cut down, is not.
 
-    A start S that was decomposed from W0 is an orthogonal projection of it, so that ⟨W0, S⟩ = ‖S‖²; for an unrelated
-    weight the product is near 0. Another dtype, quantisation or a bit of training of the base hardly move it.
+    A start S that is an orthogonal projection of W0 has ⟨W0, S⟩ = ‖S‖²; for an unrelated weight the product is near 0.
+    Another dtype, quantisation or a bit of training of the base hardly move it.
     """
-    if set(found) != set(update.state_dict()) or not isinstance(update, AbstractWeightUpdate):
+    if not isinstance(update, AbstractWeightUpdate) or not update.starts_at_projection:
+        return None
+    if set(found) != set(update.state_dict()):
         return None
     if BASE_DIGEST in found:
         return None  # its start is the base layer's own
     candidate = copy.deepcopy(update)
     candidate.load_state_dict(dict(found), assign=True)
-    cut = candidate.cut()  # type: ignore[operator]
+    cut = candidate.cut()
     if not cut.start or (weight := layer.read_base_weight()).is_meta:
         return None
     projection = fold(cut.network.halves(cut.start)).to(weight.device)

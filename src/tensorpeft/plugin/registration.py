@@ -105,8 +105,19 @@ def _key_prefixes(model: Any, adapter_name: str | None = None) -> set[str]:
 # Until PEFT knows torch's wrapper, for LoRA too.
 tuners_utils._get_tuner_state_dict_key_prefixes = _key_prefixes
 
+# The methods that PeftMixedModel can hold, by the type in their configurations.
+_mixed_classes: dict[PeftType, MethodClasses] = {}
+_create_in_mixed_model = mixed_model.MixedModel._create_and_replace
 _unload_mixed_model = mixed_model.MixedModel._unload_and_optionally_merge
 _prepare_mixed_config = mixed_model.MixedModel._prepare_adapter_config
+
+
+def _create_with_our_layers(self: Any, config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    """PeftMixedModel has a fixed dispatch. Until it asks PEFT's registry."""
+    if isinstance(config, TensorConfig):
+        wrap_layer(self, _mixed_classes[config.registered_type], config, adapter_name, kwargs["current_key"])
+    else:
+        _create_in_mixed_model(self, config, adapter_name, *args, **kwargs)
 
 
 def _unload_and_remove_shared_factors(
@@ -144,6 +155,7 @@ def _prepare_with_our_defaults(config: Any, model_config: dict[str, Any]) -> Any
     return _prepare_mixed_config(config, model_config)
 
 
+mixed_model.MixedModel._create_and_replace = _create_with_our_layers  # type: ignore[method-assign]
 mixed_model.MixedModel._unload_and_optionally_merge = _unload_and_remove_shared_factors  # type: ignore[method-assign]
 mixed_model.MixedModel.merge_adapter = _merge_all_or_none  # type: ignore[method-assign]
 mixed_model.MixedModel._prepare_adapter_config = staticmethod(_prepare_with_our_defaults)  # type: ignore[method-assign]
@@ -152,18 +164,10 @@ mixed_model.MixedModel._prepare_adapter_config = staticmethod(_prepare_with_our_
 def _admit_to_mixed_models(
     peft_type: PeftType, config_cls: type, holder_cls: type, classes: MethodClasses, prefix: str
 ) -> None:
-    """PeftMixedModel has fixed lists of what it can hold, and a fixed dispatch. Until it asks PEFT's registry."""
+    """PeftMixedModel has fixed lists of what it can hold. Until it asks PEFT's registry."""
     types = (*mixed_model.COMPATIBLE_TUNER_TYPES, peft_type)
     mixed_model.COMPATIBLE_TUNER_TYPES = peft.tuners.mixed.COMPATIBLE_TUNER_TYPES = types
     mixed_model.Configs = Union[mixed_model.Configs, config_cls]  # noqa: UP007  # of classes known at run time
     mixed_model.Layers = (*mixed_model.Layers, holder_cls)
     mixed_model.PREFIXES.append(prefix)
-    create_others = mixed_model.MixedModel._create_and_replace
-
-    def create_and_replace(self: Any, config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        if isinstance(config, config_cls):
-            wrap_layer(self, classes, config, adapter_name, kwargs["current_key"])  # type: ignore[arg-type]
-        else:
-            create_others(self, config, adapter_name, *args, **kwargs)
-
-    mixed_model.MixedModel._create_and_replace = create_and_replace  # type: ignore[method-assign]
+    _mixed_classes[peft_type] = classes

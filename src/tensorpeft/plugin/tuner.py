@@ -15,8 +15,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
-from tensorpeft.networks.mpo import FrozenCores
-from tensorpeft.networks.update import AbstractUpdate
+from tensorpeft.networks.update import AbstractUpdatableLinear, AbstractUpdate
 from tensorpeft.plugin.base_weight import (
     UpdatableBackend,
     as_matrix,
@@ -284,9 +283,9 @@ class _Bases:
         weight = base.weight.data if backend is None else backend.get_base_weight(base)
         return as_matrix(base, weight)  # type: ignore[arg-type]
 
-    def start(self, site: Site) -> FrozenCores | None:
-        start = getattr(self.layers[site.name][0], "start", None)
-        return start if isinstance(start, FrozenCores) else None
+    def start(self, site: Site) -> nn.Module | None:
+        base, _ = self.layers[site.name]
+        return base.start if isinstance(base, AbstractUpdatableLinear) else None
 
 
 def _target_names(tuner: BaseTuner, config: TensorConfig) -> list[str]:

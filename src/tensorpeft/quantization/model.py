@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
@@ -12,8 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from tensorpeft.networks.mpo import MpoUpdate
-from tensorpeft.networks.update import AbstractUpdatableLinear
-from tensorpeft.plugin.base_weight import as_matrix, plain_layer, restore_row_order
+from tensorpeft.plugin.base_weight import as_matrix
 from tensorpeft.plugin.config import TensorConfig
 from tensorpeft.plugin.tensor_map import plan_updates, settle
 from tensorpeft.quantization.quantizer import ResidualConfig, mark_quantised
@@ -159,26 +158,11 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """
     if any(hasattr(module, "base_layer") for module in model.modules()):
         raise ValueError("the model has adapters. Call merge_and_unload() (or unload()) first, then dequantize.")
+    from tensorpeft.quantization.residual import dequantize_layers
+
     dequantize_layers(model, dtype)
     if isinstance(model, PreTrainedModel) and getattr(model, "hf_quantizer", None) is not None:
         model.hf_quantizer.remove_quantization_config(model)  # type: ignore[union-attr]
         model.is_loaded_in_4bit = model.config._is_quantized = False  # type: ignore[attr-defined]
         model.hf_quantizer = None  # type: ignore[assignment]
     return model if dtype is None else model.to(dtype)  # type: ignore[arg-type]
-
-
-def dequantize_layers(model: nn.Module, dtype: torch.dtype | None = None) -> None:
-    """Replace every 4-bit layer by a plain one, one at a time; by default in the dtype of the rest of the model."""
-    if dtype is None:
-        dtype = next((tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()), None)
-    from bitsandbytes.nn.modules import Linear4bit
-
-    from tensorpeft.quantization.residual import dequantise
-
-    layers: Mapping[str, nn.Module] = dict(model.named_modules())
-    for name, layer in layers.items():
-        if isinstance(layer, Linear4bit):
-            restore_row_order(layer)
-            is_residual = isinstance(layer, AbstractUpdatableLinear)
-            weight = layer.weight_with((), dtype) if is_residual else dequantise(layer.weight)  # type: ignore
-            model.set_submodule(name, plain_layer(layer, weight if dtype is None else weight.to(dtype)))

@@ -118,7 +118,7 @@ class ResidualHfQuantizer(Bnb4BitHfQuantizer):
         return None, {}
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        from tensorpeft.quantization.model import dequantize_layers
+        from tensorpeft.quantization.residual import dequantize_layers
 
         dequantize_layers(model, dtype)
         return model

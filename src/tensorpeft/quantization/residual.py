@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -15,7 +15,7 @@ from tensorpeft.networks.dtypes import at_least_float32
 from tensorpeft.networks.effective import Cut, effective_linear, effective_weight
 from tensorpeft.networks.mpo import MPO, FrozenCores, contract, decompose
 from tensorpeft.networks.update import AbstractUpdatableLinear
-from tensorpeft.plugin.base_weight import restore_row_order
+from tensorpeft.plugin.base_weight import plain_layer, restore_row_order
 
 
 class Split(NamedTuple):
@@ -131,6 +131,7 @@ class ResidualLinear4bit(Linear4bit, AbstractUpdatableLinear):
     Source: DoTA, section 3.3 (QDoTA).
     """
 
+    start: FrozenCores  # pyright: ignore[reportIncompatibleVariableOverride]  # set here and nowhere else
     dtype_of_model: Tensor  # (0,)
 
     def __init__(
@@ -219,6 +220,19 @@ def fill(layer: Linear4bit, stored: Params4bit, bias: Tensor | None) -> Linear4b
     if bias is not None:
         layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
     return layer
+
+
+def dequantize_layers(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Replace every 4-bit layer by a plain one, one at a time; by default in the dtype of the rest of the model."""
+    if dtype is None:
+        dtype = next((tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()), None)
+    layers: Mapping[str, nn.Module] = dict(model.named_modules())
+    for name, layer in layers.items():
+        if isinstance(layer, Linear4bit):
+            restore_row_order(layer)
+            is_residual = isinstance(layer, AbstractUpdatableLinear)
+            weight = layer.weight_with((), dtype) if is_residual else dequantise(layer.weight)  # type: ignore
+            model.set_submodule(name, plain_layer(layer, weight if dtype is None else weight.to(dtype)))
 
 
 def digest(parts: Split) -> Tensor:  # (4,), int64

@@ -16,16 +16,8 @@ pytest.importorskip("psutil")
 import psutil
 
 from studies.compare.small_work import do, task, tries
-from tensorpeft.studies.compare.engine import (
-    Engine,
-    Here,
-    LostCellError,
-    StoppedError,
-    check_engine,
-    one_gpu,
-    open_engine,
-    visible_gpus,
-)
+from tensorpeft.studies.compare.engine import Engine, check_engine, one_gpu, open_engine, visible_gpus
+from tensorpeft.studies.compare.slots import Here, LostCellError, StoppedError
 from tensorpeft.studies.compare.workers import make_workers
 
 TESTS = Path(__file__).parents[2]

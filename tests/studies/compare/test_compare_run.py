@@ -22,9 +22,9 @@ import psutil
 
 from tensorpeft.evaluation.options import EvaluationOptions
 from tensorpeft.studies.compare import cells
-from tensorpeft.studies.compare.engine import LostCellError
 from tensorpeft.studies.compare.entries import load_entries
 from tensorpeft.studies.compare.run import run_compare
+from tensorpeft.studies.compare.slots import LostCellError
 from tensorpeft_cli import main
 
 

@@ -6,60 +6,17 @@ import queue
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 
 from tensorpeft.studies.compare.cells import Cell
 from tensorpeft.studies.compare.progress import CellsBar
+from tensorpeft.studies.compare.slots import Here, Slot, StoppedError, Work
+from tensorpeft.studies.compare.workers import make_workers
 
-Work = Callable[[Cell, Callable[[float], object]], str]  # such as `run_cell`; other processes import it by its name
-ATTEMPTS = 3  # at a cell whose process dies
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
-
-
-class LostCellError(RuntimeError):
-    """The process of a cell died, each time that it was tried."""
-
-
-class StoppedError(RuntimeError):
-    """The engine was stopped."""
-
-
-class Slot(Protocol):
-    """Room for one cell at a time."""
-
-    def run(self, cell: Cell, on_share: Callable[[float], object]) -> str:
-        """What the work returns for a cell.
-
-        Raises:
-            LostCellError: its process died, each time.
-            StoppedError: `stop` was called, before or meanwhile.
-        """
-        ...
-
-    def stop(self) -> None:
-        """End what runs, at once, and run nothing more; from any thread."""
-        ...
-
-
-class Here:
-    """The slot that this process is.
-
-    Args:
-        work: done with each cell.
-    """
-
-    def __init__(self, work: Work) -> None:
-        self._work = work
-
-    def run(self, cell: Cell, on_share: Callable[[float], object]) -> str:
-        """What the work returns for a cell."""
-        return self._work(cell, on_share)
-
-    def stop(self) -> None:
-        """Nothing: what runs is the caller."""
 
 
 class Engine:
@@ -155,12 +112,7 @@ def open_engine(
         with ray_slots(work, ray) as slots, Engine(slots) as engine:
             yield engine
         return
-    if workers is None:
-        slots = [Here(work)]
-    else:
-        from tensorpeft.studies.compare.workers import make_workers
-
-        slots = make_workers(work, workers, visible_gpus(), logs)
+    slots = [Here(work)] if workers is None else make_workers(work, workers, visible_gpus(), logs)
     with Engine(slots) as engine:
         yield engine
 

@@ -12,7 +12,7 @@ from ray.exceptions import RayError
 from rich.text import Text
 
 from tensorpeft.studies.compare.cells import Cell
-from tensorpeft.studies.compare.engine import ATTEMPTS, LostCellError, StoppedError, Work
+from tensorpeft.studies.compare.slots import ATTEMPTS, LostCellError, StoppedError, Work
 
 
 class RaySlot:

@@ -9,10 +9,11 @@ from pathlib import Path
 from tensorpeft.evaluation.options import EvaluationOptions
 from tensorpeft.reports.files import write_lines
 from tensorpeft.studies.compare.cells import FAILURE, Cell
-from tensorpeft.studies.compare.engine import Engine, LostCellError
+from tensorpeft.studies.compare.engine import Engine
 from tensorpeft.studies.compare.entries import Comparison, Entry
 from tensorpeft.studies.compare.progress import CellsBar
 from tensorpeft.studies.compare.results import Run
+from tensorpeft.studies.compare.slots import LostCellError
 from tensorpeft.studies.rates import rates_beyond
 from tensorpeft.training.recipe import Recipe
 from tensorpeft.training.results import SeedResult, read_result

@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 
 from tensorpeft.studies.compare.cells import Cell
-from tensorpeft.studies.compare.engine import ATTEMPTS, LostCellError, StoppedError, Work
+from tensorpeft.studies.compare.slots import ATTEMPTS, LostCellError, StoppedError, Work
 
 # Not as a module of the package, whose import takes seconds: before it, the worker looks after its own end.
 _START = f"import runpy; runpy.run_path({str(Path(__file__).with_name('worker.py'))!r}, run_name='__main__')"

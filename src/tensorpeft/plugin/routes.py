@@ -1,0 +1,43 @@
+"""Which way an adapted layer's output is computed: decided in one place, from plain facts."""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+
+
+class Route(Enum):
+    """What is computed together with the base layer; every other update is added to what comes out."""
+
+    BASE = auto()  # nothing: the base layer's own forward runs
+    LOW_RANK = auto()  # the low-rank updates, in one map with the base weight
+    SUM = auto()  # the fused updates, in one product with the sum of the weight and them, made for this call
+    KEPT_SUM = auto()  # the same, with a sum that is kept
+    UPDATABLE = auto()  # the fused updates, by the base layer, which adds updates by itself
+
+
+def choose_route(
+    *,
+    is_addable: bool,
+    is_updatable: bool,
+    has_fused: bool,
+    has_low_rank: bool,
+    may_keep: bool,
+    is_cheaper_apart: bool,
+) -> Route:
+    """The route of one call.
+
+    Args:
+        is_addable: whether the base layer is its weight: a plain matrix, and a bias.
+        is_updatable: whether it stores its weight in another form, and adds updates by itself.
+        has_fused: whether a fused update is active.
+        has_low_rank: whether a low-rank update is.
+        may_keep: whether a sum may be kept: nothing is trained or compiled, nobody else writes to the weight, and the
+            caller does not forbid it.
+        is_cheaper_apart: whether every fused update is cheaper beside the base than in a sum made for this call.
+    """
+    is_kept = may_keep and is_addable
+    if has_fused and (is_addable or is_updatable) and (is_kept or not is_cheaper_apart):
+        if is_updatable:
+            return Route.UPDATABLE
+        return Route.KEPT_SUM if is_kept else Route.SUM
+    return Route.LOW_RANK if has_low_rank and is_addable else Route.BASE

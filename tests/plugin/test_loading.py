@@ -1,0 +1,65 @@
+"""Which base a checkpoint belongs to: asked of those updates whose start is a part of the base's weight."""
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+
+from cases import MODELS, Case, logits, over_cases, perturb, tiny_llama
+from tensorpeft import DotaConfig
+from tensorpeft.networks.effective import fold
+from tensorpeft.networks.mpo import MpoUpdate, random_cores
+from tensorpeft.networks.update import AbstractWeightUpdate
+from tensorpeft.plugin.layer import TensorLayer
+
+LLAMA = MODELS[0]
+
+
+@pytest.fixture
+def random_starts(monkeypatch) -> type[DotaConfig]:
+    """A method that subtracts random cores, drawn anew whenever it is built: a start that is no part of the weight."""
+
+    def build(self, sites, bases):
+        updates = {}
+        for site in sites:
+            cores = random_cores((2, site.out // 2), (2, site.in_ // 2), 3, bases.read_weight(site).device)
+            updates[site.name] = MpoUpdate(cores, start=cores)
+        return updates
+
+    monkeypatch.setattr(DotaConfig, "build", build)
+    return DotaConfig
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_a_start_that_is_no_projection_loads_on_its_own_base(
+    random_starts: type[DotaConfig], low_cpu_mem_usage: bool, tmp_path
+):
+    peft_model = get_peft_model(LLAMA.fresh(), random_starts(target_modules=LLAMA.targets)).eval()
+    assert torch.equal(logits(peft_model), logits(LLAMA.fresh()))
+    perturb(peft_model)
+    peft_model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(LLAMA.fresh(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage).eval()
+    assert torch.equal(logits(loaded), logits(peft_model))
+
+
+def test_a_projection_is_refused_on_another_base_and_loads_on_its_own(tmp_path):
+    peft_model = get_peft_model(LLAMA.fresh(), DotaConfig(r=6, num_cores=3, target_modules=LLAMA.targets)).eval()
+    perturb(peft_model)
+    peft_model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(LLAMA.fresh(), tmp_path).eval()), logits(peft_model))
+    torch.manual_seed(123)
+    with pytest.raises(ValueError, match=r"another base model: of its start, .* expected 100%"):
+        PeftModel.from_pretrained(tiny_llama().eval(), tmp_path)
+
+
+@over_cases
+def test_every_start_is_what_its_update_says(case: Case):
+    peft_model = get_peft_model(LLAMA.fresh(), case.make(target_modules=LLAMA.targets))
+    layers = [module for module in peft_model.modules() if isinstance(module, TensorLayer)]
+    for layer in layers:
+        update = layer.updates["default"]
+        if not isinstance(update, AbstractWeightUpdate):
+            continue
+        cut = update.cut()
+        start = fold(cut.network.halves(cut.start)) if cut.start else torch.zeros(())
+        share = (layer.read_base_weight() * start).sum() / start.square().sum()  # not a number where nothing is
+        assert update.starts_at_projection == (abs(share.item() - 1) < 1e-4)
