@@ -48,12 +48,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="timed steps; 0: time nothing (default: %(default)s)",
     )
+    places = parser.add_mutually_exclusive_group()
+    places.add_argument("--workers", type=whole(1), metavar="N", help="processes to run in, a GPU or some cores each")
+    places.add_argument(
+        "--ray",
+        nargs="?",
+        const="",
+        metavar="ADDRESS",
+        help="run on a Ray cluster; without ADDRESS: the one here, or a new one",
+    )
     parser.add_argument("--output", type=Path, metavar="DIR", help="(default: the recipe's, or runs/compare/RECIPE)")
     add_cache(parser)
     parser.set_defaults(run=_run, extra="train")
 
 
-def _run(arguments: argparse.Namespace, command: str) -> None:
+def _run(arguments: argparse.Namespace, command: str) -> int:
     find_recipe(arguments.recipe)
     budget = parse_budget(arguments.budget)
     import_package()
@@ -70,4 +79,5 @@ def _run(arguments: argparse.Namespace, command: str) -> None:
         budget,
         arguments.target_loss,
     )
-    run_compare(comparison, arguments.timing_rounds, command)
+    results = run_compare(comparison, arguments.timing_rounds, command, workers=arguments.workers, ray=arguments.ray)
+    return int(any(result.has_failed for result in results))

@@ -32,7 +32,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_run, extra="train")
 
 
-def _run(arguments: argparse.Namespace, command: str) -> None:
+def _run(arguments: argparse.Namespace, command: str) -> int:
     import_package()
     from tensorpeft.studies.compare.entries import load_entries
     from tensorpeft.studies.compare.run import run_compare
@@ -40,4 +40,4 @@ def _run(arguments: argparse.Namespace, command: str) -> None:
     comparison = load_entries(
         "demo", arguments.methods, arguments.seeds, smoke=arguments.quick, output=arguments.output
     )
-    run_compare(comparison, command=command)
+    return int(any(result.has_failed for result in run_compare(comparison, command=command)))

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-_EXTRAS = {"bitsandbytes": "4bit", "lm_eval": "eval"}
+_EXTRAS = {"bitsandbytes": "4bit", "lm_eval": "eval", "ray": "ray"}
 # What talks to the Hub, and raises.
 _HUB = {"huggingface_hub", "httpx", "httpcore", "requests"}
 

@@ -18,6 +18,7 @@ from tensorpeft.evaluation import EvaluationOptions
         ("beta", 0),
         ("beta", float("nan")),
         ("beta", None),
+        ("chat", 1),
     ],
 )
 def test_a_bad_value_is_named(name, value):

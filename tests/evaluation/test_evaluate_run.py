@@ -11,7 +11,7 @@ from peft import get_peft_model
 from cases import Model, perturb
 from tensorpeft.evaluation import EvaluationOptions, evaluate_task
 from tensorpeft.evaluation.loading import load_model
-from tensorpeft.evaluation.report import metrics_table, to_json, write_lines
+from tensorpeft.evaluation.report import metrics_table
 from tensorpeft.evaluation.run import run_evaluate
 from tensorpeft.tasks.records import read_json_lines
 from tensorpeft.tasks.task import Generation, LabelledText, LabelTask, Question, QuestionTask, Scored, StructureTask
@@ -172,30 +172,11 @@ def test_a_run_that_fails_leaves_the_files_of_the_last_one(folder, tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path):
-    def lines():
-        yield "one"
-        raise RuntimeError
-
-    write_lines(tmp_path / "rows.jsonl", ["old"])
-    with pytest.raises(RuntimeError):
-        write_lines(tmp_path / "rows.jsonl", lines())
-    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
-    assert (tmp_path / "rows.jsonl").read_text() == "old\n"
-
-
-def test_json_has_null_for_what_is_no_number():
-    assert to_json({"a": float("nan"), "b": [float("inf"), 0.5, "é"], "c": None}) == (
-        '{"a": null, "b": [null, 0.5, "é"], "c": null}'
-    )
-
-
 def test_the_table_says_what_was_left_out():
     from tensorpeft.evaluation import Evaluation
 
     rows = [{"cut": True, "left_out": True}, {"cut": True}, {}]
-    parts = metrics_table(Evaluation("texts", "loss", 3, {"loss": 1.5, "perplexity": 123456789.0}, rows))
-    title, table, *notes = parts.renderables
-    assert title == "texts: loss, 3 rows"
-    assert notes == ["2 of 3 rows were cut (max_length).", "1 of them: no response left, and in no metric."]
-    assert list(table.columns[1].cells) == ["1.5000", "1.235e+08"]
+    table = metrics_table(Evaluation("texts", "loss", 3, {"loss": 1.5, "perplexity": 123456789.0}, rows))
+    assert table.title == "texts: loss, 3 rows"
+    assert table.notes == ["2 of 3 rows were cut (max_length).", "1 of them: no response left, and in no metric."]
+    assert [row[1] for row in table.rows] == ["1.5000", "1.235e+08"]

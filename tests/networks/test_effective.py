@@ -163,6 +163,7 @@ def test_effective_weight_keeps_the_layout_of_the_weight(transposed):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler: g++ not found")
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [(0, 0), (3, 70_000)], ids=str)
 def test_a_compiled_program_dithers_with_the_same_bits(first):
     torch.compiler.reset()

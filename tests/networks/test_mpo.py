@@ -114,8 +114,10 @@ class Truncation:
     scope="module",
     params=[
         *product(SHAPES, MATRICES, TOLERANCES),
-        pytest.param((HUGE, gaussian, torch.float32), marks=pytest.mark.slow),
-        pytest.param((HUGE, decaying_spectrum, torch.float32), marks=pytest.mark.thorough),
+        *(
+            pytest.param((HUGE, matrix, torch.float32), marks=pytest.mark.thorough)
+            for matrix in (gaussian, decaying_spectrum)
+        ),
     ],
     ids=lambda case: f"{case[0].name}-{case[1].__name__}-{case[2]}",
 )

@@ -203,7 +203,8 @@ def test_broken_adapter_is_not_merged(model: nn.Module):
     for merge in (peft_model.merge_adapter, peft_model.merge_and_unload):
         with pytest.raises(ValueError, match=r"NaNs detected in the merged weights\. The adapter default"):
             merge(safe_merge=True)
-        assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters() if name in weights)
+        found = dict(model.named_parameters())
+        assert all(torch.equal(found[name], weight) for name, weight in weights.items())
         assert not any(getattr(module, "merged_adapters", []) for module in model.modules())
 
 

@@ -13,7 +13,8 @@ from cases import MODELS, minilm, tokens
 from tensorpeft import DotaConfig
 from tensorpeft.quantization.errors import method_names, quantization_errors
 from tensorpeft.quantization.residual import dequantise, quantise
-from tensorpeft.studies.quantization_report import inspect_quantization, markdown
+from tensorpeft.reports.tables import markdown_tables
+from tensorpeft.studies.quantization_report import error_table, inspect_quantization
 
 
 def config() -> DotaConfig:
@@ -73,7 +74,7 @@ def test_a_layer_where_the_network_is_worse_is_marked():
         ({"QLoRA": 0.3, "QPiSSA 1": 0.1, "QDoTA 1": 0.4}, "q_proj ! |"),
     ):
         layer.weight.update(weight)
-        text = markdown([layer], rounds=1)
+        text = markdown_tables([error_table([layer], 1, "")])
         assert mark in text
         assert f"QDoTA 1 in {int(weight['QDoTA 1'] < 0.3)}" in text
 

@@ -195,6 +195,6 @@ def test_a_state_file_that_was_not_finished_is_written_again(tmp_path):
     model = MODELS[0]
     model.fresh().save_pretrained(tmp_path / "source")
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "quantize_state.partial").touch()
+    (tmp_path / "out" / "quantize_state.json.unfinished").touch()
     quantize_checkpoint(tmp_path / "source", tmp_path / "out", config_of(model))
-    assert not list((tmp_path / "out").glob("*.partial"))
+    assert not list((tmp_path / "out").glob("*.unfinished"))

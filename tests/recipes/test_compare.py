@@ -64,3 +64,13 @@ def test_a_study_says_what_it_compares(path):
     assert comparison.output == Path("runs/studies") / path.stem
     labels = [entry.label for entry in comparison.entries]
     assert len(set(labels)) == len(labels)
+
+
+@pytest.mark.parametrize("smoke", [False, True])
+def test_the_demo_runs_each_method_once(smoke):
+    comparison = load_entries(ROOT / "recipes" / "demo.yaml", smoke=smoke)
+    assert [entry.key for entry in comparison.entries] == ["full", "lora", "dota", "lorta"]
+    assert [len(entry.rates) for entry in comparison.entries] == [1] * 4
+    # One rate is the edge of its grid: nothing may go looking beyond it.
+    assert (comparison.seeds, comparison.widenings) == (1, 0)
+    assert comparison.recipe.data.chat

@@ -17,7 +17,7 @@ from tensorpeft.studies.budget import parse_count
 from tensorpeft.studies.catalogue import DEFAULT_PLANNED, choose_methods
 from tensorpeft.studies.measure import peak_memory
 from tensorpeft.studies.plan import enable_checkpointing, plan_model
-from tensorpeft.studies.plan_report import legend, rich_table
+from tensorpeft.studies.plan_report import legend, plan_table
 from tensorpeft_cli import main
 from tensorpeft_cli.plan import parse_size
 
@@ -66,7 +66,7 @@ def test_the_memory_of_a_step_is_the_measured_one(
 ):
     monkeypatch.setattr(mpo, "_pays_to_keep", lambda start: True)  # as on a GPU, which the plan is for
     plan = plan_model(str(small), rank=4, batch=2, length=length, gradient_checkpointing=checkpointing)
-    assert rich_table(plan).row_count == len(DEFAULT_PLANNED)
+    assert len(plan_table(plan).rows) == len(DEFAULT_PLANNED)
     base = LlamaForCausalLM(LlamaConfig.from_pretrained(small)).to(torch.bfloat16)
     tokens = torch.ones(2, length, dtype=torch.long)
     for method in plan.methods:

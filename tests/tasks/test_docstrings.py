@@ -128,7 +128,7 @@ def test_a_group_never_spans_two_splits(splits):
 
 
 def test_a_library_without_source_says_what_to_do(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"zipped or not at all.*another task"):
+    with pytest.raises(FileNotFoundError, match=r"zipped or not at all.*installed with its source"):
         load_docstrings(tmp_path)
 
 

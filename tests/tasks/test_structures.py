@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("gemmi")
-from tensorpeft.tasks.structures import TASKS, lddt_ca, lddt_ca_per_residue, load_structures
+from tensorpeft.tasks.structures import TASKS, lddt_ca, load_structures
 from tensorpeft.tasks.task import StructureTask
 
 DATA = Path(os.environ.get("TENSORPEFT_DATA", Path(__file__).parents[3] / "shared")) / "data" / "protein_structures"
@@ -94,8 +94,8 @@ def structures():
 
 
 def slow_lddt(predicted, true):
-    """The published definition, pair by pair: (score, score of every residue)."""
-    shares, num_pairs = np.zeros(len(true)), np.zeros(len(true))
+    """The published definition, pair by pair."""
+    shares = num_pairs = 0
     for i in range(len(true)):
         for j in range(len(true)):
             if i == j or np.isnan(true[i]).any() or np.isnan(true[j]).any():
@@ -103,10 +103,9 @@ def slow_lddt(predicted, true):
             distance = math.dist(true[i], true[j])
             if distance < 15:
                 error = abs(math.dist(predicted[i], predicted[j]) - distance)
-                num_pairs[i] += 1
-                shares[i] += sum(error < cutoff for cutoff in (0.5, 1, 2, 4)) / 4
-    with np.errstate(invalid="ignore"):
-        return shares.sum() / num_pairs.sum(), shares / num_pairs
+                num_pairs += 1
+                shares += sum(error < cutoff for cutoff in (0.5, 1, 2, 4)) / 4
+    return shares / num_pairs
 
 
 def moved(positions, generator):
@@ -200,9 +199,8 @@ def test_lddt_is_the_published_definition(structures, noise):
         if len(true) > 150 and noise != 0.3:
             continue  # the direct double loop is slow
         predicted = true + generator.normal(size=true.shape) * noise
-        score, per_residue = slow_lddt(predicted, true)
+        score = slow_lddt(predicted, true)
         assert lddt_ca(predicted, true) == pytest.approx(score, abs=1e-12)
-        np.testing.assert_allclose(lddt_ca_per_residue(predicted, true), per_residue, atol=1e-12)
         assert score == 1 if noise == 0 else 0.3 < score < 1
         assert lddt_ca(moved(predicted, generator), moved(true, generator)) == pytest.approx(score, abs=1e-9)
 
@@ -211,7 +209,6 @@ def test_three_points_by_hand():
     true = np.array([[0.0, 0, 0], [10, 0, 0], [20, 0, 0]])  # distances 10, 10, and 20: outside of the radius
     predicted = np.array([[0.0, 0, 0], [10.7, 0, 0], [23.7, 0, 0]])  # 10.7: within 1, 2 and 4; 13: within 4
     assert lddt_ca(predicted, true) == pytest.approx((3 / 4 + 1 / 4) / 2)
-    np.testing.assert_allclose(lddt_ca_per_residue(predicted, true), [3 / 4, (3 / 4 + 1 / 4) / 2, 1 / 4])
     assert lddt_ca(predicted, true, inclusion_radius=21) == pytest.approx((3 / 4 + 1 / 4 + 1 / 4) / 3)
     assert lddt_ca(predicted, true, cutoffs=(1.0,)) == pytest.approx(1 / 2)
     assert lddt_ca(predicted, true, mask=np.array([True, True, False])) == pytest.approx(3 / 4)
@@ -221,8 +218,7 @@ def test_pairs_weigh_the_same_and_not_residues():
     # Four residues within reach of each other, and one within reach of the last of them only, whose pair is lost.
     true = np.array([[0.0, 0, 0], [1, 0, 0], [2, 0, 0], [3, 0, 0], [17.5, 0, 0]])
     predicted = np.array([[0.0, 0, 0], [1, 0, 0], [2, 0, 0], [3, 0, 0], [90, 0, 0]])
-    assert lddt_ca(predicted, true) == pytest.approx(6 / 7)
-    assert lddt_ca_per_residue(predicted, true).mean() == pytest.approx((1 + 1 + 1 + 3 / 4 + 0) / 5)
+    assert lddt_ca(predicted, true) == pytest.approx(6 / 7)  # the mean over residues is 3.75 / 5
 
 
 def test_what_is_unresolved_is_left_out_and_what_is_not_predicted_is_wrong():
@@ -230,7 +226,6 @@ def test_what_is_unresolved_is_left_out_and_what_is_not_predicted_is_wrong():
     gap = line.copy()
     gap[1] = np.nan
     assert lddt_ca(line, gap) == 1
-    assert np.isnan(lddt_ca_per_residue(line, gap)).tolist() == [False, True, False, False]
     assert lddt_ca(gap, line) == pytest.approx(3 / 6)  # the three pairs of residue 1 are not there
     assert lddt_ca(np.full_like(line, np.inf), line) == 0
 

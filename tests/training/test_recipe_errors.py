@@ -47,6 +47,7 @@ def refused(tmp_path):
         ("data.validation: 0", "data.validation=0: expected a source"),
         ("data.validation: yes", "data.validation=True: expected a source"),
         ("data.seed: a", "data.seed='a': expected a whole number"),
+        ("data.chat: maybe", "data.chat='maybe': expected true or false"),
         ("data.seed: true", "data.seed=True: expected a whole number"),
     ],
 )

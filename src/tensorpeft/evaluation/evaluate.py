@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from tensorpeft.evaluation.chat_template import as_chat
 from tensorpeft.evaluation.generation import evaluate_generation
 from tensorpeft.evaluation.labels import evaluate_labels
 from tensorpeft.evaluation.likelihood import check_choices, evaluate_likelihood
@@ -76,7 +77,9 @@ def evaluate_task(
             case LabelTask():
                 metrics, described = evaluate_labels(model, words, task, rows, options, report)
             case QuestionTask():
-                metrics, described = _QUESTIONS[mode](model, words, task, rows, options, report)
+                asked = [as_chat(words, row) for row in rows] if options.chat else rows
+                metrics, described = _QUESTIONS[mode](model, words, task, asked, options, report)
+                described = [found | {"prompt": row.prompt} for found, row in zip(described, rows, strict=True)]
             case PreferenceTask():
                 metrics, described = evaluate_preferences(model, words, task, rows, options, report)
             case StructureTask():
@@ -95,6 +98,8 @@ def find_mode(task: Task, options: EvaluationOptions) -> str:
             raise ValueError(
                 f"mode={options.mode!r}: only questions have modes, and {task.name} has none. Leave it out."
             )
+        if options.chat:
+            raise ValueError(f"chat=True: only questions are asked in a chat, and {task.name} has none. Leave it out.")
         return _OTHERS[type(task)]
     if options.mode == "generate" and task.score is None:
         raise ValueError(f"mode='generate': the task {task.name} cannot score a text. Use mode loss.")

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from tensorpeft.evaluation.batches import map_batches
+from tensorpeft.evaluation.chat_template import find_turn_end
 from tensorpeft.evaluation.options import EvaluationOptions
 from tensorpeft.evaluation.tokens import TokenRow, base_model, device_of, encode_prompts, find_limit, pad_id, pad_tokens
 from tensorpeft.tasks.task import Generation, Question, QuestionTask
@@ -35,7 +36,8 @@ def evaluate_generation(
         raise ValueError(
             f"task {task.name}, row {empty[0]!r}: the prompt has no tokens, expected a text to go on from."
         )
-    texts = generate_texts(model, tokenizer, prompts, generation, options.batch_size, on_row)
+    turn_end = find_turn_end(tokenizer) if options.chat else None
+    texts = generate_texts(model, tokenizer, prompts, generation, options.batch_size, on_row, turn_end)
     rows = []
     for example, prompt, text in zip(examples, prompts, texts, strict=True):
         scored = task.score(text, example)
@@ -53,6 +55,7 @@ def generate_texts(
     generation: Generation,
     batch_size: int,
     on_row: Callable[[int], object],
+    turn_end: int | None = None,  # a further token that ends an answer
 ) -> list[str]:
     """What the model writes after every prompt, up to the first of the stop texts.
 
@@ -70,27 +73,31 @@ def generate_texts(
         return [_cut(text, generation.stop) for text in _decode(tokenizer, output[:, width:])]
 
     lengths = [len(prompt.ids) for prompt in prompts]
-    with _settings(model, tokenizer, generation):
+    settings = {"do_sample": False, "max_new_tokens": generation.max_new_tokens, "num_beams": generation.num_beams}
+    with generation_settings(model, tokenizer, turn_end, **settings):
         return map_batches(compute, prompts, lengths, batch_size, lambda indices: on_row(len(indices)))
 
 
 @contextmanager
-def _settings(model: nn.Module, tokenizer: PreTrainedTokenizerBase, generation: Generation) -> Iterator[None]:
-    """The model with these generation settings instead of its own, which would fill in whatever is left open."""
+def generation_settings(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    turn_end: int | None = None,  # a further token that ends an answer
+    **settings: Any,  # fields of transformers' GenerationConfig
+) -> Iterator[list[int]]:
+    """The model with these generation settings instead of its own, which would fill in whatever is left open.
+
+    Yields the tokens that end an answer: the model's, the tokenizer's, and the one that is given.
+    """
     base = base_model(model)
     own = base.generation_config
     of_model = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
-    ends = {end for end in (*of_model, tokenizer.eos_token_id) if isinstance(end, int)}
+    ends = sorted({end for end in (*of_model, tokenizer.eos_token_id, turn_end) if isinstance(end, int)})
     base.generation_config = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=generation.max_new_tokens,
-        num_beams=generation.num_beams,
-        bos_token_id=own.bos_token_id,
-        eos_token_id=sorted(ends) or None,
-        pad_token_id=pad_id(tokenizer),
+        bos_token_id=own.bos_token_id, eos_token_id=ends or None, pad_token_id=pad_id(tokenizer), **settings
     )
     try:
-        yield
+        yield ends
     finally:
         base.generation_config = own
 

@@ -19,6 +19,7 @@ class EvaluationOptions:
         max_length: tokens of a row, or of the prompt where an answer is generated; None: all that the model reads.
             Prompts of answers and of choices lose their beginning, all others their end.
         beta: of the DPO loss.
+        chat: ask questions in the model's chat template, as a user's first turn.
     """
 
     mode: str | None = None
@@ -27,6 +28,7 @@ class EvaluationOptions:
     num_beams: int | None = None
     max_length: int | None = None
     beta: float = 0.1
+    chat: bool = False
 
     def __post_init__(self) -> None:
         if self.mode is not None and self.mode not in MODES:
@@ -39,3 +41,5 @@ class EvaluationOptions:
         is_number = isinstance(self.beta, int | float) and not isinstance(self.beta, bool)
         if not is_number or not math.isfinite(self.beta) or self.beta <= 0:
             raise ValueError(f"beta={self.beta!r}: expected a number above 0, such as 0.1.")
+        if not isinstance(self.chat, bool):
+            raise ValueError(f"chat={self.chat!r}: expected true or false.")

@@ -6,22 +6,18 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
 from tensorpeft.evaluation.evaluate import Evaluation, evaluate_task, find_mode
 from tensorpeft.evaluation.harness import run_lm_eval, table_rows
 from tensorpeft.evaluation.loading import find_base, load_model, quiet
 from tensorpeft.evaluation.options import EvaluationOptions
-from tensorpeft.evaluation.report import (
-    find_versions,
-    make_table,
-    metrics_table,
-    to_json,
-    write_evaluation,
-    write_lines,
-)
+from tensorpeft.evaluation.report import metrics_table, write_evaluation
 from tensorpeft.evaluation.tokens import device_of
+from tensorpeft.reports.files import write_json, write_json_lines
+from tensorpeft.reports.tables import Table
+from tensorpeft.reports.terminal import make_progress, print_table, say
+from tensorpeft.reports.versions import find_versions
 from tensorpeft.tasks.sources import load_examples
 
 
@@ -53,15 +49,15 @@ def run_evaluate(
     base, adapter_name = find_base(model, adapter)
     loaded, tokenizer = load_model(base, adapter_name, found_task, dtype)
     start = time.perf_counter()
-    with quiet(), _progress(console) as progress:
+    with quiet(), make_progress(console) as progress:
         bar = progress.add_task(f"evaluating {task}", total=len(examples))
         evaluation = evaluate_task(
             loaded, tokenizer, found_task, examples, options, lambda number: progress.advance(bar, number)
         )
     about = _about(loaded, base, adapter_name, seconds=time.perf_counter() - start)
     write_evaluation(evaluation, output, options, {**about, "data": data, "rows": rows})
-    console.print(metrics_table(evaluation))
-    console.print(f"Rows and results: {output}", soft_wrap=True)
+    print_table(console, metrics_table(evaluation))
+    say(console, f"Rows and results: {output}")
     return evaluation
 
 
@@ -92,11 +88,11 @@ def run_lm_eval_command(
         found = run_lm_eval(loaded, tokenizer, tasks, batch_size, limit, include_path, num_fewshot)
     about = _about(loaded, base, adapter_name, seconds=time.perf_counter() - start)
     samples = found.pop("samples", {})
-    lines = (to_json({"task": name, **row}) for name, group in samples.items() for row in group)
-    write_lines(output / "predictions.jsonl", lines)
-    write_lines(output / "results.json", [to_json({**found, **about, "libraries": find_versions()}, indent=1)])
-    console.print(make_table("lm-eval", ("task", "metric", "value", "standard error"), table_rows(found)))
-    console.print(f"Rows and results: {output}", soft_wrap=True)
+    rows = ({"task": name, **row} for name, group in samples.items() for row in group)
+    write_json_lines(output / "predictions.jsonl", rows)
+    write_json(output / "results.json", {**found, **about, "libraries": find_versions()})
+    print_table(console, Table("lm-eval", ("task", "metric", "value", "standard error"), table_rows(found)))
+    say(console, f"Rows and results: {output}")
     return {**found, "samples": samples}
 
 
@@ -104,14 +100,3 @@ def _about(model: nn.Module, base: str, adapter: str | None, seconds: float) -> 
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     device = str(device_of(model))
     return {"model": base, "adapter": adapter, "dtype": dtype, "device": device, "seconds": round(seconds, 3)}
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description:<28}"),
-        BarColumn(bar_width=12),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )

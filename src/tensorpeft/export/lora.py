@@ -22,6 +22,7 @@ from tensorpeft.export.skeleton import load_on_skeleton
 from tensorpeft.networks.update import AbstractFactoredUpdate, AbstractUpdate
 from tensorpeft.plugin.config import TensorConfig
 from tensorpeft.plugin.layer import TensorLayer, check_weight_update
+from tensorpeft.reports.files import write_whole
 
 # vLLM compiles its kernels for these ranks.
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -203,8 +204,6 @@ def _target_names(model: nn.Module, adapted: Iterable[str]) -> list[str]:
 
 def _save(folder: Path, tensors: dict[str, Tensor], config: LoraConfig) -> None:
     """Both files, the weights first under another name: an interrupted export is not taken for a whole one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / f"{SAFETENSORS_WEIGHTS_NAME}.unfinished"
-    save_file(tensors, unfinished, metadata={"format": "pt"})
-    os.replace(unfinished, folder / SAFETENSORS_WEIGHTS_NAME)
+    with write_whole(folder / SAFETENSORS_WEIGHTS_NAME) as unfinished:
+        save_file(tensors, unfinished, metadata={"format": "pt"})
     config.save_pretrained(str(folder))

@@ -27,6 +27,7 @@ from tensorpeft.plugin.config import TensorConfig
 from tensorpeft.plugin.tensor_map import settle
 from tensorpeft.quantization.model import Shapes, network_of, plan_layers
 from tensorpeft.quantization.quantizer import ResidualConfig
+from tensorpeft.reports.files import UNFINISHED, write_json, write_lines, write_whole
 from tensorpeft.sites import Site
 
 # What a shard of the output holds, about: a part of the work that an interruption can cost, and memory that is needed.
@@ -102,9 +103,8 @@ def quantize_checkpoint(
             for job in shard:
                 tensors.update(_convert(job, shapes, residual_config))
                 bar.update()
-            partial = path.with_suffix(".partial")
-            save_file(tensors, partial, metadata={"format": "pt"})
-            os.replace(partial, path)
+            with write_whole(path) as unfinished:
+                save_file(tensors, unfinished, metadata={"format": "pt"})
     _finish(source, out, model_config, residual_config)
     return out
 
@@ -228,12 +228,10 @@ def _claim(out: Path, fingerprint: str) -> None:
                 f"{out}: holds part of a quantisation with other arguments, or of a checkpoint that has changed since. "
                 "Repeat that call, or remove the folder."
             )
-    elif any(path.suffix != ".partial" for path in out.iterdir()):
+    elif any(path.suffix != UNFINISHED for path in out.iterdir()):
         raise ValueError(f"{out}: the folder is not empty. Name a new one, or remove what is in it.")
     else:
-        partial = state.with_suffix(".partial")
-        partial.write_text(json.dumps({"fingerprint": fingerprint}), encoding="utf-8")
-        os.replace(partial, state)
+        write_json(state, {"fingerprint": fingerprint})
 
 
 def _read(job: _Job) -> Tensor:
@@ -288,7 +286,7 @@ def _finish(source: Path, out: Path, model_config: Any, config: ResidualConfig) 
             weight_map.update(dict.fromkeys(opened.keys(), path.name))
         total += path.stat().st_size
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (out / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_lines(out / SAFE_WEIGHTS_INDEX_NAME, [json.dumps(index, indent=2, sort_keys=True)])
     written = {SAFE_WEIGHTS_INDEX_NAME, "config.json", _STATE}
     for path in (path for pattern in _COPIED for path in source.glob(pattern)):
         if path.name not in written and not path.name.endswith(".index.json"):

@@ -1,22 +1,18 @@
 """The tables, JSON and figures of ``tensorpeft inspect MODEL``."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 
 from tensorpeft import DotaConfig
-from tensorpeft.reports.tables import TABLE_WIDTH, markdown_table
+from tensorpeft.reports.files import write_json, write_lines
+from tensorpeft.reports.tables import Table, markdown_tables, model_title
+from tensorpeft.reports.terminal import counting, print_table, say
 from tensorpeft.studies.bonds import RANKS, WeightStudy, correlations, study_bonds, total_error
-from tensorpeft.studies.bonds_plots import plot_bonds, plot_errors, plot_spectra
+from tensorpeft.studies.bonds_plots import by_kind, plot_bonds, plot_errors, plot_spectra
 from tensorpeft.studies.inspected_model import load_batch, load_network, short_name
-
-Lines = tuple[str, list[str], list[list[str]], list[str]]  # of a table: title, headers, rows, legend
 
 
 def inspect_bonds(
@@ -37,43 +33,27 @@ def inspect_bonds(
     network = load_network(model)
     batch = load_batch(model, text) if weighted else None
     console = Console()
-    with Progress(console=console) as progress:
-        bar = progress.add_task("weights", total=None)
-        studies = study_bonds(
-            network,
-            config,
-            budget,
-            batch,
-            lambda done, total: progress.update(bar, completed=done, total=total),
-        )
-    output.mkdir(parents=True, exist_ok=True)
-    found = to_json(studies, model, config, budget, weighted)
-    (output / "bonds.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    (output / "bonds.md").write_text(markdown(studies, config, weighted), encoding="utf-8")
-    title = f"{'/'.join(Path(model).parts[-2:])}, {config.num_cores} cores"
+    with counting(console, "weights") as on_weight:
+        studies = study_bonds(network, config, budget, batch, on_weight)
+    write_json(output / "bonds.json", to_tree(studies, model, config, budget, weighted))
+    write_lines(output / "bonds.md", [markdown_tables(tables(studies, config, weighted))])
+    title = f"{model_title(model)}, {config.num_cores} cores"
     plot_spectra(studies, title, output / "spectra.png")
     plot_errors(studies, title, output / "errors.png")
     plot_bonds(studies, f"{title}, bond {config.r} and adaptive bonds", output / "bonds.png")
-    # A pipe counts as 80 columns and a window may be smaller: better wrapped lines than numbers that are cut.
-    wide = Console(width=max(console.width, TABLE_WIDTH))
-    for title, headers, rows, legend in tables(studies, config, weighted):
-        wide.print(_rich_table(title, headers, rows))
-        for line in legend:
-            wide.print(line, highlight=False)
-        wide.print()
-    wide.print(f"Tables, figures and raw results: {output}", soft_wrap=True)
+    for table in tables(studies, config, weighted):
+        print_table(console, table)
+        console.print()
+    say(console, f"Tables, figures and raw results: {output}")
     return studies
 
 
-def tables(studies: Sequence[WeightStudy], config: DotaConfig, weighted: bool) -> list[Lines]:
+def tables(studies: Sequence[WeightStudy], config: DotaConfig, weighted: bool) -> list[Table]:
     """All tables, in order."""
     return [_kinds(studies), _spectra(studies, config), _bonds(studies, config, weighted), _correlations(studies)]
 
 
-def _kinds(studies: Sequence[WeightStudy]) -> Lines:
-    kinds: dict[str, list[WeightStudy]] = {}
-    for study in studies:
-        kinds.setdefault(study.kind, []).append(study)
+def _kinds(studies: Sequence[WeightStudy]) -> Table:
     rows = [
         [
             kind,
@@ -83,13 +63,13 @@ def _kinds(studies: Sequence[WeightStudy]) -> Lines:
             f"{members[0].shape[0] * members[0].shape[1]:,}",
             f"{members[0].uniform.size:,}",
         ]
-        for kind, members in kinds.items()
+        for kind, members in by_kind(studies).items()
     ]
     headers = ["kind", "weights", "out modes", "in modes", "elements", "MPO"]
-    return "Weights", headers, rows, ["MPO: parameters at the uniform bond."]
+    return Table("Weights", headers, rows, ["MPO: parameters at the uniform bond."])
 
 
-def _spectra(studies: Sequence[WeightStudy], config: DotaConfig) -> Lines:
+def _spectra(studies: Sequence[WeightStudy], config: DotaConfig) -> Table:
     headers = ["layer", "matrix", "unfoldings", *(f"R={rank}" for rank in RANKS), "cut", "kept", "SVD", "rank"]
     rows = [
         [
@@ -110,10 +90,10 @@ def _spectra(studies: Sequence[WeightStudy], config: DotaConfig) -> Lines:
         f"{config.r}.",
         f"kept: ‖MPO‖² / ‖W‖² × 100 at bond {config.r}. SVD, rank: the same of a matrix SVD with as many parameters.",
     ]
-    return "Spectra and truncation errors", headers, rows, legend
+    return Table("Spectra and truncation errors", headers, rows, legend)
 
 
-def _bonds(studies: Sequence[WeightStudy], config: DotaConfig, weighted: bool) -> Lines:
+def _bonds(studies: Sequence[WeightStudy], config: DotaConfig, weighted: bool) -> Table:
     headers = ["layer", f"bond {config.r}", "size", "error", "adaptive", "size", "error", *(["weight"] * weighted)]
     rows = []
     for study in studies:
@@ -135,10 +115,10 @@ def _bonds(studies: Sequence[WeightStudy], config: DotaConfig, weighted: bool) -
     ]
     if weighted:
         legend.append("weight: mean square of the layer's inputs on text, which its squared error counts times.")
-    return "Uniform and adaptive bonds", headers, rows, legend
+    return Table("Uniform and adaptive bonds", headers, rows, legend)
 
 
-def _correlations(studies: Sequence[WeightStudy]) -> Lines:
+def _correlations(studies: Sequence[WeightStudy]) -> Table:
     headers = ["weights", "", "effective rank", *(f"R={rank}" for rank in RANKS), "adaptive bond"]
     rows = [
         [
@@ -154,7 +134,7 @@ def _correlations(studies: Sequence[WeightStudy]) -> Lines:
         "Spearman's ρ over the weights between the effective rank and the truncation error at R, and between it and "
         "the adaptive bond of the middle cut, the one with the largest exact bond. –: one side is constant."
     ]
-    return "Does the effective rank tell how much is lost?", headers, rows, legend
+    return Table("Does the effective rank tell how much is lost?", headers, rows, legend)
 
 
 def _dotted(numbers: Sequence[int]) -> str:
@@ -165,30 +145,7 @@ def _signed(value: float | None) -> str:
     return "–" if value is None else f"{value:+.2f}"
 
 
-def _rich_table(title: str, headers: list[str], rows: list[list[str]]) -> Table:
-    table = Table(
-        title=title,
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
-    for index, header in enumerate(headers):
-        table.add_column(header, justify="left" if index == 0 else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
-def markdown(studies: Sequence[WeightStudy], config: DotaConfig, weighted: bool) -> str:
-    """All tables and their legends."""
-    sections = []
-    for title, headers, rows, legend in tables(studies, config, weighted):
-        sections += [f"## {title}", markdown_table(headers, rows), "\n".join(f"- {line}" for line in legend)]
-    return "\n\n".join(sections) + "\n"
-
-
-def to_json(
+def to_tree(
     studies: Sequence[WeightStudy], model: str, config: DotaConfig, budget: int | None, weighted: bool
 ) -> dict[str, Any]:
     """All figures; `bonds` as `DotaConfig(r="auto", bonds=…)` takes them."""
@@ -219,10 +176,7 @@ def to_json(
                 ],
                 "errors": study.errors,
                 "worst_cut": study.worst_cut,
-                **{
-                    kind: {**vars(getattr(study, kind)), "kept": getattr(study, kind).kept}
-                    for kind in ("uniform", "svd", "adaptive")
-                },
+                **{kind: {**vars(getattr(study, kind)), "kept": getattr(study, kind).kept} for kind in kinds},
             }
             for study in studies
         ],

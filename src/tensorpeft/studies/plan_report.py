@@ -1,14 +1,15 @@
 """The table of ``tensorpeft plan``, and its JSON."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from peft import PeftType
 from rich.console import Console
-from rich.table import Table
 
 from tensorpeft import print_tensor_map
+from tensorpeft.reports.files import write_json
+from tensorpeft.reports.tables import Table
+from tensorpeft.reports.terminal import print_table
 from tensorpeft.studies.plan import MethodPlan, ModelPlan, build_skeleton, plan_model
 
 # Of a GPU's memory, what CUDA's context and the allocator's gaps may take.
@@ -26,10 +27,7 @@ def run_plan(
     console = Console()
     with console.status("Planning") as status:
         plan = plan_model(name, on_method=lambda method: status.update(f"Planned {method}"), **arguments)
-    wide = Console(width=max(console.width, 100))
-    wide.print(rich_table(plan, gpu))
-    for line in legend(plan, gpu):
-        wide.print(line, highlight=False)
+    print_table(console, plan_table(plan, gpu))
     if with_maps:
         model = build_skeleton(name)
         for planned in plan.methods:
@@ -40,31 +38,19 @@ def run_plan(
                 print()
                 print_tensor_map(model, config)  # type: ignore[arg-type]
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(to_json(plan), indent=1) + "\n", encoding="utf-8")
+        write_json(json_file, to_tree(plan))
     return plan
 
 
-def rich_table(plan: ModelPlan, gpu: int | None = None) -> Table:
+def plan_table(plan: ModelPlan, gpu: int | None = None) -> Table:
     """A row per method; with a GPU's bytes also which base it fits beside."""
     step = f"a step of {plan.batch} x {plan.length} tokens{', checkpointed' if plan.gradient_checkpointing else ''}"
-    table = Table(
-        title=f"{plan.name}: {plan.num_parameters:,} parameters; {step}",
-        title_justify="left",
-        box=None,
-        padding=(0, 1, 0, 0),
-        header_style="bold",
-    )
     on = [f"on {form}" for form in plan.base_bytes]
     headers = ["method", "size", "trained", "% of base", "file, MB", "step, GiB", *on, "FLOPs"]
     headers += [] if gpu is None else ["fits"]
-    for header in headers:
-        is_text = header in ("method", "size", "fits")
-        table.add_column(header, justify="left" if is_text else "right", no_wrap=True)
-    for method in plan.methods:
-        if not method.problem:
-            table.add_row(*_cells(plan, method, gpu))
-    return table
+    rows = [_cells(plan, method, gpu) for method in plan.methods if not method.problem]
+    title = f"{plan.name}: {plan.num_parameters:,} parameters; {step}"
+    return Table(title, headers, rows, legend(plan, gpu))
 
 
 def _cells(plan: ModelPlan, method: MethodPlan, gpu: int | None) -> list[str]:
@@ -97,7 +83,7 @@ def legend(plan: ModelPlan, gpu: int | None = None) -> list[str]:
     ]
 
 
-def to_json(plan: ModelPlan) -> dict[str, Any]:
+def to_tree(plan: ModelPlan) -> dict[str, Any]:
     """All figures; bytes throughout."""
     return {
         "model": plan.name,

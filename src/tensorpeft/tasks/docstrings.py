@@ -14,10 +14,8 @@ has other docstrings, and gives a slightly different task.
 """
 
 import ast
-import hashlib
 import math
 import re
-import sysconfig
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -26,6 +24,7 @@ from pathlib import Path
 from sklearn.metrics import accuracy_score
 
 from tensorpeft.tasks.records import Record
+from tensorpeft.tasks.stdlib import SPLITS, digest, find_library, find_split, read_modules
 from tensorpeft.tasks.task import LabelledText, LabelTask
 
 # Area -> its modules and packages. A name that a Python version lacks is passed over: modules come and go.
@@ -50,7 +49,6 @@ AREAS = {
     "types and collections": "_collections_abc _py_abc _weakrefset abc bisect collections contextlib copy dataclasses"
     " enum functools graphlib heapq operator types typing weakref",
 }
-_SPLITS = ("train", "validation", "test")
 _MASK = "…"
 _MIN_WORDS = 5
 _ROWS_PER_GROUP = 12
@@ -76,19 +74,14 @@ def load_docstrings(
         FileNotFoundError: the library's source is not installed as files.
         ValueError: an area has too few docstrings to fill its splits.
     """
-    root = Path(library) if library is not None else Path(sysconfig.get_path("stdlib"))
-    if not any(root.glob("*.py")):
-        raise FileNotFoundError(
-            f"no Python source in {root}: the docstrings task reads the standard library's .py files, and this Python "
-            "keeps them zipped or not at all. Use a Python installed with its source, or another task."
-        )
+    root = find_library(library)
     near_duplicates = _NearDuplicates()
-    splits: dict[str, list[LabelledText]] = {split: [] for split in _SPLITS}
+    splits: dict[str, list[LabelledText]] = {split: [] for split in SPLITS}
     for label, (area, names) in enumerate(AREAS.items()):
         groups = [group for name in names.split() for group in _read_groups(root, name)]
         for split, texts in _deal(area, groups, near_duplicates).items():
             splits[split] += [LabelledText((text,), label) for text in texts]
-    return {split: tuple(sorted(rows, key=lambda row: _digest(row.texts[0]))) for split, rows in splits.items()}
+    return {split: tuple(sorted(rows, key=lambda row: digest(row.texts[0]))) for split, rows in splits.items()}
 
 
 @cache
@@ -105,13 +98,7 @@ def read_stdlib(
         FileNotFoundError: see `load_docstrings`.
         ValueError: no such split.
     """
-    library, _, split = str(path).partition(":")
-    if library != "stdlib" or split not in _SPLITS:
-        raise ValueError(
-            f"{path}: the task docstrings reads this Python's own library. Expected one of "
-            f"{', '.join(f'stdlib:{name}' for name in _SPLITS)} as the source."
-        )
-    for index, row in enumerate(_load_own_library()[split]):
+    for index, row in enumerate(_load_own_library()[find_split(path, DOCSTRINGS.name)]):
         yield Record({"text": row.texts[0], "label": row.label}, f"{path}, row {index}")
 
 
@@ -139,12 +126,8 @@ TASKS = (DOCSTRINGS,)
 
 def _read_groups(root: Path, name: str) -> Iterator[Group]:
     """The groups of a module or of all modules of a package; none where this Python lacks it."""
-    package = root / name
-    for path in sorted(package.rglob("*.py")) if package.is_dir() else [root / f"{name}.py"]:
-        parts = path.relative_to(root).with_suffix("").parts
-        # lib2to3's tests hold Python 2 on purpose; no test is part of an area.
-        if path.is_file() and not {"test", "tests", "idle_test"} & set(parts):
-            yield from _module_groups(ast.parse(path.read_bytes()), parts)
+    for parts, module in read_modules(root, name):
+        yield from _module_groups(module, parts)
 
 
 def _module_groups(module: ast.Module, parts: tuple[str, ...]) -> Iterator[Group]:
@@ -177,10 +160,6 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(re.findall(r"[a-z]+", text.lower()))
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def _deal(area: str, groups: list[Group], near_duplicates: "_NearDuplicates") -> dict[str, list[str]]:
     """The texts of an area by split: whole groups in the order of their digests fill test, validation, train.
 
@@ -188,11 +167,11 @@ def _deal(area: str, groups: list[Group], near_duplicates: "_NearDuplicates") ->
     """
     room = {"test": _TEST_ROWS, "validation": _VALIDATION_ROWS, "train": _TRAIN_ROWS}
     dealt: dict[str, list[str]] = {split: [] for split in room}
-    for _, texts in sorted(groups, key=lambda group: _digest(group[0])):
+    for _, texts in sorted(groups, key=lambda group: digest(group[0])):
         split = next((split for split in room if len(dealt[split]) < room[split]), None)
         if split is None:
             break
-        new = [text for text in sorted(texts, key=_digest)[:_ROWS_PER_GROUP] if near_duplicates.add(text)]
+        new = [text for text in sorted(texts, key=digest)[:_ROWS_PER_GROUP] if near_duplicates.add(text)]
         dealt[split] = (dealt[split] + new)[: room[split]]
     if len(dealt["train"]) < _MIN_TRAIN_ROWS:
         found, needed = sum(map(len, dealt.values())), _TEST_ROWS + _VALIDATION_ROWS + _MIN_TRAIN_ROWS

@@ -10,12 +10,24 @@ from tensorpeft.tasks import (
     instructions,
     preferences,
     question_answering,
+    signatures,
     structures,
     texts,
 )
 from tensorpeft.tasks.task import Task
 
-_MODULES = (docstrings, glue, commonsense, arithmetic, question_answering, instructions, preferences, texts, structures)
+_MODULES = (
+    docstrings,
+    signatures,
+    glue,
+    commonsense,
+    arithmetic,
+    question_answering,
+    instructions,
+    preferences,
+    texts,
+    structures,
+)
 TASKS: dict[str, Task] = {task.name: task for module in _MODULES for task in module.TASKS}
 
 

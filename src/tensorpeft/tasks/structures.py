@@ -138,8 +138,7 @@ def lddt_ca(
 
     Of all pairs of residues closer than `inclusion_radius` in the true structure, the share whose distance in the
     prediction differs by less than a cutoff; the mean of that over the cutoffs. Every *pair* weighs the same, as
-    published, and as in AlphaFold's `lddt` without `per_residue`. The mean over residues, in which a residue with few
-    neighbours weighs as much as one with many, is `np.nanmean(lddt_ca_per_residue(...))`.
+    published, and as in AlphaFold's `lddt` without `per_residue`.
 
     A residue that the prediction lacks (NaN) preserves nothing. Mirror images score 1: distances have no handedness.
 
@@ -149,41 +148,8 @@ def lddt_ca(
     >>> lddt_ca(np.array([[0.0, 0, 0], [3, 0, 0]]), np.array([[0.0, 0, 0], [4.5, 0, 0]]))
     0.5
     """
-    preserved, included = _preserved(predicted, true, mask, cutoffs, inclusion_radius)
-    if not included.any():
-        raise ValueError(
-            f"LDDT: no two of the residues that count are within {inclusion_radius} Å of each other in the true "
-            "structure, so that there is no distance to preserve. Pass a larger inclusion_radius."
-        )
-    return float(preserved[included].mean())
-
-
-def lddt_ca_per_residue(
-    predicted: np.ndarray,  # (residues, 3) Å, of the Cα
-    true: np.ndarray,  # (residues, 3) Å; NaN: not resolved
-    mask: np.ndarray | None = None,  # (residues,) bool: which residues count; None: all that are resolved
-    cutoffs: Sequence[float] = (0.5, 1.0, 2.0, 4.0),  # Å
-    inclusion_radius: float = 15.0,  # Å
-) -> np.ndarray:  # (residues,) float64
-    """`lddt_ca` over the pairs of each residue alone; NaN where a residue does not count, or has no such pair.
-
-    Raises:
-        ValueError: wrong shapes, or fewer than 2 residues that count.
-    """
-    preserved, included = _preserved(predicted, true, mask, cutoffs, inclusion_radius)
-    num_pairs = included.sum(axis=1)
-    share = np.full(len(included), np.nan)
-    return np.divide((preserved * included).sum(axis=1), num_pairs, out=share, where=num_pairs > 0)
-
-
-def _preserved(
-    predicted: np.ndarray,
-    true: np.ndarray,
-    mask: np.ndarray | None,
-    cutoffs: Sequence[float],
-    inclusion_radius: float,
-) -> tuple[np.ndarray, np.ndarray]:  # both (residues, residues)
-    """In how large a share of the cutoffs each pair's distance is preserved, and which pairs are included."""
+    # biotite.structure.lddt computes in float32 and with ≤, so that a pair at a cutoff may fall on its other side (a
+    # score off by up to 1.9e-4 in 2 of 3,360 noised chains), for 137 MB installed and 0.7 s of import: not worth it.
     predicted, true = np.asarray(predicted, np.float64), np.asarray(true, np.float64)
     counts = np.ones(len(true), dtype=bool) if mask is None else np.asarray(mask, dtype=bool)
     if true.ndim != 2 or true.shape[1] != 3 or predicted.shape != true.shape or counts.shape != true.shape[:1]:
@@ -199,9 +165,13 @@ def _preserved(
     true_distances = _distances(true)
     included = counts[:, None] & counts[None, :] & (true_distances < inclusion_radius)
     np.fill_diagonal(included, False)
-    with np.errstate(invalid="ignore"):  # of a prediction that is infinite
-        errors = np.abs(_distances(predicted) - true_distances)
-    return np.mean([errors < cutoff for cutoff in cutoffs], axis=0), included
+    if not included.any():
+        raise ValueError(
+            f"LDDT: no two of the residues that count are within {inclusion_radius} Å of each other in the true "
+            "structure, so that there is no distance to preserve. Pass a larger inclusion_radius."
+        )
+    errors = np.abs(_distances(predicted)[included] - true_distances[included])
+    return float(np.mean([errors < cutoff for cutoff in cutoffs]))
 
 
 def _distances(

@@ -7,6 +7,7 @@ from pathlib import Path
 from transformers import Trainer, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
+from tensorpeft.reports.files import write_lines
 from tensorpeft.training.sharding import is_sharded, shard
 
 _STATE = "trainer_state.json"  # what Trainer writes last
@@ -27,9 +28,7 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
         best = folder / f"{PREFIX_CHECKPOINT_DIR}-{state['best_global_step']}"
         if state["best_model_checkpoint"] is not None and state["best_model_checkpoint"] != str(best):
             state["best_model_checkpoint"] = str(best)
-            partial = file.with_suffix(".partial")
-            partial.write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-            partial.replace(file)
+            write_lines(file, [json.dumps(state, indent=2)])
         return Path(last)
     return None
 

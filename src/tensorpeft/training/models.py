@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from huggingface_hub.utils import WeakFileLock
 from peft import PeftConfig, get_peft_model
 from torch import nn
 from transformers import (
@@ -17,10 +18,11 @@ from transformers import (
     set_seed,
 )
 
+from tensorpeft.models.folding import VOCABULARY, build_folding_model
 from tensorpeft.quantization import quantize_residual
+from tensorpeft.reports.files import write_whole
 from tensorpeft.tasks.task import LabelTask, StructureTask, Task
 from tensorpeft.training.adapters import make_config
-from tensorpeft.training.folding import VOCABULARY, build_folding_model
 from tensorpeft.training.recipe import Recipe, check_keys
 
 # Arguments of from_pretrained that say which files are meant.
@@ -77,12 +79,14 @@ def load_base(
 
 def _keep_base(model: Any, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
     """Save a base that exists nowhere else, and let adapters name it."""
-    if PartialState().is_main_process and not folder.is_dir():
-        partial = folder.with_name(f"{folder.name}.partial")
-        model.save_pretrained(partial)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
-        partial.rename(folder)
+    if PartialState().is_main_process:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with WeakFileLock(folder.with_name(f".{folder.name}.lock")):  # cells of one entry of `compare` share it
+            if not folder.is_dir():
+                with write_whole(folder) as unfinished:
+                    model.save_pretrained(unfinished)
+                    if tokenizer is not None:
+                        tokenizer.save_pretrained(unfinished)
     model.name_or_path = model.config._name_or_path = str(folder)
 
 

@@ -1,8 +1,11 @@
 """The bar of a training run."""
 
+from collections.abc import Mapping
+
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
+
+from tensorpeft.reports.terminal import make_progress
 
 
 class ProgressBar(TrainerCallback):
@@ -18,38 +21,20 @@ class ProgressBar(TrainerCallback):
     def __init__(self, console: Console, name: str) -> None:
         self._losses = {"loss": "", "eval_loss": ""}
         self._name = name
-        self._progress = Progress(
-            TextColumn("{task.description:<44}"),
-            BarColumn(bar_width=10),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-        )
+        self._progress = make_progress(console, width=42)
         self._bar = self._progress.add_task(name, total=None)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: object
-    ) -> None:
+    def on_train_begin(self, args, state, control, **more) -> None:
         """Show the bar, where an interrupted run left it."""
         if state.is_world_process_zero:
             self._progress.update(self._bar, total=state.max_steps, completed=state.global_step)
             self._progress.start()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: object
-    ) -> None:
+    def on_step_end(self, args, state, control, **more) -> None:
         """Move on by a step."""
         self._progress.update(self._bar, completed=state.global_step)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **more: object,
-    ) -> None:
+    def on_log(self, args, state, control, logs: Mapping[str, float] | None = None, **more) -> None:
         """Show the latest losses."""
         for key in self._losses:
             if key in (logs or {}):
@@ -58,9 +43,7 @@ class ProgressBar(TrainerCallback):
         text = self._name + (f", loss {loss}" if loss else "") + (f", validation {validation}" if validation else "")
         self._progress.update(self._bar, description=text)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: object
-    ) -> None:
+    def on_train_end(self, args, state, control, **more) -> None:
         """Leave the bar as it stands: others may draw now."""
         self._progress.stop()
 

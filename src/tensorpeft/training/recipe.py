@@ -33,6 +33,7 @@ class DataRecipe:
         seed: of the drawing; the same for all ``seeds`` of a recipe.
         max_length: tokens of a row to classify; longer ones are cut. Language models: trainer.max_length.
         loss_on: "text" (prompt and response, as LLM-Adapters does) or "response"; for questions.
+        chat: write questions, of the tests, too, in the model's chat template; for questions.
     """
 
     train: Any
@@ -44,10 +45,13 @@ class DataRecipe:
     seed: int = 0
     max_length: int | None = None
     loss_on: str = "response"
+    chat: bool = False
 
     def __post_init__(self) -> None:
         if self.loss_on not in ("text", "response"):
             raise ValueError(f"data.loss_on={self.loss_on!r}: expected text or response.")
+        if not isinstance(self.chat, bool):
+            raise ValueError(f"data.chat={self.chat!r}: expected true or false.")
         for name in ("train_rows", "validation_rows", "test_rows", "max_length"):
             value = getattr(self, name)
             if value is not None and not _is_whole(value, at_least=1):

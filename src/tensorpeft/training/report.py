@@ -1,32 +1,29 @@
 """The report of a training run: a summary for the terminal, Markdown, and the curves."""
 
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.figure import Figure
-from rich import box
-from rich.console import Console
-from rich.table import Table
+from matplotlib.axes import Axes
 
-from tensorpeft.evaluation.report import find_versions
+from tensorpeft.reports.figures import make_figure, plot_band, save_figure
+from tensorpeft.reports.files import write_lines
+from tensorpeft.reports.tables import Table, markdown_document, markdown_list, markdown_table, mean_and_sd, model_title
+from tensorpeft.reports.versions import find_versions
 from tensorpeft.training.recipe import Recipe
-from tensorpeft.training.results import SeedResult
+from tensorpeft.training.results import SeedResult, common_curves
 from tensorpeft.training.splits import Splits, describe_source
 
 # What TRL logs for diagnosis.
 _UNREPORTED = ("entropy", "num_tokens", "logps", "logits")
 
 
-def print_summary(recipe: Recipe, results: Sequence[SeedResult], console: Console) -> None:
-    """Print the metrics, a line each."""
-    console.print(_title(recipe, results), soft_wrap=True)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for header in ("metric", "value"):
-        table.add_column(header, justify="left" if header == "metric" else "right")
-    for name, value in _metrics(results):
-        table.add_row(name, value)
-    console.print(table)
+def summary(recipe: Recipe, results: Sequence[SeedResult]) -> Table:
+    """The mean ± standard deviation over the seeds of everything measured, a row each."""
+    reported = [key for key in results[0].validation if not any(part in key for part in _UNREPORTED)]
+    found = [(f"validation {key}", [result.validation[key] for result in results]) for key in reported]
+    found += [(f"test {name}: {key}", [result.tests[name][key] for result in results]) for name, key in _tests(results)]
+    rows = [(name, mean_and_sd(values, digits=4)) for name, values in found]
+    return Table(_title(recipe, results), ("metric", "value"), rows)
 
 
 def write_report(
@@ -38,53 +35,39 @@ def write_report(
 ) -> None:
     """Write report.md and curves.png."""
     plot_training(recipe, results, output / "curves.png")
-    sections = [f"# {_title(recipe, results)}", recipe.description.strip(), f"    {command}" if command else ""]
-    sections += ["## Result", _table(["metric", "value"], [list(row) for row in _metrics(results)])]
+    title, headers, rows, _ = summary(recipe, results)
+    sections = ["## Result", markdown_table(headers, rows)]
     if len(results) > 1:
         sections += ["### Seeds", _seed_table(results)]
-    sections += [
-        "![Loss along training](curves.png)",
-        "## Data",
-        "\n".join(f"- {line}" for line in _data(recipe, splits)),
-    ]
-    sections += ["## Recipe", f"```yaml\n{recipe.to_yaml().rstrip()}\n```"]
-    sections += ["## Versions", "\n".join(f"- {name} {version}" for name, version in find_versions().items())]
-    text = "\n\n".join(section for section in sections if section) + "\n"
-    (output / "report.md").write_text(text, encoding="utf-8")
+    sections += ["![Loss along training](curves.png)", "## Data", markdown_list(_data(recipe, splits))]
+    text = markdown_document(title, recipe.description, command, sections, recipe.to_yaml(), find_versions())
+    write_lines(output / "report.md", [text])
 
 
 def plot_training(recipe: Recipe, results: Sequence[SeedResult], path: Path) -> None:
     """Write a PNG of the losses along training, and beside it of the validation metrics, if there are any."""
     metrics = [key for key in results[0].curves("eval_") if _is_score(key)]
-    figure = Figure(figsize=(12 if metrics else 7, 4.5), dpi=130, layout="constrained")
-    axes = figure.subplots(1, 2 if metrics else 1, squeeze=False)[0]
+    panels = 2 if metrics else 1
+    figure, axes = make_figure(1 + 5.5 * panels, 4.5, panels, columns=panels)
     for key, label, style in (("loss", "training", ":"), ("eval_loss", "validation", "-")):
         _draw(axes[0], results, key, label, style)
-    axes[0].set_ylabel("loss (nats)")
-    axes[0].set_title("Loss")
-    if metrics:
-        for key in metrics:
-            _draw(axes[1], results, key, key.removeprefix("eval_"), "-")
-        axes[1].set_ylabel("score")
-        axes[1].set_title("Validation metrics")
+    axes[0].set(title="Loss", ylabel="loss (nats)")
+    for key in metrics:
+        _draw(axes[1], results, key, key.removeprefix("eval_"), "-")
+        axes[1].set(title="Validation metrics", ylabel="score")
     for ax in axes:
         ax.set_xlabel("optimiser step")
-        ax.grid(alpha=0.3)
         ax.legend()
     seeds = "" if len(results) == 1 else f" (mean and range of {len(results)} seeds)"
     figure.suptitle(_title(recipe, results) + seeds)
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
-def _draw(axes, results: Sequence[SeedResult], key: str, label: str, style: str) -> None:  # axes: of matplotlib
-    curves = [dict(result.curve(key)) for result in results]
-    steps = sorted(set.intersection(*(set(curve) for curve in curves)))
-    if not steps:
-        return
-    values = [[curve[step] for curve in curves] for step in steps]
-    marker = "o" if len(steps) <= 12 else None
-    (line,) = axes.plot(steps, [statistics.fmean(v) for v in values], style, marker=marker, markersize=4, label=label)
-    axes.fill_between(steps, [min(v) for v in values], [max(v) for v in values], color=line.get_color(), alpha=0.15)
+def _draw(axes: Axes, results: Sequence[SeedResult], key: str, label: str, style: str) -> None:
+    steps, curves = common_curves(results, key)
+    if steps:
+        marker = "o" if len(steps) <= 12 else None
+        plot_band(axes, steps, curves, linestyle=style, marker=marker, markersize=4, label=label)
 
 
 def _is_score(key: str) -> bool:
@@ -96,29 +79,16 @@ def _is_score(key: str) -> bool:
 def _title(recipe: Recipe, results: Sequence[SeedResult]) -> str:
     method = "all weights" if recipe.adapter is None else str(recipe.adapter["method"])
     trained = f"{results[0].trained_parameters:,} of {results[0].all_parameters:,} parameters"
-    model = "/".join(Path(recipe.model).parts[-2:])
-    return f"{model}, {method} ({trained}), {recipe.task}, {results[0].steps} steps"
+    return f"{model_title(recipe.model)}, {method} ({trained}), {recipe.task}, {results[0].steps} steps"
 
 
-def _metrics(results: Sequence[SeedResult]) -> list[tuple[str, str]]:
-    """(name, mean ± standard deviation over the seeds) of everything measured."""
-    reported = [key for key in results[0].validation if not any(part in key for part in _UNREPORTED)]
-    rows = [(f"validation {key}", [result.validation[key] for result in results]) for key in reported]
-    rows += [
-        (f"test {name}: {key}", [result.tests[name][key] for result in results])
-        for name, metrics in results[0].tests.items()
-        for key in metrics
-    ]
-    return [(name, _mean_and_sd(values)) for name, values in rows]
-
-
-def _mean_and_sd(values: Sequence[float]) -> str:
-    mean = f"{statistics.fmean(values):.4f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.4f}"
+def _tests(results: Sequence[SeedResult]) -> list[tuple[str, str]]:
+    """(test, metric) of everything tested."""
+    return [(name, key) for name, metrics in results[0].tests.items() for key in metrics]
 
 
 def _seed_table(results: Sequence[SeedResult]) -> str:
-    tests = [(name, key) for name, metrics in results[0].tests.items() for key in metrics]
+    tests = _tests(results)
     headers = ["seed", "kept step", "validation loss", *(f"{name}: {key}" for name, key in tests)]
     rows = [
         [
@@ -129,11 +99,7 @@ def _seed_table(results: Sequence[SeedResult]) -> str:
         ]
         for result in results
     ]
-    return _table(headers, rows)
-
-
-def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in [headers, ["---"] * len(headers), *rows])
+    return markdown_table(headers, rows)
 
 
 def _data(recipe: Recipe, splits: Splits) -> list[str]:

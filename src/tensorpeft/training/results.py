@@ -3,10 +3,12 @@
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tensorpeft.reports.files import write_lines
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,17 @@ class SeedResult:
 
     def write(self, path: Path) -> None:
         """Write JSON; a file that is there is always whole."""
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(dataclasses.asdict(self), indent=1, default=float) + "\n", encoding="utf-8")
-        partial.replace(path)
+        # Not `write_json`: a loss that diverged is read again, and has to be the same.
+        write_lines(path, [json.dumps(dataclasses.asdict(self), indent=1, default=float)])
+
+
+def common_curves(
+    results: Sequence[SeedResult], key: str
+) -> tuple[list[int], list[list[float]]]:  # (points,), and per run (points,)
+    """The steps at which all runs logged a key, and every run's values there."""
+    curves = [dict(result.curve(key)) for result in results]
+    steps = sorted(set.intersection(*map(set, curves))) if curves else []
+    return steps, [[curve[step] for step in steps] for curve in curves]
 
 
 def read_result(path: Path) -> SeedResult:

@@ -2,7 +2,7 @@
 
 import warnings
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import datasets
 from rich.console import Console
@@ -11,13 +11,14 @@ from transformers.utils import logging as transformers_logging
 
 from tensorpeft.evaluation.evaluate import check_mode
 from tensorpeft.evaluation.options import EvaluationOptions
+from tensorpeft.reports.terminal import print_table, say
 from tensorpeft.tasks.registry import find_task
 from tensorpeft.tasks.task import LabelTask, PreferenceTask, QuestionTask, StructureTask, Task
 from tensorpeft.training.arguments import make_arguments
 from tensorpeft.training.models import adapter_config
 from tensorpeft.training.progress import ProgressBar
 from tensorpeft.training.recipe import Recipe, check_keys
-from tensorpeft.training.report import print_summary, write_report
+from tensorpeft.training.report import summary, write_report
 from tensorpeft.training.results import SeedResult
 from tensorpeft.training.seed import check_output, run_seed
 from tensorpeft.training.splits import load_splits
@@ -59,7 +60,7 @@ def run_training(
     for test, examples in splits.test.values():
         check_mode(test, examples, options)
     for leak in splits.leaks:
-        console.print(f"Leak: {leak}.", soft_wrap=True)
+        say(console, f"Leak: {leak}.")
     if len(splits.train) < _MANY_ROWS:
         datasets.disable_progress_bars()
     results = []
@@ -68,8 +69,8 @@ def run_training(
             results.append(run_seed(recipe, splits, arguments[seed], options, resume, console, bar))
     if is_main:
         write_report(recipe, splits, results, command, output)
-        print_summary(recipe, results, console)
-        console.print(f"Report, curves, adapters: {output}", soft_wrap=True)
+        print_table(console, summary(recipe, results))
+        say(console, f"Report, curves, adapters: {output}")
     return results
 
 
@@ -99,8 +100,9 @@ def check_recipe(
     _check_fields(recipe, task)
     adapter_config(recipe, task)
     check_keys(recipe.evaluate, EvaluationOptions.__dataclass_fields__, "evaluate")
-    # The DPO loss is tested with the beta that it is trained with.
-    trained = {"beta": arguments.beta} if hasattr(arguments, "beta") else {}  # pyright: ignore[reportAttributeAccessIssue]
+    # Questions are tested as they are asked in training, the DPO loss with the beta that it is trained with.
+    trained: dict[str, Any] = {"chat": recipe.data.chat}
+    trained |= {"beta": arguments.beta} if hasattr(arguments, "beta") else {}  # pyright: ignore[reportAttributeAccessIssue]
     return EvaluationOptions(**{**trained, **recipe.evaluate})
 
 
@@ -115,5 +117,7 @@ def _check_fields(recipe: Recipe, task: Task) -> None:
         raise ValueError(f"data.max_length: the task {task.name} is cut by trainer.max_length. Write it there.")
     if recipe.head_learning_rate is not None and not has_head:
         raise ValueError(f"head_learning_rate: a model for the task {task.name} gets no new head. Remove it.")
+    if recipe.data.chat and not isinstance(task, QuestionTask):
+        raise ValueError(f"data.chat: only questions are asked in a chat, {task.name} has none. Remove it.")
     if recipe.data.loss_on == "text" and not isinstance(task, QuestionTask):
         raise ValueError(f"data.loss_on: text: only questions have a prompt to learn, {task.name} has none. Remove it.")

@@ -11,7 +11,8 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 
 from tensorpeft.evaluation.evaluate import evaluate_task
 from tensorpeft.evaluation.options import EvaluationOptions
-from tensorpeft.evaluation.report import to_json, write_lines
+from tensorpeft.reports.files import write_json_lines, write_lines
+from tensorpeft.reports.terminal import plain
 from tensorpeft.tasks.task import StructureTask
 from tensorpeft.training.checkpoints import last_whole_checkpoint, train_from
 from tensorpeft.training.models import load_tokenizer
@@ -28,7 +29,10 @@ _RECIPE = "recipe.yaml"
 
 def _claim(output: Path, recipe: Recipe) -> None:
     """Make the folder that of this recipe: from here on it holds a run."""
-    write_lines(output / _RECIPE, [recipe.to_yaml().rstrip()])
+    file, text = output / _RECIPE, f"{recipe.to_yaml().rstrip()}\n"
+    # Not written again: other seeds may run at the same time, and do the same.
+    if not file.is_file() or file.read_text(encoding="utf-8") != text:
+        write_lines(file, text.splitlines())
 
 
 def check_output(output: Path, recipe: Recipe, resume: bool) -> None:
@@ -162,8 +166,8 @@ def _test(
         return {}
     metrics, model = {}, whole_model(trainer, recipe, splits.task, tokenizer, saved)
     for name, (task, examples) in splits.test.items():
-        with console.status(f"test: {name}, {len(examples)} rows"):
+        with console.status(plain(f"test: {name}, {len(examples)} rows")):
             found = evaluate_task(model, tokenizer, task, examples, options)
-        write_lines(saved.with_name(f"predictions-{name}.jsonl"), (to_json(row) for row in found.rows))
+        write_json_lines(saved.with_name(f"predictions-{name}.jsonl"), found.rows)
         metrics[name] = dict(found.metrics)
     return metrics

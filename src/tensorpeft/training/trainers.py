@@ -15,10 +15,11 @@ from transformers import (
     set_seed,
 )
 
+from tensorpeft.evaluation.chat_template import as_chat
+from tensorpeft.models.folding import collate_structures
 from tensorpeft.tasks.task import LabelTask, PreferenceTask, QuestionTask, Structure, StructureTask
-from tensorpeft.training.folding import collate_structures
 from tensorpeft.training.models import adapt, adapter_config, load_base
-from tensorpeft.training.recipe import Recipe
+from tensorpeft.training.recipe import DataRecipe, Recipe
 from tensorpeft.training.splits import Splits
 
 # As PEFT and transformers call a layer that is new to a model.
@@ -83,8 +84,8 @@ def make_trainer(
     trainer = make(
         model=base,
         args=arguments,
-        train_dataset=Dataset.from_list(rows(splits.train, recipe.data.loss_on)),
-        eval_dataset=Dataset.from_list(rows(splits.validation, recipe.data.loss_on)),
+        train_dataset=Dataset.from_list(rows(splits.train, recipe.data, tokenizer)),
+        eval_dataset=Dataset.from_list(rows(splits.validation, recipe.data, tokenizer)),
         processing_class=tokenizer,
         peft_config=adapter_config(recipe, splits.task),
     )
@@ -175,14 +176,20 @@ def _crop(chain: Structure, max_length: int | None) -> Structure:
     return Structure(chain.sequence[stretch], chain.positions[stretch], f"{chain.key}, from residue {start + 1}")
 
 
-def _question_rows(examples: Sequence[Any], loss_on: str) -> list[dict[str, str]]:
-    """TRL's rows: a prompt with its completion, or one text where the loss is on all of it."""
-    if loss_on == "text" or not any(example.prompt for example in examples):
+def _question_rows(examples: Sequence[Any], data: DataRecipe, tokenizer: Any) -> list[dict[str, str]]:
+    """TRL's rows: a prompt with its completion, or one text where the loss is on all of it.
+
+    A chat, too, is plain text here, not TRL's conversations: it is the same text that the evaluation writes, and its
+    last token is the one that ends a turn.
+    """
+    if data.chat:
+        examples = [as_chat(tokenizer, example) for example in examples]
+    if data.loss_on == "text" or not any(example.prompt for example in examples):
         return [{"text": example.prompt + example.response} for example in examples]
     return [{"prompt": example.prompt, "completion": example.response} for example in examples]
 
 
-def _preference_rows(examples: Sequence[Any], loss_on: str) -> list[dict[str, str]]:
+def _preference_rows(examples: Sequence[Any], data: DataRecipe, tokenizer: Any) -> list[dict[str, str]]:
     return [{"prompt": e.prompt, "chosen": e.chosen, "rejected": e.rejected} for e in examples]
 
 

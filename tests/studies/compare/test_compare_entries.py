@@ -64,7 +64,7 @@ compare:
   methods:
     small: {label: DoTA R=4, adapter: {r: 4}}
     slow: {trainer: {lr_scheduler_type: constant}, rates: [1e-3, 1e-4]}
-    lora: {adapter: {r: 2}}
+    lora: {adapter: {r: 2}, rates: [3e-3]}
 """
     comparison = load_entries(write(section))
     small, slow, lora = comparison.entries
@@ -73,6 +73,7 @@ compare:
     assert (small.label, small.knob) == ("DoTA R=4", "r")
     assert slow.recipe.trainer == {**comparison.recipe.trainer, "lr_scheduler_type": "constant"}
     assert slow.rates == (1e-4, 1e-3)
+    assert lora.rates == (3e-3,)
     assert lora.recipe.adapter["r"] == 2
     assert lora.label == "LoRA r=2"
     assert [entry.key for entry in load_entries(write(section), "dora,slow").entries] == ["dora", "slow"]
@@ -98,7 +99,7 @@ def test_a_section_is_no_part_of_the_recipe_that_train_runs(write):
         ("", {"overrides": ["trainer.learning_rate=null"]}, "learning_rate=None"),
         ("compare: {methods: {mine: }}", {}, "mine is empty"),
         ("compare: {methods: {mine: {rank: 3}}}", {}, "unknown key 'rank'"),
-        ("compare: {methods: {mine: {rates: [0]}}}", {}, "numbers above 0"),
+        ("compare: {methods: {mine: {rates: [1e-3, 0]}}}", {}, "numbers above 0"),
         ("compare: {methods: {mine: {rates: 1e-3}}}", {}, "a list of numbers"),
         ("compare: {methods: {mine: 3}}", {}, "expected a mapping"),
         ("compare: {methods: [dota]}", {}, "expected a mapping"),

@@ -4,52 +4,50 @@ import io
 import json
 import re
 import shutil
+import threading
+import time
+from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("omegaconf")
 pytest.importorskip("trl")
-from evaluation.evaluated import WORDS, tiny_bert, word_tokenizer
 from tensorpeft.studies.compare import cells
+from tensorpeft.studies.compare.engine import LostCellError
 from tensorpeft.studies.compare.entries import load_entries
 from tensorpeft.studies.compare.run import run_compare
 from tensorpeft_cli import main
 
-SECTION = """
-compare:
-  seeds: 2
-  widenings: 0
-  methods:
-    full: {rates: [1e-4, 1e-3]}
-    lora: {rates: [1e-3, 1e-2], adapter: {r: 2}}
-    lorta: {rates: [1e-3, 1e-2], note: "a <note>"}
-    broken: {rates: [1e-3, 1e-2], adapter: {method: dota, r: 4, num_cores: 3, target_modules: [nowhere]}}
-"""
 
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with a model, rows and a recipe."""
-    folder = tmp_path_factory.mktemp("compared")
-    tiny_bert().bert.save_pretrained(folder / "bert")
-    word_tokenizer(pairs=True).save_pretrained(folder / "bert")
-    lines = [f"{' '.join(WORDS[k : k + 3])}\t{k % 2}\n" for k in range(60)]
-    (folder / "labels.tsv").write_text("sentence\tlabel\n" + "".join(lines), encoding="utf-8")
-    (folder / "some.yaml").write_text(
-        f"model: {folder / 'bert'}\ntask: sst2\n"
-        "adapter: {method: lorta, r: 4, target_modules: [query, key, value]}\n"
-        f"data: {{train: {folder / 'labels.tsv'}, validation: 8, test: {folder / 'labels.tsv'}, test_rows: 6}}\n"
-        "trainer: {max_steps: 4, eval_steps: 2, logging_steps: 1, per_device_train_batch_size: 4, "
-        "learning_rate: 1e-2}\n" + SECTION,
-        encoding="utf-8",
-    )
-    return folder
-
-
-def compare(place, output, **arguments):
+def compare(place, output, rounds=2, workers=None, ray=None, **arguments):
     terminal = io.StringIO()
     comparison = load_entries(place / "some.yaml", output=output, **arguments)
-    return run_compare(comparison, 2, "tensorpeft compare some.yaml", terminal), terminal.getvalue()
+    results = run_compare(comparison, rounds, "tensorpeft compare some.yaml", terminal, workers, ray)
+    return results, terminal.getvalue()
+
+
+def found_by(results):
+    """All that the cells of a comparison found, without the parts of a failure that tell where it was."""
+    runs = [(result.entry.key, run) for result in results for run in result.search + result.final]
+    return [(key, run.rate, run.seed, without_timings(run.result), run.problem) for key, run in runs]
+
+
+def without_timings(result):
+    if result is None:
+        return None
+    timings = ("runtime", "per_second", "flos")
+    history = [
+        {key: value for key, value in entry.items() if not any(part in key for part in timings)}
+        for entry in result.history
+    ]
+    return history, result.validation, result.best_step, result.tests, result.trained_parameters
+
+
+def files_of(output):
+    """The files of all cells, their locks included."""
+    folder = output / "entries"
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.name != "costs.json"}
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +141,108 @@ def test_called_again_nothing_that_is_finished_runs_again(place, finished, monke
     assert re.search(r"broken +failed", printed)
 
 
+def test_workers_give_the_cells_of_the_serial_run_though_one_is_killed_in_the_middle(
+    place, finished, monkeypatch, tmp_path
+):
+    psutil = pytest.importorskip("psutil")
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    killed = []
+
+    def trains(worker):
+        locks = [Path(file.path) for file in worker.open_files() if file.path.endswith("/.lock")]
+        return any("broken" not in lock.parts and not (lock.parent / "results.json").exists() for lock in locks)
+
+    def kill_one_that_trains():
+        while not killed:
+            time.sleep(0.01)
+            for worker in filter(trains, psutil.Process().children()):
+                worker.suspend()  # it neither ends its cell nor begins another one between the question and the kill
+                if trains(worker):
+                    worker.kill()
+                    killed.append(worker.pid)
+                    return
+                worker.resume()
+
+    killer = threading.Thread(target=kill_one_that_trains, daemon=True)
+    killer.start()
+    results, printed = compare(place, tmp_path / "run", 0, workers=2)
+    assert len(killed) == 1
+    assert not psutil.Process().children()
+    assert found_by(results) == found_by(finished[0])
+    assert files_of(tmp_path / "run") == files_of(finished[2])
+    assert re.search(r"broken +failed", printed)
+
+
+@pytest.mark.thorough
+def test_ray_gives_the_cells_of_the_serial_run(place, finished, monkeypatch, tmp_path, capfd):
+    pytest.importorskip("ray")
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    monkeypatch.chdir(tmp_path)
+    results, _ = compare(place, Path("run"), 0, ray="")
+    assert found_by(results) == found_by(finished[0])
+    assert files_of(tmp_path / "run") == files_of(finished[2])
+    assert capfd.readouterr() == ("", "")
+
+
+def test_what_fails_keeps_its_traceback_until_it_succeeds(place, monkeypatch, tmp_path, capsys):
+    output = tmp_path / "run"
+    command = ["compare", str(place / "some.yaml"), "--methods", "lora", "--output", str(output)]
+    command += ["--timing-rounds", "0"]
+    fail_at = [(1, "run_seed"), (0, "score_seed")]
+
+    def failing(name, function):
+        def run(recipe, splits, arguments, *more):
+            if (arguments.seed, name) in fail_at:
+                raise RuntimeError(f"{name} broke\nin two lines")
+            return function(recipe, splits, arguments, *more)
+
+        return run
+
+    for name in ("run_seed", "score_seed"):
+        monkeypatch.setattr(cells, name, failing(name, getattr(cells, name)))
+    assert main(command) == 1
+    printed = " ".join(capsys.readouterr().out.split())
+    assert re.search(
+        r"LoRA r=2: test: RuntimeError: score_seed broke \(entries/lora/rate-\S+/seed-0/failure.txt\)", printed
+    )
+    failures = sorted(output.rglob("failure.txt"), key=lambda path: path.parent.name)
+    assert [path.parent.name for path in failures] == ["seed-0", "seed-1"]
+    for path, broke in zip(failures, ("score_seed", "run_seed")):
+        text = path.read_text(encoding="utf-8")
+        assert text.startswith("Traceback")
+        assert f"{broke} broke\nin two lines" in text
+    fail_at.pop()
+    assert main(command) == 1  # the other final run fails still
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "LoRA r=2: 1 of 2 final runs failed: RuntimeError: run_seed broke (entries" in printed
+    fail_at.clear()
+    assert main(command) == 0
+    assert not list(output.rglob("failure.txt"))
+
+
+def test_a_cell_whose_process_dies_each_time_is_a_failed_one(place, finished, monkeypatch, tmp_path):
+    def run_cell(cell, on_share):
+        if "lorta" in str(cell.folder):
+            raise LostCellError("its process was ended by SIGKILL, 3 times")
+        return cells.run_cell(cell, on_share)
+
+    monkeypatch.setattr("tensorpeft.studies.compare.run.run_cell", run_cell)
+    (lora, lorta), _ = compare(place, tmp_path / "run", 0, methods="lora,lorta", seeds=1)
+    assert not lora.has_failed
+    assert lorta.has_failed
+    assert lorta.problem == "its process was ended by SIGKILL, 3 times (entries/lorta/rate-0.001/seed-0/failure.txt)"
+    failure = tmp_path / "run" / "entries" / "lorta" / "rate-0.001" / "seed-0" / "failure.txt"
+    assert "SIGKILL" in failure.read_text(encoding="utf-8")
+
+
+def test_a_folder_that_other_machines_do_not_see_is_named(place, monkeypatch, tmp_path):
+    monkeypatch.setattr("tensorpeft.studies.compare.run.run_cell", lambda cell, on_share: "")
+    (lora,), _ = compare(place, tmp_path / "run", 0, methods="lora")
+    assert "left nothing here: cells on several machines need one output folder that all see" in lora.problem
+    cell = cells.Cell("train", "a cell", lora.entry.recipe, 0, tmp_path / "elsewhere", None)
+    assert re.match(r"no folder .*elsewhere on .*: cells on several machines need", cells.run_cell(cell, print))
+
+
 def test_cells_of_another_recipe_are_not_taken_for_ones_own(place, finished):
     with pytest.raises(ValueError, match="max_steps"):
         compare(place, finished[2], overrides=["trainer.max_steps=6"])
@@ -170,3 +270,6 @@ def test_the_command_names_what_is_wrong_in_one_line(place, capsys, tmp_path):
     assert main(["compare", str(place / "none.yaml")]) == 2
     assert "no recipe" in capsys.readouterr().err
     assert main(["compare", str(place / "some.yaml"), "--timing-rounds", "-1"]) == 2
+    assert main(["compare", str(place / "some.yaml"), "--workers", "0"]) == 2
+    assert main(["compare", str(place / "some.yaml"), "--workers", "2", "--ray"]) == 2
+    assert "Pass one of them" in capsys.readouterr().err

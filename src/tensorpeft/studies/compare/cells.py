@@ -1,23 +1,51 @@
-"""The cells of a comparison: run, kept, and not run again."""
+"""A cell of a comparison: plain data that any process of any machine runs alike, and that leaves everything on disk."""
 
-import dataclasses
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+import socket
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import datasets
+from huggingface_hub.utils import WeakFileLock
 from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from tensorpeft.evaluation.options import EvaluationOptions
-from tensorpeft.studies.compare.entries import Comparison, Entry
-from tensorpeft.studies.compare.results import Run
-from tensorpeft.studies.rates import rates_beyond
+from tensorpeft.reports.files import write_lines
 from tensorpeft.training.arguments import make_arguments
 from tensorpeft.training.recipe import Recipe
-from tensorpeft.training.seed import RESULTS, WHOLE_MODEL, check_output, kept_folder, run_seed, score_seed
-from tensorpeft.training.splits import Splits
+from tensorpeft.training.run import quieten
+from tensorpeft.training.seed import run_seed, score_seed
+from tensorpeft.training.splits import Splits, load_splits
+
+FAILURE = "failure.txt"
+_LOCK = ".lock"
+# The rows of this process, by what of a recipe names them: a worker reads them once for all its cells.
+_ROWS: dict[str, Splits] = {}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One thing to do.
+
+    Args:
+        kind: "train", or "test" what was trained.
+        name: what a person is told that runs.
+        recipe: what is run, its learning rate included.
+        seed: of head, adapter, order of the rows.
+        folder: where all that it leaves is kept; it is there.
+        options: of the tests.
+    """
+
+    kind: str
+    name: str
+    recipe: Recipe
+    seed: int
+    folder: Path
+    options: EvaluationOptions
 
 
 class StepCounter(TrainerCallback):
@@ -37,90 +65,52 @@ class StepCounter(TrainerCallback):
         self._on_share(state.global_step / max(state.max_steps, 1))
 
 
-@dataclass(frozen=True)
-class Runner:
-    """Runs the cells of a comparison on the same rows.
+def load_rows(recipe: Recipe, anew: bool = False) -> Splits:
+    """`load_splits`, which this process remembers until other rows are asked for, or these ``anew``."""
+    named_by = repr((recipe.task, recipe.data))
+    if anew or named_by not in _ROWS:
+        _ROWS.clear()
+        _ROWS[named_by] = load_splits(recipe)
+    return _ROWS[named_by]
 
-    Args:
-        comparison: what is compared.
-        splits: the rows of all.
-        options: of the tests.
-        on_run: called with a description before a cell.
-        on_share: called with the share of the cell that is done.
-        on_done: called after a cell, or for one that was done before.
-        on_more: called with a number of further cells that will be run.
-    """
 
-    comparison: Comparison
-    splits: Splits
-    options: EvaluationOptions
-    on_run: Callable[[str], object]
-    on_share: Callable[[float], object]
-    on_done: Callable[[], object]
-    on_more: Callable[[int], object]
+def run_cell(
+    cell: Cell,
+    on_share: Callable[[float], object],  # called with the share of it that is done, from 0 to 1
+) -> str:  # why it failed, in a line; "": it did not
+    """Run a cell, its result or the traceback of its failure written to its folder."""
+    if not cell.folder.is_dir():
+        return (
+            f"no folder {cell.folder} on {socket.gethostname()}: cells on several machines need the output folder on "
+            "a disk that all of them see"
+        )
+    quieten()
+    datasets.disable_progress_bars()
+    try:
+        # Whoever else runs it, such as the worker of a machine that was given up too early, is waited for.
+        with WeakFileLock(cell.folder / _LOCK):
+            _KINDS[cell.kind](cell, load_rows(cell.recipe), on_share)
+    except Exception as error:
+        write_lines(cell.folder / FAILURE, [traceback.format_exc().rstrip()])
+        return f"{type(error).__name__}: {error}"
+    (cell.folder / FAILURE).unlink(missing_ok=True)
+    return ""
 
-    def search(self, entry: Entry) -> tuple[Run, ...]:
-        """A run per learning rate with the first seed, going on beyond an edge that is the best; by rate."""
-        runs = [self._train(entry, rate, 0) for rate in entry.rates]
-        while len(runs) < len(entry.rates) + self.comparison.widenings:
-            best = min(runs, key=lambda run: run.loss)
-            todo = rates_beyond([run.rate for run in runs], best.rate) if best.result is not None else []
-            if not todo:
-                break
-            self.on_more(1)
-            runs.append(self._train(entry, todo[0], 0))
-        return tuple(sorted(runs, key=lambda run: run.rate))
 
-    def finish(self, entry: Entry, search: tuple[Run, ...]) -> tuple[Run, ...]:
-        """A run per seed at the best rate of the search, tested; none where the whole search failed."""
-        best = min(search, key=lambda run: run.loss)
-        if best.result is None:
-            return ()
-        for run in search:
-            if run is not best:  # adapters are small, whole models are not
-                shutil.rmtree(self.folder(entry, run.rate, run.seed) / WHOLE_MODEL, ignore_errors=True)
-        more = [self._train(entry, best.rate, seed) for seed in range(1, self.comparison.seeds)]
-        return tuple(self._test(entry, run) for run in (best, *more))
+def _train(cell: Cell, splits: Splits, on_share: Callable[[float], object]) -> None:
+    """Train without a test: its rows are for the runs that are chosen."""
+    untested, bar = replace(splits, test={}), StepCounter(on_share)
+    run_seed(cell.recipe, untested, _arguments(cell, splits), cell.options, True, Console(quiet=True), bar)
+    for checkpoint in cell.folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        shutil.rmtree(checkpoint)
 
-    def folder(self, entry: Entry, rate: float, seed: int) -> Path:
-        """Where a cell is kept."""
-        return self.comparison.output / "entries" / entry.key / f"rate-{rate:g}" / f"seed-{seed}"
 
-    def cell_recipe(self, entry: Entry, rate: float) -> Recipe:
-        """What a cell runs."""
-        trainer = {**entry.recipe.trainer, "learning_rate": rate}
-        output = str(self.comparison.output / "entries" / entry.key)
-        return dataclasses.replace(entry.recipe, trainer=trainer, output=output, seeds=(0,))
+def _test(cell: Cell, splits: Splits, on_share: Callable[[float], object]) -> None:
+    score_seed(cell.recipe, splits, _arguments(cell, splits), cell.options, Console(quiet=True))
 
-    def _train(self, entry: Entry, rate: float, seed: int) -> Run:
-        self.on_run(f"{entry.label}, rate {rate:g}, seed {seed}")
-        folder, recipe = self.folder(entry, rate, seed), self.cell_recipe(entry, rate)
-        check_output(folder.parent, recipe, resume=True)
-        try:
-            arguments = make_arguments(recipe.trainer, self.splits.task, folder, seed)
-            untested, quiet = dataclasses.replace(self.splits, test={}), Console(quiet=True)
-            bar = StepCounter(self.on_share)
-            result = run_seed(recipe, untested, arguments, self.options, True, quiet, bar)
-            for checkpoint in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-                shutil.rmtree(checkpoint)
-            return Run(rate, seed, result)
-        except Exception as error:
-            return Run(rate, seed, None, f"{type(error).__name__}: {error}")
-        finally:
-            self.on_done()
 
-    def _test(self, entry: Entry, run: Run) -> Run:
-        if run.result is None or not self.splits.test:
-            return run
-        self.on_run(f"{entry.label}, test, seed {run.seed}")
-        recipe, folder = self.cell_recipe(entry, run.rate), self.folder(entry, run.rate, run.seed)
-        if not run.result.tests and not (folder / kept_folder(recipe)).is_dir():  # another rate was the best before
-            (folder / RESULTS).unlink()
-            self.on_more(1)
-            run = self._train(entry, run.rate, run.seed)
-        try:
-            arguments = make_arguments(recipe.trainer, self.splits.task, folder, run.seed)
-            result = score_seed(recipe, self.splits, arguments, self.options, Console(quiet=True))
-            return dataclasses.replace(run, result=result)
-        except Exception as error:
-            return Run(run.rate, run.seed, None, f"test: {type(error).__name__}: {error}")
+def _arguments(cell: Cell, splits: Splits) -> TrainingArguments:
+    return make_arguments(cell.recipe.trainer, splits.task, cell.folder, cell.seed)
+
+
+_KINDS: Mapping[str, Callable[[Cell, Splits, Callable[[float], object]], None]] = {"train": _train, "test": _test}

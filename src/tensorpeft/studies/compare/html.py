@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jinja2 import Environment
 
-from tensorpeft.evaluation.report import write_lines
+from tensorpeft.reports.files import write_lines
 from tensorpeft.studies.compare.entries import Comparison
 from tensorpeft.studies.compare.results import EntryResult
 from tensorpeft.studies.compare.table import legend, make_cells, search_cells, seed_cells, title

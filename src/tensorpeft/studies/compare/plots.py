@@ -3,17 +3,18 @@
 import math
 import statistics
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 
-from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
+from tensorpeft.reports.figures import MARKERS, make_figure, plot_band, save_figure
+from tensorpeft.reports.tables import spread
 from tensorpeft.studies.compare.entries import Comparison
 from tensorpeft.studies.compare.results import EntryResult, find_metrics, is_loss
 from tensorpeft.studies.compare.table import target_loss, title
+from tensorpeft.training.results import common_curves
 
-# One marker per method: curves that lie on each other, or print in grey, can still be told apart.
-_MARKERS = "osD^vPX*<>hd"
 # Sizes that differ by more than this factor are shown on a logarithmic axis.
 _WIDE = 4
 
@@ -26,29 +27,20 @@ def plot_curves(comparison: Comparison, results: Sequence[EntryResult], path: Pa
     drawn = [result for result in results if len(result.mean_curve()) > 1]
     if not drawn:
         return False
-    # A Figure of its own, without pyplot: no global state and no choice of a window system.
-    figure = Figure(figsize=(9, 5), dpi=140, layout="constrained")
-    axes = figure.add_subplot()
-    for index, result in enumerate(drawn):
-        steps, losses = zip(*result.mean_curve(), strict=True)
-        curves = [dict(found.curve("eval_loss")) for found in result.finished]
+    figure, (axes,) = make_figure(9, 5)
+    for marker, result in zip(cycle(MARKERS), drawn):
         label = f"{result.entry.label}, rate {result.rate:g}"
-        (line,) = axes.plot(steps, losses, marker=_MARKERS[index % len(_MARKERS)], markersize=4, label=label)
-        low, high = ([pick(curve[step] for curve in curves) for step in steps] for pick in (min, max))
-        axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
+        plot_band(axes, *common_curves(result.finished, "eval_loss"), marker=marker, markersize=4, label=label)
     if (target := target_loss(comparison, results)) is not None:
         axes.axhline(target, color="grey", linewidth=0.8, linestyle=":", label=f"loss {target:.3f}, reached by all")
         if comparison.target_loss is not None:
             axes.lines[-1].set_label(f"loss {target:.3f}, asked for")
     starts = [result.mean_curve()[0][1] for result in drawn]
     axes.set_ylim(top=min(max(starts), 2 * statistics.median(starts)) * 1.03)
-    axes.set_title(f"Validation loss: {title(comparison)}")
-    axes.set_xlabel("optimiser step")
-    axes.set_ylabel("validation loss (nats)")
+    axes.set(title=f"Validation loss: {title(comparison)}", xlabel="optimiser step", ylabel="validation loss (nats)")
     axes.set_xlim(left=0)
-    axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    figure.savefig(path)
+    save_figure(figure, path)
     return True
 
 
@@ -63,15 +55,13 @@ def plot_front(comparison: Comparison, results: Sequence[EntryResult], path: Pat
     for result in results:
         values = [value for value in (result.scores(*metric) if metric else result.losses()) if math.isfinite(value)]
         if result.costs is not None and result.costs.parameters and values:
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            points.append((result.costs.parameters, statistics.fmean(values), spread, result.entry.label))
+            points.append((result.costs.parameters, statistics.fmean(values), spread(values), result.entry.label))
     if not points:
         return False
     lower_is_better = metric is None or is_loss(metric[1])
-    figure = Figure(figsize=(9, 5), dpi=140, layout="constrained")
-    axes = figure.add_subplot()
-    for index, (size, mean, spread, label) in enumerate(points):
-        axes.errorbar(size, mean, yerr=spread, marker=_MARKERS[index % len(_MARKERS)], capsize=3, label=label)
+    figure, (axes,) = make_figure(9, 5)
+    for marker, (size, mean, deviation, label) in zip(cycle(MARKERS), points):
+        axes.errorbar(size, mean, yerr=deviation, marker=marker, capsize=3, label=label)
     front = _front([(size, mean) for size, mean, *_ in points], lower_is_better)
     axes.step(*zip(*front, strict=True), where="post", color="grey", linewidth=0.8, zorder=0, label="best up to a size")
     sizes = [size for size, *_ in points]
@@ -84,10 +74,10 @@ def plot_front(comparison: Comparison, results: Sequence[EntryResult], path: Pat
     name = "validation loss (nats)" if metric is None else f"test {metric[1]} ({metric[0]})"
     axes.set_ylabel(f"{name}, {'lower' if lower_is_better else 'higher'} is better")
     axes.set_title(f"What parameters buy: {title(comparison)}")
-    axes.grid(alpha=0.3, which="both")
+    axes.grid(alpha=0.3, which="minor")
     # Beside the axes: points of equal size, which an equal-parameter comparison is made of, leave no room for labels.
     figure.legend(loc="outside right upper", fontsize="small")
-    figure.savefig(path)
+    save_figure(figure, path)
     return True
 
 

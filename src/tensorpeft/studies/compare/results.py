@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tensorpeft.studies.compare.entries import Comparison, Entry
-from tensorpeft.training.results import SeedResult
+from tensorpeft.training.results import SeedResult, common_curves
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,11 @@ class EntryResult:
         return [run.result for run in self.final if run.result is not None]
 
     @property
+    def has_failed(self) -> bool:
+        """Whether the entry, its costs or one of its final runs failed; another rate of the search may have."""
+        return bool(self.problem) or len(self.finished) < len(self.final)
+
+    @property
     def chose_the_edge(self) -> bool:
         """Whether the chosen rate is the lowest or highest of several: a better one may lie outside."""
         return bool(self.final) and len(self.search) > 1 and self.rate in (self.search[0].rate, self.search[-1].rate)
@@ -97,11 +102,8 @@ class EntryResult:
 
     def mean_curve(self) -> list[tuple[int, float]]:
         """(step, validation loss), the mean over the finished final runs."""
-        curves = [dict(result.curve("eval_loss")) for result in self.finished]
-        if not curves:
-            return []
-        steps = sorted(set.intersection(*(set(curve) for curve in curves)))
-        return [(step, statistics.fmean(curve[step] for curve in curves)) for step in steps]
+        steps, curves = common_curves(self.finished, "eval_loss")
+        return [(step, statistics.fmean(losses)) for step, losses in zip(steps, zip(*curves))]
 
 
 def find_metrics(results: Sequence[EntryResult]) -> list[tuple[str, str]]:

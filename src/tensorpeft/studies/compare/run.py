@@ -1,5 +1,6 @@
 """``tensorpeft compare``: from the recipe to the table and the report; called again, it goes on where it stood."""
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -8,21 +9,26 @@ from typing import TextIO
 
 import datasets
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from tensorpeft.evaluation.report import find_versions, to_json, write_lines
-from tensorpeft.studies.compare.cells import Runner
+from tensorpeft.evaluation.options import EvaluationOptions
+from tensorpeft.reports.files import to_json, write_json, write_lines
+from tensorpeft.reports.terminal import print_table, say
+from tensorpeft.reports.versions import find_versions
+from tensorpeft.studies.compare.cells import load_rows, run_cell
 from tensorpeft.studies.compare.costs import CostMeter, saved_bytes
+from tensorpeft.studies.compare.engine import check_engine, one_gpu, open_engine
 from tensorpeft.studies.compare.entries import Comparison, Entry
 from tensorpeft.studies.compare.equal_size import fit_budget
 from tensorpeft.studies.compare.html import write_html
 from tensorpeft.studies.compare.plots import plot_curves, plot_front
-from tensorpeft.studies.compare.results import EntryCosts, EntryResult, to_tree
-from tensorpeft.studies.compare.table import TABLE_WIDTH, markdown_report, rich_table
+from tensorpeft.studies.compare.progress import CellsBar
+from tensorpeft.studies.compare.results import EntryCosts, EntryResult, Run, to_tree
+from tensorpeft.studies.compare.runner import Runner
+from tensorpeft.studies.compare.table import main_table, markdown_report
+from tensorpeft.tasks.task import Task
 from tensorpeft.training.arguments import make_arguments
 from tensorpeft.training.run import check_recipe, quieten
 from tensorpeft.training.seed import kept_folder
-from tensorpeft.training.splits import load_splits
 
 
 def run_compare(
@@ -30,48 +36,70 @@ def run_compare(
     timing_rounds: int = 7,  # of training steps; 0: nothing is timed
     command: str = "",  # for the report
     terminal: TextIO | None = None,  # for progress and table; None: standard output
+    workers: int | None = None,  # processes that cells run in, side by side; None: this one
+    ray: str | None = None,  # address of a Ray cluster that they run on; "": the one here, or a new one; None: no Ray
 ) -> list[EntryResult]:
     """A result per entry, after printing the table and writing report.html, report.md, results.json and the plots.
 
     All entries see the same rows, steps and evaluation. Each chooses its learning rate on the validation loss of the
     first seed; only then are its final runs tested. Finished cells in the output folder are not run again; a cell that
-    fails is shown as failed, the others go on.
+    fails keeps its traceback in its folder and is shown as failed, the others go on. Steps are timed in this process
+    when all cells are done.
 
     Raises:
+        ConnectionError: there is no Ray cluster at the address.
         FileNotFoundError: a file of the recipe's data is missing.
-        ValueError: the recipe is wrong, or the output folder holds cells of another recipe.
+        ModuleNotFoundError: Ray is asked for and not installed.
+        ValueError: the recipe is wrong, the output folder holds cells of another recipe, there would be no worker, or
+            both workers and Ray are asked for.
     """
+    check_engine(workers, ray)
     quieten()
     datasets.disable_progress_bars()
     console = Console(file=terminal)
-    recipe = comparison.recipe
-    splits = load_splits(recipe)
-    for entry in comparison.entries:
-        first = make_arguments(entry.recipe.trainer, splits.task, comparison.output, seed=0)
-        options = check_recipe(entry.recipe, first)
-    if first.world_size > 1:
-        raise ValueError(f"{first.world_size} processes: the cells of a comparison run one by one. Start one process.")
-    if comparison.budget is not None:
-        comparison = fit_budget(comparison, splits.task, comparison.budget)
-    for leak in splits.leaks:
-        console.print(f"Leak: {leak}.", soft_wrap=True)
-    meter = CostMeter(comparison, splits, timing_rounds)
-    with _Bar(console, comparison) as bar:
-        runner = Runner(comparison, splits, options, bar.describe, bar.share, bar.done, bar.more)
-        results = [_run_entry(entry, runner, meter, bar) for entry in comparison.entries]
+    splits = load_rows(comparison.recipe, anew=True)
+    with contextlib.ExitStack() as until_written:
+        with open_engine(run_cell, comparison.output / "workers", workers, ray) as engine:
+            if workers is not None or ray is not None:
+                until_written.enter_context(one_gpu())
+            options = _check_entries(comparison, splits.task)
+            if comparison.budget is not None:
+                comparison = fit_budget(comparison, splits.task, comparison.budget)
+            for leak in splits.leaks:
+                say(console, f"Leak: {leak}.")
+            num_cells = sum(len(entry.rates) + comparison.seeds - 1 for entry in comparison.entries)
+            bar = until_written.enter_context(CellsBar(console, num_cells))
+            runner = Runner(comparison, bool(splits.test), options, engine, bar)
+            runner.check_folders()
+            runs = engine.each(runner.run, comparison.entries)
+        meter = CostMeter(comparison, splits, timing_rounds)
+        results = []
+        for entry, (search, final) in zip(comparison.entries, runs):
+            bar.describe(f"{entry.label}, costs of a step")
+            results.append(_make_result(entry, search, final, runner, meter))
     _write(comparison, results, command)
-    wide = Console(file=terminal, width=max(console.width, TABLE_WIDTH))
-    wide.print(rich_table(comparison, results))
-    wide.print(f"Report, plots, raw results: {comparison.output}", soft_wrap=True)
+    print_table(console, main_table(comparison, results))
+    say(console, f"Report, plots, raw results: {comparison.output}")
     return results
 
 
-def _run_entry(entry: Entry, runner: Runner, meter: CostMeter, bar: "_Bar") -> EntryResult:
-    search = runner.search(entry)
-    final = runner.finish(entry, search)
+def _check_entries(comparison: Comparison, task: Task) -> EvaluationOptions:
+    """How all entries are tested."""
+    for entry in comparison.entries:
+        first = make_arguments(entry.recipe.trainer, task, comparison.output, seed=0)
+        options = check_recipe(entry.recipe, first)
+    if first.world_size > 1:
+        raise ValueError(
+            f"{first.world_size} processes: a comparison starts its own. Start one process, with --workers N or --ray."
+        )
+    return options
+
+
+def _make_result(
+    entry: Entry, search: tuple[Run, ...], final: tuple[Run, ...], runner: Runner, meter: CostMeter
+) -> EntryResult:
     if not final:
         return EntryResult(entry, search, (), None, problem=next(run.problem for run in search if run.problem))
-    bar.describe(f"{entry.label}, costs of a step")
     kept = [runner.folder(entry, run.rate, run.seed) / kept_folder(entry.recipe) for run in final]
     costs, problem = _measure(entry, runner.comparison, meter)
     failed = [run for run in final if run.result is None]
@@ -92,14 +120,13 @@ def _measure(entry: Entry, comparison: Comparison, meter: CostMeter) -> tuple[En
         costs = meter.measure(entry)
     except Exception as error:
         return None, f"costs: {type(error).__name__}: {error}"
-    write_lines(path, [to_json({"of": wanted, "costs": dataclasses.asdict(costs)}, indent=1)])
+    write_json(path, {"of": wanted, "costs": dataclasses.asdict(costs)})
     return costs, ""
 
 
 def _write(comparison: Comparison, results: Sequence[EntryResult], command: str) -> None:
     output, versions = comparison.output, find_versions()
-    output.mkdir(parents=True, exist_ok=True)
-    write_lines(output / "results.json", [to_json(to_tree(comparison, results, versions), indent=1)])
+    write_json(output / "results.json", to_tree(comparison, results, versions))
     plots: list[tuple[str, Path]] = []
     for name, title, plot in (
         ("curves.png", "Validation loss along training", plot_curves),
@@ -108,46 +135,5 @@ def _write(comparison: Comparison, results: Sequence[EntryResult], command: str)
         if plot(comparison, results, output / name):
             plots.append((title, output / name))
     text = markdown_report(comparison, results, command, plots, versions)
-    write_lines(output / "report.md", [text.rstrip()])
+    write_lines(output / "report.md", [text])
     write_html(comparison, results, command, plots, versions, output / "report.html")
-
-
-class _Bar:
-    """One bar over all cells; a context."""
-
-    def __init__(self, console: Console, comparison: Comparison) -> None:
-        self._done = 0.0
-        self._total = sum(len(entry.rates) + comparison.seeds - 1 for entry in comparison.entries)
-        self._progress = Progress(
-            TextColumn("{task.description:<42}"),
-            BarColumn(bar_width=16),
-            TextColumn("{task.fields[count]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-        )
-        self._task: TaskID = self._progress.add_task("", total=self._total, count=self._count())
-
-    def _count(self) -> str:
-        return f"{int(self._done)}/{self._total} cells"
-
-    def __enter__(self) -> "_Bar":
-        self._progress.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._progress.stop()
-
-    def describe(self, text: str) -> None:
-        self._progress.update(self._task, description=text[:42])
-
-    def share(self, share: float) -> None:
-        self._progress.update(self._task, completed=self._done + share)
-
-    def done(self) -> None:
-        self._done += 1
-        self._progress.update(self._task, completed=self._done, count=self._count())
-
-    def more(self, cells: int) -> None:
-        self._total += cells
-        self._progress.update(self._task, total=self._total)

@@ -1,18 +1,13 @@
 """A comparison as a table for the terminal and as Markdown."""
 
 import math
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Group
-
-from tensorpeft.evaluation.report import make_table
-from tensorpeft.reports.tables import markdown_table
+from tensorpeft.reports.tables import Table, markdown_document, markdown_list, markdown_table, mean_and_sd, model_title
 from tensorpeft.studies.compare.entries import Comparison
 from tensorpeft.studies.compare.results import EntryResult, Run, common_loss, find_metrics, steps_to
 
-TABLE_WIDTH = 110
 _FAILED = "failed"
 
 
@@ -52,20 +47,11 @@ def _costs(result: EntryResult, target: float | None) -> list[str]:
     return [f"{costs.step_seconds * 1000:.0f}{ratio}", f"{costs.peak_bytes / 2**20:.0f}", seconds]
 
 
-def mean_and_sd(values: Sequence[float], digits: int = 3) -> str:
-    """Mean ± standard deviation; of one value, that; of none, a dash."""
-    finite = [value for value in values if math.isfinite(value)]
-    if not finite:
-        return "–" if not values else "diverged"
-    mean = f"{statistics.fmean(finite):.{digits}f}"
-    return mean if len(finite) == 1 else f"{mean} ± {statistics.stdev(finite):.{digits}f}"
-
-
 def title(comparison: Comparison) -> str:
     """What was compared on what, in one line."""
     recipe = comparison.recipe
     seeds = f"{comparison.seeds} seed{'s' if comparison.seeds > 1 else ''}"
-    return f"{'/'.join(Path(recipe.model).parts[-2:])} on {recipe.task}, {seeds}"
+    return f"{model_title(recipe.model)} on {recipe.task}, {seeds}"
 
 
 def legend(comparison: Comparison, results: Sequence[EntryResult]) -> list[str]:
@@ -93,16 +79,16 @@ def legend(comparison: Comparison, results: Sequence[EntryResult]) -> list[str]:
         if result.problem:
             lines.append(f"{result.entry.label}: {result.problem.splitlines()[0]}")
         elif done < wanted:
-            lines.append(f"{result.entry.label}: {wanted - done} of {wanted} final runs failed.")
+            problem = next(run.problem for run in result.final if run.result is None)
+            lines.append(f"{result.entry.label}: {wanted - done} of {wanted} final runs failed: {problem}")
         if result.entry.note:
             lines.append(f"{result.entry.label}: {result.entry.note}")
     return lines
 
 
-def rich_table(comparison: Comparison, results: Sequence[EntryResult]) -> Group:
+def main_table(comparison: Comparison, results: Sequence[EntryResult]) -> Table:
     """The table for a terminal."""
-    headers, rows = make_cells(comparison, results)
-    return make_table(title(comparison), headers, rows, legend(comparison, results))
+    return Table(title(comparison), *make_cells(comparison, results), legend(comparison, results))
 
 
 def search_cells(results: Sequence[EntryResult]) -> tuple[list[str], list[list[str]]]:
@@ -150,19 +136,13 @@ def markdown_report(
 ) -> str:
     """The whole report."""
     sections = [
-        f"# {title(comparison)}",
-        comparison.recipe.description.strip(),
-        f"    {command}" if command else "",
         markdown_table(*make_cells(comparison, results)),
-        "\n".join(f"- {line}" for line in legend(comparison, results)),
+        markdown_list(legend(comparison, results)),
         *(f"![{heading}]({path.name})" for heading, path in plots),
         "## Choice of the learning rate",
         markdown_table(*search_cells(results)),
         "## Seeds",
         markdown_table(*seed_cells(results)),
-        "## Recipe",
-        f"```yaml\n{comparison.recipe.to_yaml().rstrip()}\n```",
-        "## Versions",
-        "\n".join(f"- {name} {version}" for name, version in versions.items()),
     ]
-    return "\n\n".join(section for section in sections if section) + "\n"
+    recipe = comparison.recipe
+    return markdown_document(title(comparison), recipe.description, command, sections, recipe.to_yaml(), versions)

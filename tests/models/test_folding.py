@@ -11,9 +11,7 @@ from transformers import EsmConfig, EsmModel, EsmTokenizer, Trainer, TrainingArg
 from transformers.models.esm.openfold_utils.rigid_utils import Rigid
 
 from tensorpeft import LortaConfig
-from tensorpeft.tasks.structures import lddt_ca, load_structures
-from tensorpeft.tasks.task import Structure
-from tensorpeft.training.folding import (
+from tensorpeft.models.folding import (
     VOCABULARY,
     FoldingModel,
     OuterProduct,
@@ -23,6 +21,8 @@ from tensorpeft.training.folding import (
     folding_loss,
     frame_aligned_point_error,
 )
+from tensorpeft.tasks.structures import lddt_ca, load_structures
+from tensorpeft.tasks.task import Structure
 
 DATA = Path(os.environ.get("TENSORPEFT_DATA", Path(__file__).parents[3] / "shared")) / "data" / "protein_structures"
 needs_data = pytest.mark.skipif(

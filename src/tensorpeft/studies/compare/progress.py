@@ -1,0 +1,69 @@
+"""One bar over all cells of a comparison."""
+
+import threading
+
+from rich.console import Console
+
+from tensorpeft.reports.terminal import make_progress
+
+
+class CellsBar:
+    """How many cells are done, and which run now; a context. Several threads may tell it.
+
+    Args:
+        console: where it is drawn.
+        total: cells to train.
+    """
+
+    def __init__(self, console: Console, total: int) -> None:
+        self._lock = threading.Lock()
+        self._done, self._total = 0, total
+        self._shares: dict[str, float] = {}  # of the cells that run, by name
+        self._progress = make_progress(console, width=42)
+        self._task = self._progress.add_task("", total=total)
+        self._draw()
+
+    def __enter__(self) -> "CellsBar":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def begin(self, name: str) -> None:
+        """A cell runs."""
+        self.share(name, 0)
+
+    def share(self, name: str, share: float) -> None:
+        """So much of a cell is done, from 0 to 1."""
+        with self._lock:
+            self._shares[name] = share
+            self._draw()
+
+    def end(self, name: str) -> None:
+        """A cell runs no more."""
+        with self._lock:
+            self._shares.pop(name, None)
+            self._draw()
+
+    def count(self) -> None:
+        """A cell has been trained, or had been before."""
+        with self._lock:
+            self._done += 1
+            self._draw()
+
+    def expect(self, cells: int) -> None:
+        """So many more are to be trained."""
+        with self._lock:
+            self._total += cells
+            self._draw()
+
+    def describe(self, text: str) -> None:
+        """Something else than a cell goes on."""
+        self._progress.update(self._task, description=text)
+
+    def _draw(self) -> None:
+        names = list(self._shares)
+        text = names[0] if len(names) == 1 else f"{len(names)} at once: {'; '.join(names)}" if names else ""
+        done = min(self._done + sum(self._shares.values()), self._total)
+        self._progress.update(self._task, description=text, completed=done, total=self._total)
