@@ -7,6 +7,8 @@ from collections.abc import Iterable
 
 import pytest
 
+from tensorpeft_cli import COMMANDS
+
 # A process starts the command once per line of its input. What the interpreter has imported before, site-packages' own
 # hooks included, is nobody's business.
 SCRIPT = """
@@ -24,7 +26,6 @@ for line in sys.stdin.read().splitlines():
     names = {name.partition(".")[0] for name in set(sys.modules) - before} - sys.stdlib_module_names
     print(json.dumps([line, code, sorted(names), out.getvalue(), error.getvalue()]))
 """
-COMMANDS = ("demo", "train", "compare", "evaluate", "plan", "inspect", "quantize", "export", "recipes")
 HELP = ["", *COMMANDS, "inspect bonds", "inspect quantization", "export lora", "export dense"]
 ERRORS = {
     "": "required: COMMAND",
