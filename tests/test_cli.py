@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -121,9 +122,16 @@ def test_a_model_that_is_nowhere(capsys, monkeypatch, tmp_path):
 def test_demo_compares_on_the_packaged_recipe(monkeypatch):
     pytest.importorskip("omegaconf")
     run = pytest.importorskip("tensorpeft.studies.compare.run")
-    seen = []
-    monkeypatch.setattr(run, "run_compare", lambda comparison, **arguments: seen.append(comparison))
-    assert main(["demo"]) == 0
+    seen, results = [], []
+
+    def run_compare(comparison, **arguments):
+        seen.append(comparison)
+        return results
+
+    monkeypatch.setattr(run, "run_compare", run_compare)
+    results.append(SimpleNamespace(has_failed=True))
+    assert main(["demo"]) == 1
+    results.clear()
     assert main(["demo", "--quick", "--methods", "lora,lotr", "--seeds", "1", "--output", "there"]) == 0
     whole, quick = seen
     assert whole.output == Path("runs/demo")

@@ -46,6 +46,7 @@ ERRORS = {
     "evaluate model --lm-eval piqa --num-beams 2": "--num-beams changes nothing with --lm-eval",
     "evaluate model --task cola --data file --rows 0": "--rows 0: expected",
     "plan /no/such/folder": "/no/such/folder: no such file or folder",
+    "plan no-such-model.gguf": "no-such-model.gguf: no such file or folder",
     "plan model --gpu huge": "--gpu huge: expected a GPU's memory, such as 24GB",
     "plan model --methods lora,sora": "no method 'sora'. Choose from full, lora,",
     "plan model --rank 8 --budget 1M": "not allowed with",
