@@ -20,18 +20,38 @@ ARROWS: dict[str, set[str]] = {
     "plugin": {"sites", "networks"},
     "methods": {"modes", "networks", "sites", *PLUGIN_FOR_METHODS},
     "__init__": {"methods", "plugin", "quantization"},
-    "quantization": {"networks", "plugin", "reports.files", "sites"},
-    "export": {"plugin", "networks", "quantization", "reports.files"},
+    # The names of models and the classes of architectures; what loads a model stands on quantization.
+    "loading": {"", "models", "quantization", "reports.files", "tasks.task"},
+    "quantization": {
+        "loading.architectures",
+        "loading.errors",
+        "loading.names",
+        "networks",
+        "plugin",
+        "reports.files",
+        "sites",
+    },
+    "export": {"loading", "networks", "plugin", "quantization", "reports.files"},
     "tasks": set(),
     "models": {"tasks"},
     "reports": set(),
-    "evaluation": {"", "reports", "tasks"},
-    "training": {"", "evaluation", "models", "quantization", "recipes", "reports", "tasks"},
-    "studies": {"", "evaluation", "networks", "plugin.base_weight", "quantization", "reports", "tasks", "training"},
+    "evaluation": {"", "loading", "reports", "tasks"},
+    "training": {"", "evaluation", "loading", "models", "quantization", "recipes", "reports", "tasks"},
+    "studies": {
+        "",
+        "evaluation",
+        "loading",
+        "networks",
+        "plugin.base_weight",
+        "quantization",
+        "reports",
+        "tasks",
+        "training",
+    },
     "recipes": set(),
     "__main__": set(),
 }
-MAY_IMPORT_PEFT = {"evaluation", "export", "plugin", "studies", "training"}
+MAY_IMPORT_PEFT = {"evaluation", "export", "loading", "plugin", "studies", "training"}
 FILES = sorted(ROOT.rglob("*.py"))
 COMMAND = sorted(Path(tensorpeft_cli.__file__).parent.glob("*.py"))
 COMMAND_MAY_IMPORT = {"", "evaluation", "export", "quantization", "studies", "training"}

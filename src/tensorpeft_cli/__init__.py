@@ -11,7 +11,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from tensorpeft_cli import compare, demo, evaluate, export, inspect, plan, quantize, recipes, train
+from tensorpeft_cli import chat, compare, demo, evaluate, export, inspect, plan, quantize, recipes, train
 from tensorpeft_cli.errors import explain
 from tensorpeft_cli.options import Parser
 
@@ -21,6 +21,7 @@ COMMANDS = {
     "demo": demo,
     "train": train,
     "compare": compare,
+    "chat": chat,
     "evaluate": evaluate,
     "plan": plan,
     "inspect": inspect,

@@ -64,6 +64,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace, command: str) -> int:
     find_recipe(arguments.recipe)
+    ray, overrides = arguments.ray, arguments.overrides
+    if ray and "=" in ray:  # no address: KEY=VALUE behind a --ray without one
+        ray, overrides = "", [*overrides, ray]
     budget = parse_budget(arguments.budget)
     import_package()
     from tensorpeft.studies.compare.entries import load_entries
@@ -73,11 +76,11 @@ def _run(arguments: argparse.Namespace, command: str) -> int:
         arguments.recipe,
         arguments.methods,
         arguments.seeds,
-        arguments.overrides,
+        overrides,
         arguments.smoke,
         arguments.output,
         budget,
         arguments.target_loss,
     )
-    results = run_compare(comparison, arguments.timing_rounds, command, workers=arguments.workers, ray=arguments.ray)
+    results = run_compare(comparison, arguments.timing_rounds, command, workers=arguments.workers, ray=ray)
     return int(any(result.has_failed for result in results))

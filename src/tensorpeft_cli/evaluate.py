@@ -23,6 +23,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--include-path", type=existing, metavar="DIR", help="folder of further tasks for lm-eval")
     add("--few-shot", type=whole(0), metavar="N", help="examples before each row, for lm-eval")
     add("--mode", choices=("generate", "likelihood", "loss"), help="(default: what suits the task)")
+    add("--chat", action="store_true", help="ask questions in the model's chat template")
     add("--rows", type=whole(1), metavar="N", help="only the first N rows")
     add("--batch-size", type=whole(1), default=16, metavar="N", help="(default: %(default)s)")
     add("--max-length", type=whole(1), metavar="N", help="tokens of a row (default: the model's)")
@@ -62,6 +63,7 @@ def _run(arguments: argparse.Namespace, command: str) -> None:
         num_beams=arguments.num_beams,
         max_length=arguments.max_length,
         beta=0.1 if arguments.beta is None else arguments.beta,
+        chat=arguments.chat,
     )
     run_evaluate(
         model,

@@ -10,9 +10,9 @@ from peft import get_peft_model
 
 from cases import Model, perturb
 from tensorpeft.evaluation import EvaluationOptions, evaluate_task
-from tensorpeft.evaluation.loading import load_model
 from tensorpeft.evaluation.report import metrics_table
 from tensorpeft.evaluation.run import run_evaluate
+from tensorpeft.loading.adapters import load_model
 from tensorpeft.tasks.records import read_json_lines
 from tensorpeft.tasks.task import Generation, LabelledText, LabelTask, Question, QuestionTask, Scored, StructureTask
 
@@ -103,6 +103,7 @@ def test_an_adapter_is_evaluated_on_the_base_that_it_names(folder, tmp_path):
         "num_beams": None,
         "max_length": None,
         "beta": 0.1,
+        "chat": False,
     }
     assert results["data"] == str(folder / "rows.jsonl")
     assert results["model"] == str(folder / "llama")

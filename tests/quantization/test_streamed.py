@@ -171,7 +171,7 @@ def test_a_full_folder_and_another_method_are_refused(tmp_path):
         quantize_checkpoint(tmp_path / "source", tmp_path / "source", config_of(model))
     with pytest.raises(ValueError, match="Pass a DotaConfig"):
         quantize_checkpoint(tmp_path / "source", tmp_path / "out", LortaConfig(target_modules=["q_proj"]))
-    with pytest.raises(FileNotFoundError, match="no folder of that name"):
+    with pytest.raises(ValueError, match="no folder of that name"):
         quantize_checkpoint(tmp_path / "nowhere", tmp_path / "out", config_of(model))
 
 

@@ -29,7 +29,7 @@ def examples(split):
 def test_the_splits_are_as_large_as_they_should_be():
     sizes = {split: len(examples(split)) for split in SPLITS}
     assert (sizes["test"], sizes["validation"]) == (96, 48)
-    assert sizes["train"] >= 200
+    assert sizes["train"] >= 150
 
 
 def test_an_answer_is_what_python_itself_says_of_the_signature():
@@ -40,8 +40,8 @@ def test_an_answer_is_what_python_itself_says_of_the_signature():
         exec(f"from __future__ import annotations\n{definition}: pass", namespace)
         name = ast.parse(f"{definition}: pass").body[0].name
         parameters = dict(inspect.signature(namespace[name]).parameters)
-        if (first := next(iter(parameters))) in ("self", "cls"):
-            del parameters[first]
+        if next(iter(parameters)) == "self":
+            del parameters["self"]
         defaults = {key: p.default for key, p in parameters.items() if p.default is not inspect.Parameter.empty}
         expected = {"required": [key for key in parameters if key not in defaults], "optional": defaults}
         assert json.loads(example.answers[0]) == expected
@@ -86,9 +86,10 @@ def test_what_a_row_is(tmp_path):
         "class Reader:\n"
         "    async def read(self, size=None, *, strict=True): pass\n"
         "    @classmethod\n"
-        "    def make(cls, size: int = 3, **more): pass\n"
+        "    def make(cls, a, b=1): pass\n"
         "    def _hidden(self, a, b=1): pass\n"
         "    def one(self, a=1): pass\n"
+        "    def any(self, a, b=1, **more): pass\n"
         "    def many(self, a, b, c, d, e=1): pass\n"
         "    def needed(self, a, b): pass\n"
         "    def binary(self, a, b=b''): pass\n",
@@ -159,5 +160,5 @@ def test_a_library_without_source_or_with_little_of_it_says_what_to_do(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"zipped or not at all.*installed with its source"):
         load_signatures(tmp_path)
     (tmp_path / "json.py").write_text("def dump(obj, file, indent=None): pass\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"1 usable functions.*at least 344.*libpython3-stdlib"):
+    with pytest.raises(ValueError, match=r"1 usable functions.*at least 294.*libpython3-stdlib"):
         load_signatures(tmp_path)

@@ -49,5 +49,5 @@ def test_it_is_tested_as_it_was_trained(tmp_path):
 def test_labels_are_asked_in_no_chat(tmp_path):
     recipe = Recipe("m", "docstrings", DataRecipe(train="a", validation="b", chat=True), None)
     arguments = make_arguments({}, find_task("docstrings"), tmp_path, seed=0)
-    with pytest.raises(ValueError, match=r"data.chat: only questions are asked in a chat, docstrings has none"):
+    with pytest.raises(ValueError, match=r"data\.chat: only questions are asked in a chat, docstrings has none"):
         check_recipe(recipe, arguments)

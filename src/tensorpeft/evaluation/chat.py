@@ -16,7 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from tensorpeft.evaluation.conversation import Conversation, Stop
-from tensorpeft.evaluation.loading import find_base, load_model, quiet
+from tensorpeft.loading.adapters import find_base, load_model
+from tensorpeft.loading.quiet import quiet
 
 _HELP = "/new forgets the conversation, /quit or Ctrl-D leaves, Ctrl-C stops an answer, /help says this."
 _PROMPT = "you: "

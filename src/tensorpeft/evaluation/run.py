@@ -10,10 +10,11 @@ from torch import nn
 
 from tensorpeft.evaluation.evaluate import Evaluation, evaluate_task, find_mode
 from tensorpeft.evaluation.harness import run_lm_eval, table_rows
-from tensorpeft.evaluation.loading import find_base, load_model, quiet
 from tensorpeft.evaluation.options import EvaluationOptions
 from tensorpeft.evaluation.report import metrics_table, write_evaluation
 from tensorpeft.evaluation.tokens import device_of
+from tensorpeft.loading.adapters import find_base, load_model
+from tensorpeft.loading.quiet import quiet
 from tensorpeft.reports.files import write_json, write_json_lines
 from tensorpeft.reports.tables import Table
 from tensorpeft.reports.terminal import make_progress, print_table, say
@@ -22,7 +23,7 @@ from tensorpeft.tasks.sources import load_examples
 
 
 def run_evaluate(
-    model: str,  # folder or Hub name of a base, or of a saved adapter
+    model: str,  # name of a base, or of a saved adapter
     adapter: Path | None,  # of a saved adapter; ``model`` is then its base
     task: str,
     data: Any,  # as `load_examples` takes it
@@ -62,7 +63,7 @@ def run_evaluate(
 
 
 def run_lm_eval_command(
-    model: str,  # folder or Hub name of a base, or of a saved adapter
+    model: str,  # name of a base, or of a saved adapter
     adapter: Path | None,  # of a saved adapter; ``model`` is then its base
     tasks: Sequence[str],  # as lm-eval calls them
     output: Path,  # folder, made where it does not exist

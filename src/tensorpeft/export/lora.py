@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from tensorpeft.export.skeleton import load_on_skeleton
+from tensorpeft.loading.adapters import load_on_skeleton
 from tensorpeft.networks.update import AbstractFactoredUpdate, AbstractUpdate
 from tensorpeft.plugin.config import TensorConfig
 from tensorpeft.plugin.layer import TensorLayer, check_weight_update

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -23,6 +22,9 @@ from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from tensorpeft.loading.architectures import build_empty, find_class
+from tensorpeft.loading.errors import explained
+from tensorpeft.loading.names import resolve
 from tensorpeft.plugin.config import TensorConfig
 from tensorpeft.plugin.tensor_map import settle
 from tensorpeft.quantization.model import Shapes, network_of, plan_layers
@@ -68,7 +70,7 @@ def quantize_checkpoint(
     `from_pretrained` loads it after `import tensorpeft`, without decomposing anything.
 
     Args:
-        source: folder or Hub name of a safetensors checkpoint in full or half precision.
+        source: name (`tensorpeft.loading.names.resolve`) of a safetensors checkpoint in full or half precision.
         out: folder to write; new, empty, or what an interrupted call with the same arguments left.
         config: a `DotaConfig`: the layers, the modes and the bond; with r="auto" the weights are read twice, first for
             the bonds, which are written into it.
@@ -81,7 +83,7 @@ def quantize_checkpoint(
     Raises:
         FileNotFoundError: `source` has no config.json or no safetensors.
         ValueError: `out` holds something else, the model is quantised already, weights are missing or damaged, or
-            `config` does not fit (see `quantize_residual`).
+            `config` does not fit, or there is no such model (see `quantize_residual`).
     """
     source, out = _find_source(source), Path(out)
     model_config, model = _empty_model(source)
@@ -111,16 +113,12 @@ def quantize_checkpoint(
 
 def _find_source(source: str | Path) -> Path:
     """The folder of a checkpoint; a Hub name is downloaded, or found in the cache when offline."""
+    source = resolve(source)
     if Path(source).is_dir():
         return Path(source)
-    try:
+    with explained(source):
         # Not "*.safetensors": many repositories hold the same weights in other forms beside these.
-        return Path(snapshot_download(str(source), allow_patterns=["model*.safetensors", *_COPIED]))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise FileNotFoundError(
-            f"{source}: no folder of that name, and not to be had from the Hub ({reason})."
-        ) from error
+        return Path(snapshot_download(source, allow_patterns=["model*.safetensors", *_COPIED]))
 
 
 def _empty_model(source: Path) -> tuple[Any, torch.nn.Module]:
@@ -130,15 +128,7 @@ def _empty_model(source: Path) -> tuple[Any, torch.nn.Module]:
     config = AutoConfig.from_pretrained(source)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{source}: quantised already. Pass the checkpoint in full or half precision.")
-    name = (config.architectures or [""])[0]
-    model_cls = getattr(transformers, name, None)
-    if model_cls is None:
-        raise ValueError(
-            f"{source}: transformers has no class {name!r} (architectures in its config.json). Load the model with its "
-            "own code and call quantize_residual(model, config)."
-        )
-    with torch.device("meta"):
-        return config, model_cls(config)
+    return config, build_empty(find_class(config, str(source)), config)
 
 
 def _plan_jobs(source: Path, model: torch.nn.Module, layers: set[str]) -> list[_Job]:

@@ -3,25 +3,22 @@
 from pathlib import Path
 
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer
 
+from tensorpeft.loading.models import load_as_saved, load_tokenizer
 from tensorpeft.tasks.docstrings import load_docstrings
 
 # Texts whose activations are looked at, and tokens of each.
 _NUM_TEXTS, _MAX_TOKENS = 32, 128
 
 
-def load_network(model: str) -> nn.Module:  # folder or Hub name
+def load_network(model: str) -> nn.Module:  # as `tensorpeft.loading.names.resolve` takes it
     """The model with the head that its configuration names, in float32 and evaluation mode."""
-    model_config = AutoConfig.from_pretrained(model)
-    model_cls = getattr(transformers, (model_config.architectures or ["AutoModel"])[0])
-    return model_cls.from_pretrained(model, dtype=torch.float32).eval()
+    return load_as_saved(model, dtype=torch.float32).eval()
 
 
 def load_batch(
-    model: str,  # folder or Hub name
+    model: str,  # as `tensorpeft.loading.names.resolve` takes it
     text: Path | None = None,  # a text per line; None: docstrings of Python's standard library
 ) -> dict[str, Tensor]:  # input_ids and attention_mask, each (texts, tokens)
     """The first texts as the model's tokenizer has them.
@@ -29,15 +26,13 @@ def load_batch(
     Raises:
         ValueError: no text in the file.
     """
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = load_tokenizer(model)
     if text is None:
         lines = [row.texts[0] for row in load_docstrings()["validation"][:_NUM_TEXTS]]
     else:
         lines = [line for line in text.read_text(encoding="utf-8").splitlines() if line.strip()][:_NUM_TEXTS]
     if not lines:
         raise ValueError(f"{text}: no line of text in it. Pass a file with a text per line.")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
     batch = tokenizer(lines, truncation=True, max_length=_MAX_TOKENS, padding=True, return_tensors="pt")
     return {key: value for key, value in batch.items() if key in ("input_ids", "attention_mask")}
 

@@ -16,11 +16,12 @@ from math import ceil
 from typing import Any, NamedTuple
 
 import torch
-import transformers
 from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from tensorpeft.loading.architectures import build_empty, find_class
+from tensorpeft.loading.models import load_config
 from tensorpeft.quantization.model import plan_layers
 from tensorpeft.studies.budget import closest_value
 from tensorpeft.studies.catalogue import REFERENCE, Method, choose_methods, methods_by_key
@@ -116,7 +117,7 @@ def plan_model(
     for option, value in (("rank", rank), ("budget", budget), ("batch", batch), ("length", length)):
         if value is not None and value < 1:
             raise ValueError(f"{option}={value}: expected a whole number of at least 1.")
-    skeleton = _Skeleton(transformers.AutoConfig.from_pretrained(name), batch, length, gradient_checkpointing)
+    skeleton = _Skeleton(load_config(name), batch, length, gradient_checkpointing)
     model = skeleton.build()
     if gradient_checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
         raise ValueError(f"{type(model).__name__} has no gradient checkpointing. Plan without it.")
@@ -143,7 +144,7 @@ def enable_checkpointing(model: Any) -> None:
 
 def build_skeleton(name: str) -> nn.Module:
     """The model on the meta device: shapes, and no numbers."""
-    return _Skeleton(transformers.AutoConfig.from_pretrained(name), 1, 1).build()
+    return _Skeleton(load_config(name), 1, 1).build()
 
 
 class _AdapterSizes(NamedTuple):
@@ -183,12 +184,7 @@ class _Skeleton:
             config.num_hidden_layers = depth  # type: ignore[attr-defined]
             if getattr(config, "layer_types", None):
                 config.layer_types = config.layer_types[:depth]  # type: ignore[attr-defined]
-        architecture = getattr(transformers, (config.architectures or ["AutoModel"])[0], None)
-        if architecture is None:
-            raise ValueError(f"{config.architectures}: transformers has no such class. Name a model that it can build.")
-        with torch.device("meta"):
-            model = architecture.from_config(config) if hasattr(architecture, "from_config") else architecture(config)
-        return model.to(torch.bfloat16)
+        return build_empty(find_class(config, type(config).__name__), config).to(torch.bfloat16)
 
     def adapt(self, config: PeftConfig, depth: int | None = None) -> nn.Module:
         """A new model of this depth, with an adapter."""

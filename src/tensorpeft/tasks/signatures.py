@@ -6,7 +6,7 @@ It is on every machine, and what a small chat model gets wrong before fine-tunin
 from the installed library's source with ``ast``; nothing is imported. What a row is, and what keeps the splits apart:
 
 - The function, or method, has two to four arguments, some of them optional, whose defaults are constants that JSON
-  has; ``self`` and ``cls`` are no arguments.
+  has. ``self`` is no argument; class methods are left out, too few to learn from that ``cls`` is none either.
 - A module, or a package with all its modules, is one group, and a group lies in one split.
 - No answer is there twice, in whatever split: none of those held out can be learned by heart.
 
@@ -20,7 +20,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from tensorpeft.tasks.records import Record
 from tensorpeft.tasks.stdlib import digest, find_library, find_split, read_modules
@@ -31,7 +30,7 @@ _LEFT_OUT = {"distutils", "ensurepip", "idlelib", "lib2to3", "tkinter", "turtle"
 _NUM_ARGUMENTS = range(2, 5)
 _MAX_CHARACTERS = 80  # of a signature and of an answer
 # So many rows for the test and validation splits; training has all others.
-_TEST_ROWS, _VALIDATION_ROWS, _MIN_TRAIN_ROWS = 96, 48, 200
+_TEST_ROWS, _VALIDATION_ROWS, _MIN_TRAIN_ROWS = 96, 48, 150
 _ROWS_PER_GROUP = 24  # so that no package fills a split
 _PROMPT = "Write the arguments of this function as JSON with the keys required and optional.\n{signature}"
 
@@ -120,26 +119,23 @@ def _read_rows(root: Path, name: str) -> Iterator[Row]:
 def _make_row(function: Function) -> Row | None:
     """The row of a function; None where it has too few arguments or too many, or a default that JSON has not."""
     arguments = function.args
-    names = [argument.arg for argument in arguments.posonlyargs + arguments.args]
-    first_optional = len(names) - len(arguments.defaults)
-    required = names[:first_optional]
-    if required[:1] in (["self"], ["cls"]):
-        del required[0]
-    defaults = dict(zip(names[first_optional:], arguments.defaults, strict=True))
-    for argument, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
-        if default is None:
-            required.append(argument.arg)
-        else:
-            defaults[argument.arg] = default
-    optional: dict[str, Any] = {
-        name: default.value for name, default in defaults.items() if isinstance(default, ast.Constant)
-    }
+    if arguments.vararg or arguments.kwarg:
+        return None
+    positional = [*arguments.posonlyargs, *arguments.args]
+    without_default = len(positional) - len(arguments.defaults)
+    names = [argument.arg for argument in (*positional, *arguments.kwonlyargs)]
+    values = [*[None] * without_default, *arguments.defaults, *arguments.kw_defaults]
+    defaults: dict[str, ast.expr | None] = dict(zip(names, values, strict=True))
+    if names[:1] == ["self"]:
+        del defaults["self"]
+    required = [name for name, default in defaults.items() if default is None]
+    optional = {name: default.value for name, default in defaults.items() if isinstance(default, ast.Constant)}
     signature = f"def {function.name}({ast.unparse(arguments)})"
     is_json = all(value is None or isinstance(value, bool | int | float | str) for value in optional.values())
-    if not optional or len(optional) < len(defaults) or not is_json or arguments.vararg or arguments.kwarg:
+    if not optional or not is_json or len(required) + len(optional) < len(defaults) or "cls" in required[:1]:
         return None
     answer = json.dumps({"required": required, "optional": optional}, ensure_ascii=False)
-    suits = len(required) + len(optional) in _NUM_ARGUMENTS and max(len(signature), len(answer)) <= _MAX_CHARACTERS
+    suits = len(defaults) in _NUM_ARGUMENTS and max(len(signature), len(answer)) <= _MAX_CHARACTERS
     return (signature, answer) if suits else None
 
 

@@ -10,7 +10,6 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     EsmConfig,
     EsmModel,
     PreTrainedModel,
@@ -18,6 +17,7 @@ from transformers import (
     set_seed,
 )
 
+from tensorpeft.loading import models as loading
 from tensorpeft.models.folding import VOCABULARY, build_folding_model
 from tensorpeft.quantization import quantize_residual
 from tensorpeft.reports.files import write_whole
@@ -40,10 +40,7 @@ _ESM2 = {
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     """The tokenizer of the recipe's model; one without a padding token pads with its end of sequence."""
     shared = {key: recipe.model_arguments[key] for key in _FOR_BOTH if key in recipe.model_arguments}
-    tokenizer = AutoTokenizer.from_pretrained(recipe.model, **shared)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    return loading.load_tokenizer(recipe.model, **shared)
 
 
 def load_base(
@@ -92,7 +89,7 @@ def _keep_base(model: Any, tokenizer: PreTrainedTokenizerBase | None, folder: Pa
 
 def _load(auto: Any, name: str, arguments: dict[str, Any]) -> Any:
     try:
-        return auto.from_pretrained(name, **arguments)
+        return loading.load_pretrained(auto, name, **arguments)
     except TypeError as error:  # an argument that neither transformers nor the model knows
         raise ValueError(f"{name}: model_arguments {sorted(arguments)}: {error}") from None
 
@@ -114,7 +111,7 @@ def _load_folding_model(name: str, arguments: dict[str, Any]) -> PreTrainedModel
     if random_esm is not None:
         check_keys(arguments, fields, "model_arguments")
         return build_folding_model(EsmConfig(**_ESM2, **random_esm), **folding)
-    return build_folding_model(EsmModel.from_pretrained(name, **arguments), **folding)
+    return build_folding_model(loading.load_pretrained(EsmModel, name, **arguments), **folding)
 
 
 def adapter_config(recipe: Recipe, task: Task) -> PeftConfig | None:

@@ -4,7 +4,6 @@ import difflib
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from tensorpeft.loading.packages import package_folder
 from tensorpeft.recipes import find_recipe
 
 # Keys of a file that are no part of the finished recipe.
@@ -299,13 +299,7 @@ def _method(tree: DictConfig) -> str | None:
 
 
 def _package_folder(name: str) -> str:
-    try:
-        spec = find_spec(name)
-    except ModuleNotFoundError:  # of what stands before a dot
-        spec = None
-    if spec is None or spec.origin is None:
-        raise ImportError(f'the recipe needs the package {name}, which is not installed. Run: pip install "{name}"')
-    return str(Path(spec.origin).parent)
+    return str(package_folder(name, "the recipe"))
 
 
 def _as_recipe(tree: dict[str, Any], place: str) -> Recipe:

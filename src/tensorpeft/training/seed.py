@@ -83,8 +83,7 @@ def run_seed(
     prepare_sharding(trainer, recipe, splits.task)
     if trainer.is_world_process_zero():
         _claim(folder.parent, recipe)  # not before: a model or an adapter that cannot be made leaves no run behind
-    for callback in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(callback)
+    _silence(trainer)
     trainer.add_callback(bar)
     with arguments.main_process_first(local=False):  # it removes what is half-written, the others find it gone
         checkpoint = last_whole_checkpoint(folder) if resume else None
@@ -129,6 +128,33 @@ def score_seed(
     result = dataclasses.replace(result, tests=tests)
     result.write(folder / RESULTS)
     return result
+
+
+def score_untrained(
+    recipe: Recipe,
+    splits: Splits,
+    arguments: TrainingArguments,  # its folder, too
+    options: EvaluationOptions,
+    console: Console,
+) -> SeedResult:
+    """The result of the recipe's model as it is before training, validated and tested; written to the folder."""
+    recipe = dataclasses.replace(recipe, adapter=None, quantize=None)
+    folder, tokenizer = Path(str(arguments.output_dir)), _tokenizer(recipe, splits)
+    trainer = make_trainer(recipe, splits, tokenizer, arguments)
+    _silence(trainer)
+    _claim(folder.parent, recipe)
+    validation = {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items()}
+    tests = _test(trainer, recipe, tokenizer, splits, options, folder / WHOLE_MODEL, console)
+    size = sum(p.numel() for p in trainer.model.parameters())  # pyright: ignore[reportOptionalMemberAccess]
+    result = SeedResult(arguments.seed, (), _only_numbers(validation), None, 0, tests, 0, size)
+    result.write(folder / RESULTS)
+    return result
+
+
+def _silence(trainer: Trainer) -> None:
+    """Take away what prints and draws by itself."""
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
 
 
 def _tokenizer(recipe: Recipe, splits: Splits) -> Any:

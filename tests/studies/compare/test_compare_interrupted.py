@@ -1,4 +1,4 @@
-"""`tensorpeft compare --workers 2`, interrupted and killed from outside: no process is left, no cell is lost."""
+"""`tensorpeft compare` with workers, interrupted and killed: no process is left, no finished cell is lost."""
 
 import json
 import os
@@ -18,9 +18,9 @@ import psutil
 pytestmark = pytest.mark.thorough
 
 
-def start(place, output):
+def start(place, output, engine):
     command = [sys.executable, "-m", "tensorpeft", "compare", str(place / "some.yaml"), "--output", str(output)]
-    command += ["--methods", "full,lora,lorta", "--timing-rounds", "0", "--workers", "2"]
+    command += ["--methods", "full,lora,lorta", "--timing-rounds", "0", *engine]
     command += ["trainer.max_steps=150", "trainer.eval_steps=50"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
@@ -36,7 +36,7 @@ def cells_in_the_middle(output):
     return list(output.rglob("rate-*/seed-*/checkpoint-*/trainer_state.json"))
 
 
-def end(process, output, number, at_least):
+def end(process, output, number, at_least, seconds=5):
     """Send a signal in the middle of a cell, once so many are finished; what was finished."""
     while len(finished_cells(output)) < at_least or not cells_in_the_middle(output):
         assert process.poll() is None, process.stdout.read()
@@ -45,16 +45,20 @@ def end(process, output, number, at_least):
     assert len(family) >= 2
     process.send_signal(number)
     process.wait(20)
-    _, alive = psutil.wait_procs(family, 5)
+    _, alive = psutil.wait_procs(family, seconds)
     assert not alive
     return finished_cells(output)
 
 
-def test_a_command_that_is_interrupted_or_killed_leaves_no_process_and_goes_on(place, tmp_path):
+@pytest.mark.parametrize("engine", [("--workers", "2"), ("--ray",)], ids=["workers", "ray"])
+def test_a_command_that_is_interrupted_or_killed_leaves_no_process_and_goes_on(place, tmp_path, engine):
+    if "--ray" in engine:
+        pytest.importorskip("ray")
     output = tmp_path / "run"
-    before = end(start(place, output), output, signal.SIGINT, at_least=1)
-    between = end(start(place, output), output, signal.SIGKILL, at_least=len(before) + 1)
-    last = start(place, output)
+    before = end(start(place, output, engine), output, signal.SIGINT, at_least=1)
+    seconds = 60 if "--ray" in engine else 5  # Ray's own agents, which run no cell, take their time
+    between = end(start(place, output, engine), output, signal.SIGKILL, len(before) + 1, seconds)
+    last = start(place, output, engine)
     printed, _ = last.communicate(timeout=600)
     assert last.returncode == 0, printed
     tree = json.loads((output / "results.json").read_text(encoding="utf-8"))

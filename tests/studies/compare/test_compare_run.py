@@ -1,7 +1,10 @@
 """`tensorpeft compare` from the recipe to the report, on a tiny model: cells, failures, resuming, equal size."""
 
+import contextlib
+import dataclasses
 import io
 import json
+import os
 import re
 import shutil
 import threading
@@ -10,9 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 pytest.importorskip("omegaconf")
 pytest.importorskip("trl")
+pytest.importorskip("psutil")
+import psutil
+
+from tensorpeft.evaluation.options import EvaluationOptions
 from tensorpeft.studies.compare import cells
 from tensorpeft.studies.compare.engine import LostCellError
 from tensorpeft.studies.compare.entries import load_entries
@@ -141,30 +149,12 @@ def test_called_again_nothing_that_is_finished_runs_again(place, finished, monke
     assert re.search(r"broken +failed", printed)
 
 
+@pytest.mark.slow
 def test_workers_give_the_cells_of_the_serial_run_though_one_is_killed_in_the_middle(
     place, finished, monkeypatch, tmp_path
 ):
-    psutil = pytest.importorskip("psutil")
     monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
-    killed = []
-
-    def trains(worker):
-        locks = [Path(file.path) for file in worker.open_files() if file.path.endswith("/.lock")]
-        return any("broken" not in lock.parts and not (lock.parent / "results.json").exists() for lock in locks)
-
-    def kill_one_that_trains():
-        while not killed:
-            time.sleep(0.01)
-            for worker in filter(trains, psutil.Process().children()):
-                worker.suspend()  # it neither ends its cell nor begins another one between the question and the kill
-                if trains(worker):
-                    worker.kill()
-                    killed.append(worker.pid)
-                    return
-                worker.resume()
-
-    killer = threading.Thread(target=kill_one_that_trains, daemon=True)
-    killer.start()
+    killed = kill_a_worker()
     results, printed = compare(place, tmp_path / "run", 0, workers=2)
     assert len(killed) == 1
     assert not psutil.Process().children()
@@ -173,12 +163,46 @@ def test_workers_give_the_cells_of_the_serial_run_though_one_is_killed_in_the_mi
     assert re.search(r"broken +failed", printed)
 
 
+def kill_a_worker():
+    """Kill a process that this one will start, as soon as one trains; the list that its id will be in."""
+    killed = []
+
+    def trains(worker):
+        try:
+            locks = [Path(file.path) for file in worker.open_files() if file.path.endswith("/.lock")]
+        except psutil.Error:
+            return False
+        return any("broken" not in lock.parts and not (lock.parent / "results.json").exists() for lock in locks)
+
+    def kill_one_that_trains():
+        while not killed:
+            time.sleep(0.01)
+            for worker in filter(trains, psutil.Process().children(recursive=True)):
+                # Suspended, it neither ends its cell nor begins another one between the question and the kill.
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    worker.suspend()
+                    if trains(worker):
+                        worker.kill()
+                        killed.append(worker.pid)
+                        return
+                    worker.resume()
+
+    threading.Thread(target=kill_one_that_trains, daemon=True).start()
+    return killed
+
+
 @pytest.mark.thorough
-def test_ray_gives_the_cells_of_the_serial_run(place, finished, monkeypatch, tmp_path, capfd):
+def test_ray_gives_the_cells_of_the_serial_run_though_a_process_is_killed_in_the_middle(
+    place, finished, monkeypatch, tmp_path, capfd
+):
     pytest.importorskip("ray")
     monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    paths = [str(Path(path).absolute()) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
     monkeypatch.chdir(tmp_path)
+    killed = kill_a_worker()
     results, _ = compare(place, Path("run"), 0, ray="")
+    assert len(killed) == 1
     assert found_by(results) == found_by(finished[0])
     assert files_of(tmp_path / "run") == files_of(finished[2])
     assert capfd.readouterr() == ("", "")
@@ -255,6 +279,27 @@ def test_an_edge_that_is_the_best_is_gone_beyond(place, tmp_path):
     assert result.search[0].rate < 1e-6 or result.search[-1].rate > 1e-5
 
 
+def test_one_rate_is_no_grid_to_go_beyond(place, tmp_path):
+    comparison = load_entries(place / "some.yaml", "lorta", 1, ["compare.widenings=1"], output=tmp_path / "run")
+    entry = dataclasses.replace(comparison.entries[0], rates=(1e-3,))
+    (result,) = run_compare(dataclasses.replace(comparison, entries=(entry,)), 0, terminal=io.StringIO())
+    assert [run.rate for run in result.search] == [run.rate for run in result.final] == [1e-3]
+    assert not result.has_failed
+
+
+def test_a_cell_waits_for_whoever_runs_it(place, monkeypatch, tmp_path):
+    recipe = load_entries(place / "some.yaml").recipe
+    ran = threading.Event()
+    monkeypatch.setitem(cells._KINDS, "train", lambda cell, splits, on_share: ran.set())
+    cell = cells.Cell("train", "a cell", recipe, 0, tmp_path, EvaluationOptions())
+    with FileLock(tmp_path / ".lock"):
+        waiting = threading.Thread(target=cells.run_cell, args=(cell, print))
+        waiting.start()
+        assert not ran.wait(0.5)
+    waiting.join(60)
+    assert ran.is_set()
+
+
 def test_equal_size_sets_the_ranks(place, tmp_path):
     results, printed = compare(place, tmp_path / "run", methods="lora,lorta", budget=700, seeds=1)
     lora, lorta = results
@@ -273,3 +318,5 @@ def test_the_command_names_what_is_wrong_in_one_line(place, capsys, tmp_path):
     assert main(["compare", str(place / "some.yaml"), "--workers", "0"]) == 2
     assert main(["compare", str(place / "some.yaml"), "--workers", "2", "--ray"]) == 2
     assert "Pass one of them" in capsys.readouterr().err
+    assert main(["compare", str(place / "some.yaml"), "--ray", "compare.seeds=none"]) == 2  # no address
+    assert "seeds='none'" in capsys.readouterr().err

@@ -18,7 +18,7 @@ from tensorpeft.reports.files import write_lines
 from tensorpeft.training.arguments import make_arguments
 from tensorpeft.training.recipe import Recipe
 from tensorpeft.training.run import quieten
-from tensorpeft.training.seed import run_seed, score_seed
+from tensorpeft.training.seed import run_seed, score_seed, score_untrained
 from tensorpeft.training.splits import Splits, load_splits
 
 FAILURE = "failure.txt"
@@ -32,7 +32,7 @@ class Cell:
     """One thing to do.
 
     Args:
-        kind: "train", or "test" what was trained.
+        kind: "train", "test" what was trained, or "untrained": test the model as it is before.
         name: what a person is told that runs.
         recipe: what is run, its learning rate included.
         seed: of head, adapter, order of the rows.
@@ -109,8 +109,16 @@ def _test(cell: Cell, splits: Splits, on_share: Callable[[float], object]) -> No
     score_seed(cell.recipe, splits, _arguments(cell, splits), cell.options, Console(quiet=True))
 
 
+def _test_untrained(cell: Cell, splits: Splits, on_share: Callable[[float], object]) -> None:
+    score_untrained(cell.recipe, splits, _arguments(cell, splits), cell.options, Console(quiet=True))
+
+
 def _arguments(cell: Cell, splits: Splits) -> TrainingArguments:
     return make_arguments(cell.recipe.trainer, splits.task, cell.folder, cell.seed)
 
 
-_KINDS: Mapping[str, Callable[[Cell, Splits, Callable[[float], object]], None]] = {"train": _train, "test": _test}
+_KINDS: Mapping[str, Callable[[Cell, Splits, Callable[[float], object]], None]] = {
+    "train": _train,
+    "test": _test,
+    "untrained": _test_untrained,
+}

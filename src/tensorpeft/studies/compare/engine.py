@@ -92,7 +92,9 @@ class Engine:
             futures = [threads.submit(function, item) for item in items]
             try:
                 for future in as_completed(futures):
-                    future.result()
+                    error = future.exception()
+                    if error is not None and not isinstance(error, StoppedError):  # that is what an error leads to
+                        raise error
             except BaseException:
                 threads.shutdown(wait=False, cancel_futures=True)
                 self.stop()
@@ -142,7 +144,7 @@ def open_engine(
     """An engine that runs cells here, in several workers of this machine, or on a Ray cluster.
 
     Raises:
-        ValueError: as `check_engine`.
+        ValueError: as `check_engine`; or no machine of the cluster has room for a cell.
         ModuleNotFoundError: Ray is not installed.
         ConnectionError: there is no cluster at the address.
     """

@@ -1,7 +1,7 @@
 """What is compared: entries that are each the recipe with something put on top, and a grid of learning rates."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ class Entry:
         key: how ``--methods`` calls it, and its folder.
         label: how tables and plots call it.
         recipe: what is run, but for the learning rate and the seed.
-        rates: learning rates to choose from, ascending.
+        rates: learning rates to choose from, ascending; none: it is not trained.
         note: what a reader of its row must know.
         knob: the field of its adapter that a budget sets; None: there is none.
     """
@@ -60,6 +60,13 @@ class Comparison:
     target_loss: float | None
     output: Path
     budget: int | None = None
+
+
+def with_untrained(comparison: Comparison) -> Comparison:
+    """The comparison with the model before training as its first entry."""
+    recipe = replace(comparison.recipe, adapter=None, quantize=None)
+    untrained = Entry("untrained", "before training", recipe, rates=())
+    return replace(comparison, entries=(untrained, *comparison.entries))
 
 
 def load_entries(

@@ -8,6 +8,7 @@ from pathlib import Path
 from jinja2 import Environment
 
 from tensorpeft.reports.files import write_lines
+from tensorpeft.studies.compare.answers import AnsweredQuestion, answer_cells
 from tensorpeft.studies.compare.entries import Comparison
 from tensorpeft.studies.compare.results import EntryResult
 from tensorpeft.studies.compare.table import legend, make_cells, search_cells, seed_cells, title
@@ -16,6 +17,7 @@ from tensorpeft.studies.compare.table import legend, make_cells, search_cells, s
 def write_html(
     comparison: Comparison,
     results: Sequence[EntryResult],
+    answers: Sequence[AnsweredQuestion],
     command: str,
     plots: Sequence[tuple[str, Path]],  # heading, PNG
     versions: dict[str, str],
@@ -32,6 +34,7 @@ def write_html(
         command=command,
         table=make_cells(comparison, results),
         legend=legend(comparison, results),
+        answers=answer_cells(answers),
         pictures=pictures,
         search=search_cells(results),
         seeds=seed_cells(results),
@@ -44,6 +47,8 @@ def write_html(
 
 def _fields(result: EntryResult) -> str:
     adapter = result.entry.recipe.adapter
+    if not result.entry.rates:
+        return "nothing is trained"
     if adapter is None:
         return "all weights are trained"
     return ", ".join(f"{name}={value}" for name, value in adapter.items())

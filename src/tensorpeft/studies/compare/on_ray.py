@@ -3,11 +3,13 @@
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
+from rich.text import Text
 
 from tensorpeft.studies.compare.cells import Cell
 from tensorpeft.studies.compare.engine import ATTEMPTS, LostCellError, StoppedError, Work
@@ -26,38 +28,43 @@ class RaySlot:
         self._work = work
         self._running: Any = None
         self._is_stopped = False
+        self._lock = threading.Lock()  # no task may start behind the back of stop
 
     def run(self, cell: Cell, on_share: Callable[[float], object]) -> str:
         """What the work returns for a cell; see `Slot`. Shares are not told."""
-        if self._is_stopped:
-            raise StoppedError("the cluster's tasks were stopped")
-        self._running = self._task.remote(os.getcwd(), self._work, cell)
+        with self._lock:
+            if self._is_stopped:
+                raise StoppedError("the cluster's tasks were stopped")
+            self._running = running = self._task.remote(os.getcwd(), self._work, cell)
         try:
-            return ray.get(self._running)
+            return ray.get(running)
         except RayError as error:
             if self._is_stopped:
                 raise StoppedError("the cluster's tasks were stopped") from None
-            raise LostCellError(f"Ray lost it, {ATTEMPTS} times: {type(error).__name__}: {error}") from None
+            text = Text.from_ansi(str(error)).plain.strip()  # a traceback of the node's, its cause last
+            raise LostCellError(f"Ray could not run it: {text.splitlines()[-1]}\n\n{text}") from None
         finally:
-            self._running = None
+            with self._lock:
+                self._running = None
 
     def stop(self) -> None:
         """Kill the task; see `Slot`."""
-        self._is_stopped = True
-        running = self._running
-        if running is not None:
-            ray.cancel(running, force=True)
+        with self._lock:
+            self._is_stopped = True
+            if self._running is not None:
+                ray.cancel(self._running, force=True)
 
 
 @contextlib.contextmanager
 def ray_slots(
     work: Work,
-    address: str,  # such as ray://head:10001 or auto; "": a cluster that runs on this machine, or else a new one
+    address: str,  # such as head:6379; "": a cluster that runs on this machine, or else a new one
 ) -> Iterator[list[RaySlot]]:
     """A slot per cell that the cluster has room for, a GPU each where it has any, and OMP_NUM_THREADS processors, or 1.
 
     Raises:
         ConnectionError: there is no cluster at the address.
+        ValueError: no machine of it has room for a cell.
     """
     is_ours = not ray.is_initialized()
     if is_ours:
@@ -65,14 +72,31 @@ def ray_slots(
         ray.init(address=address or None, log_to_driver=False, logging_level=logging.ERROR)
     try:
         threads = int(os.environ.get("OMP_NUM_THREADS", 1))
-        room = ray.cluster_resources()
-        gpus, number = int(room.get("GPU", 0)), max(1, int(room.get("CPU", 1)) // threads)
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        gpus = 1 if any(node.get("GPU") for node in nodes) else 0  # of a cell
+        number = sum(_num_cells(node, threads, gpus) for node in nodes)
+        if number == 0:
+            gpu = " and a GPU" if gpus else ""
+            raise ValueError(
+                f"--ray: no machine of the cluster has {threads} processors (OMP_NUM_THREADS){gpu}. Set OMP_NUM_THREADS"
+                " to what a cell may take."
+            )
         task: Any = ray.remote(_run_on_node)
-        task = task.options(num_cpus=threads, num_gpus=1 if gpus else 0, max_retries=ATTEMPTS - 1)
-        yield [RaySlot(task, work) for _ in range(min(gpus, number) if gpus else number)]
+        task = task.options(num_cpus=threads, num_gpus=gpus, max_retries=ATTEMPTS - 1)
+        yield [RaySlot(task, work) for _ in range(number)]
     finally:
         if is_ours:
             ray.shutdown()
+
+
+def _num_cells(
+    node: Mapping[str, float],  # what it has, as Ray says it
+    threads: int,
+    gpus: int,
+) -> int:
+    """How many cells a machine has room for."""
+    cells = int(node.get("CPU", 0)) // threads
+    return min(cells, int(node.get("GPU", 0))) if gpus else cells
 
 
 def _run_on_node(folder: str, work: Work, cell: Cell) -> str:

@@ -3,7 +3,8 @@
 import contextlib
 import dataclasses
 import json
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -14,21 +15,25 @@ from tensorpeft.evaluation.options import EvaluationOptions
 from tensorpeft.reports.files import to_json, write_json, write_lines
 from tensorpeft.reports.terminal import print_table, say
 from tensorpeft.reports.versions import find_versions
+from tensorpeft.studies.compare.answers import AnsweredQuestion, answer_lines, read_answers
 from tensorpeft.studies.compare.cells import load_rows, run_cell
 from tensorpeft.studies.compare.costs import CostMeter, saved_bytes
 from tensorpeft.studies.compare.engine import check_engine, one_gpu, open_engine
-from tensorpeft.studies.compare.entries import Comparison, Entry
+from tensorpeft.studies.compare.entries import Comparison, Entry, with_untrained
 from tensorpeft.studies.compare.equal_size import fit_budget
 from tensorpeft.studies.compare.html import write_html
 from tensorpeft.studies.compare.plots import plot_curves, plot_front
 from tensorpeft.studies.compare.progress import CellsBar
-from tensorpeft.studies.compare.results import EntryCosts, EntryResult, Run, to_tree
+from tensorpeft.studies.compare.results import EntryCosts, EntryResult, Run, find_metrics, to_tree
 from tensorpeft.studies.compare.runner import Runner
 from tensorpeft.studies.compare.table import main_table, markdown_report
-from tensorpeft.tasks.task import Task
+from tensorpeft.tasks.task import QuestionTask, Task
 from tensorpeft.training.arguments import make_arguments
 from tensorpeft.training.run import check_recipe, quieten
 from tensorpeft.training.seed import kept_folder
+
+_ANSWERS, _PRINTED_ANSWERS = 12, 4  # questions of a test whose answers the report has, and the terminal
+_NARROWEST = 100  # columns; a pipe counts as 80
 
 
 def run_compare(
@@ -65,9 +70,11 @@ def run_compare(
             options = _check_entries(comparison, splits.task)
             if comparison.budget is not None:
                 comparison = fit_budget(comparison, splits.task, comparison.budget)
+            if isinstance(splits.task, QuestionTask) and splits.test:  # other tasks need a head that is trained first
+                comparison = with_untrained(comparison)
             for leak in splits.leaks:
                 say(console, f"Leak: {leak}.")
-            num_cells = sum(len(entry.rates) + comparison.seeds - 1 for entry in comparison.entries)
+            num_cells = sum(_count_cells(entry, comparison.seeds) for entry in comparison.entries)
             bar = until_written.enter_context(CellsBar(console, num_cells))
             runner = Runner(comparison, bool(splits.test), options, engine, bar)
             runner.check_folders()
@@ -77,10 +84,48 @@ def run_compare(
         for entry, (search, final) in zip(comparison.entries, runs):
             bar.describe(f"{entry.label}, costs of a step")
             results.append(_make_result(entry, search, final, runner, meter))
-    _write(comparison, results, command)
+    folders = {r.entry.key: runner.folder(r.entry, r.rate, r.final[0].seed) for r in results if r.finished}
+    answers = _read_answers(results, folders)
+    _write(comparison, results, answers, command)
+    for line in answer_lines(answers[:_PRINTED_ANSWERS], max(console.width, _NARROWEST)):
+        say(console, line)
+    say(console, "")
     print_table(console, main_table(comparison, results))
     say(console, f"Report, plots, raw results: {comparison.output}")
+    for line in _next_commands(results, folders) if isinstance(splits.task, QuestionTask) else ():
+        say(console, line)
     return results
+
+
+def _count_cells(entry: Entry, seeds: int) -> int:
+    """How many are run of an entry whose best rate is no edge."""
+    return len(entry.rates) + seeds - 1 if entry.rates else 1
+
+
+def _read_answers(results: Sequence[EntryResult], folders: Mapping[str, Path]) -> list[AnsweredQuestion]:
+    """Answers to the first questions of the first test, by the first run of every entry."""
+    tests = [test for test, _ in find_metrics(results)][:1]
+    labels = {result.entry.key: result.entry.label for result in results}
+    return read_answers(
+        [(labels[key], folder / f"predictions-{test}.jsonl") for test in tests for key, folder in folders.items()],
+        _ANSWERS,
+    )
+
+
+def _next_commands(results: Sequence[EntryResult], folders: Mapping[str, Path]) -> list[str]:
+    """What to do with the adapter of the lowest validation loss."""
+    adapted = [result for result in results if result.finished and result.entry.recipe.adapter is not None]
+    if not adapted:
+        return []
+    best = min(adapted, key=lambda result: min(result.losses()))
+    adapter = shlex.quote(str(folders[best.entry.key] / kept_folder(best.entry.recipe)))
+    return [
+        "",
+        f"Next, with {best.entry.label}:",
+        f"  tensorpeft chat {adapter}                 talk to it and to its base, side by side",
+        f"  tensorpeft export lora {adapter} OUT      as a plain LoRA, for vLLM and llama.cpp",
+        f"  tensorpeft export dense {adapter} OUT     merged into its base",
+    ]
 
 
 def _check_entries(comparison: Comparison, task: Task) -> EvaluationOptions:
@@ -98,6 +143,8 @@ def _check_entries(comparison: Comparison, task: Task) -> EvaluationOptions:
 def _make_result(
     entry: Entry, search: tuple[Run, ...], final: tuple[Run, ...], runner: Runner, meter: CostMeter
 ) -> EntryResult:
+    if not entry.rates:
+        return EntryResult(entry, search, final, None, problem=final[0].problem)
     if not final:
         return EntryResult(entry, search, (), None, problem=next(run.problem for run in search if run.problem))
     kept = [runner.folder(entry, run.rate, run.seed) / kept_folder(entry.recipe) for run in final]
@@ -124,7 +171,9 @@ def _measure(entry: Entry, comparison: Comparison, meter: CostMeter) -> tuple[En
     return costs, ""
 
 
-def _write(comparison: Comparison, results: Sequence[EntryResult], command: str) -> None:
+def _write(
+    comparison: Comparison, results: Sequence[EntryResult], answers: Sequence[AnsweredQuestion], command: str
+) -> None:
     output, versions = comparison.output, find_versions()
     write_json(output / "results.json", to_tree(comparison, results, versions))
     plots: list[tuple[str, Path]] = []
@@ -134,6 +183,6 @@ def _write(comparison: Comparison, results: Sequence[EntryResult], command: str)
     ):
         if plot(comparison, results, output / name):
             plots.append((title, output / name))
-    text = markdown_report(comparison, results, command, plots, versions)
+    text = markdown_report(comparison, results, answers, command, plots, versions)
     write_lines(output / "report.md", [text])
-    write_html(comparison, results, command, plots, versions, output / "report.html")
+    write_html(comparison, results, answers, command, plots, versions, output / "report.html")

@@ -38,7 +38,9 @@ class Runner:
     bar: CellsBar
 
     def run(self, entry: Entry) -> tuple[tuple[Run, ...], tuple[Run, ...]]:
-        """The runs of `search` and `finish`."""
+        """The runs of `search` and `finish`; of an entry that is not trained, no search and its test."""
+        if not entry.rates:
+            return (), (self._train(entry, 0.0, 0, "untrained"),)
         search = self.search(entry)
         return search, self.finish(entry, search)
 
@@ -77,23 +79,23 @@ class Runner:
             ValueError: the output folder holds some; names the field and both values.
         """
         for entry in self.comparison.entries:
-            for rate in entry.rates:
+            for rate in entry.rates or (0.0,):
                 check_output(self.folder(entry, rate, 0).parent, self._recipe(entry, rate), resume=True)
 
     def _recipe(self, entry: Entry, rate: float) -> Recipe:
         """What a cell runs."""
-        trainer = {**entry.recipe.trainer, "learning_rate": rate}
+        trainer = {**entry.recipe.trainer, **({"learning_rate": rate} if entry.rates else {})}
         output = str(self.comparison.output / "entries" / entry.key)
         return dataclasses.replace(entry.recipe, trainer=trainer, output=output, seeds=(0,))
 
-    def _train(self, entry: Entry, rate: float, seed: int) -> Run:
+    def _train(self, entry: Entry, rate: float, seed: int, kind: str = "train") -> Run:
         folder, recipe = self.folder(entry, rate, seed), self._recipe(entry, rate)
         check_output(folder.parent, recipe, resume=True)
         try:
             if (folder / RESULTS).is_file():
                 return Run(rate, seed, read_result(folder / RESULTS))
-            name = f"{entry.label}, rate {rate:g}, seed {seed}"
-            result, problem = self._run(Cell("train", name, recipe, seed, folder, self.options))
+            name = f"{entry.label}, rate {rate:g}, seed {seed}" if entry.rates else entry.label
+            result, problem = self._run(Cell(kind, name, recipe, seed, folder, self.options))
             return Run(rate, seed, result, problem)
         finally:
             self.bar.count()

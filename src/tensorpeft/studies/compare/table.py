@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tensorpeft.reports.tables import Table, markdown_document, markdown_list, markdown_table, mean_and_sd, model_title
+from tensorpeft.studies.compare.answers import AnsweredQuestion, answer_cells
 from tensorpeft.studies.compare.entries import Comparison
 from tensorpeft.studies.compare.results import EntryResult, Run, common_loss, find_metrics, steps_to
 
@@ -27,6 +28,9 @@ def make_cells(comparison: Comparison, results: Sequence[EntryResult]) -> tuple[
             continue
         row = [result.entry.label, *(mean_and_sd(result.scores(*metric)) for metric in metrics)]
         row += [mean_and_sd(result.losses()), "" if result.costs is None else f"{result.costs.parameters:,}"]
+        if not result.entry.rates:
+            rows.append(row + [""] * (len(headers) - len(row)))
+            continue
         row += [f"{result.rate:g}{'*' if result.chose_the_edge else ''}", f"{result.saved_bytes / 1e6:.2f}"]
         rows.append(row + (_costs(result, target) if timed else []))
     return headers, rows
@@ -130,6 +134,7 @@ def _score(run: Run, test: str, metric: str) -> str:
 def markdown_report(
     comparison: Comparison,
     results: Sequence[EntryResult],
+    answers: Sequence[AnsweredQuestion],
     command: str,
     plots: Sequence[tuple[str, Path]],  # title and file, beside the report
     versions: dict[str, str],
@@ -139,6 +144,8 @@ def markdown_report(
         markdown_table(*make_cells(comparison, results)),
         markdown_list(legend(comparison, results)),
         *(f"![{heading}]({path.name})" for heading, path in plots),
+        "## Answers" if answers else "",
+        markdown_table(*answer_cells(answers)) if answers else "",
         "## Choice of the learning rate",
         markdown_table(*search_cells(results)),
         "## Seeds",

@@ -9,7 +9,6 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
-from typing import Any
 
 from tensorpeft.studies.compare.cells import Cell
 from tensorpeft.studies.compare.engine import ATTEMPTS, LostCellError, StoppedError, Work
@@ -65,18 +64,20 @@ class Worker:
         code = 0
         for _ in range(ATTEMPTS):
             process, connection = self._start()
-            try:
-                connection.send((self._work, cell))
-                while True:
-                    message = _receive(process, connection)
-                    if isinstance(message, str):
-                        return message
-                    on_share(message)
-            except (EOFError, OSError):
-                code = self._end()
-        how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            message = _ask(process, connection, (self._work, cell))
+            while isinstance(message, float | int):
+                on_share(message)
+                message = _ask(process, connection)
+            if message is not None:
+                return message
+            code = self._end()
+        if self._is_stopped:
+            raise StoppedError("the workers were stopped")
+        how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
         hint = "; where memory runs out, use fewer workers" if code == -signal.SIGKILL else ""
-        raise LostCellError(f"its process was {how}, {ATTEMPTS} times{hint}; what it printed is in {self._log}")
+        raise LostCellError(
+            f"its process died {ATTEMPTS} times, the last time {how}{hint}; what it printed is in {self._log}"
+        )
 
     def stop(self) -> None:
         """Kill it; see `Slot`."""
@@ -126,14 +127,19 @@ def _kill(process: "subprocess.Popen[bytes]") -> int:
     return process.wait()
 
 
-def _receive(process: "subprocess.Popen[bytes]", connection: Connection) -> Any:
-    """What a worker sends next.
-
-    Raises:
-        EOFError: it died.
-    """
-    # No end of file tells it while children that the worker forked hold its end of the connection.
-    while not connection.poll(_POLL_SECONDS):
-        if process.poll() is not None:
-            raise EOFError
-    return connection.recv()
+def _ask(
+    process: "subprocess.Popen[bytes]",
+    connection: Connection,
+    question: object = None,  # sent before; None: nothing
+) -> float | str | None:  # the share of a cell that is done, or its end; None: the process died
+    """What a worker sends next."""
+    try:
+        if question is not None:
+            connection.send(question)
+        # No end of file tells that it died while children that it forked hold its end of the connection.
+        while not connection.poll(_POLL_SECONDS):
+            if process.poll() is not None:
+                return None
+        return connection.recv()
+    except (EOFError, OSError):
+        return None

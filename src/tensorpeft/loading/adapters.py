@@ -1,0 +1,161 @@
+"""A saved adapter on its base, as the class that a task wants, or on the base's shapes alone."""
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from peft.utils import load_peft_weights
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from tensorpeft.loading.architectures import build_empty, find_class
+from tensorpeft.loading.errors import explained
+from tensorpeft.loading.models import load_config, load_pretrained, load_tokenizer
+from tensorpeft.loading.names import resolve
+from tensorpeft.loading.quiet import quiet
+from tensorpeft.tasks.task import LabelTask, StructureTask, Task
+
+_DTYPES = ("bfloat16", "float16", "float32")
+
+
+def find_base(
+    model: str,  # name of a base, or of a saved adapter
+    adapter: str | Path | None,
+) -> tuple[str, str | None]:
+    """Names of base and adapter.
+
+    Raises:
+        ValueError: ``model`` is an adapter and so is ``adapter``, or its base is unknown or gone.
+    """
+    with explained(model):
+        is_adapter = find_adapter_config_file(resolve(model)) is not None
+    if not is_adapter:
+        return model, None if adapter is None else str(adapter)
+    if adapter is not None:
+        raise ValueError(f"{model} is a saved adapter itself. Pass its base, or leave out {adapter}.")
+    return base_of(PeftConfig.from_pretrained(model), model), model
+
+
+def base_of(
+    config: PeftConfig,
+    adapter: str | os.PathLike[str],  # for messages
+) -> str:
+    """The name of the base that an adapter's configuration records.
+
+    Raises:
+        ValueError: it records none, or a folder that is not there.
+    """
+    base = config.base_model_name_or_path
+    if not base:
+        raise ValueError(f"{adapter}: its configuration names no base model. Pass it (--base).")
+    if Path(base).is_absolute() and not Path(base).exists():
+        raise ValueError(
+            f"{adapter}: its base model is no longer in {base}. Pass where it is now, or what it was made from, such "
+            "as a GGUF file (--base)."
+        )
+    return base
+
+
+def load_model(
+    base: str,  # as `resolve` takes it
+    adapter: str | None,
+    task: Task | None,  # None: one that a causal language model does
+    dtype: str | None = None,  # None: as it was saved
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """Model, on the GPU where there is one, and tokenizer, of which the adapter's own comes first.
+
+    Raises:
+        ValueError: the head that the task needs is in neither base nor adapter, or the adapter is for another base.
+    """
+    if dtype is not None and dtype not in _DTYPES:
+        raise ValueError(f"dtype={dtype!r}: expected {', '.join(_DTYPES)}, or None for that of the checkpoint.")
+    with quiet():
+        own = adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file()
+        tokenizer = load_tokenizer(adapter if own else base)  # pyright: ignore[reportArgumentType]
+        model, missing = _load_base(base, task, dtype, tokenizer)
+        if torch.cuda.is_available() and next(model.parameters()).device.type == "cpu":
+            model = model.to("cuda")  # pyright: ignore[reportArgumentType]
+        _check_head(base, adapter, missing)
+        return (model if adapter is None else put_adapter(model, adapter, base)).eval(), tokenizer
+
+
+def load_base(
+    base: str,  # as `resolve` takes it
+    adapter: PeftConfig,
+    **arguments: Any,  # of from_pretrained
+) -> PreTrainedModel:
+    """The base as the class that was adapted."""
+    return load_pretrained(find_class(load_config(base), base, adapter), base, **arguments)
+
+
+def load_on_skeleton(
+    adapter: str | os.PathLike[str],  # folder
+) -> PeftModel:
+    """The adapter on its base on the meta device: all that needs the adapter's numbers and the base's shapes.
+
+    Raises:
+        ValueError: the adapter does not say what its base model is, or that has no configuration to be found.
+    """
+    config = PeftConfig.from_pretrained(str(adapter))
+    base = base_of(config, adapter)
+    model_config = load_config(base)
+    model = build_empty(find_class(model_config, base, config), model_config)
+    return PeftModel.from_pretrained(model, str(adapter), low_cpu_mem_usage=True)  # pyright: ignore[reportArgumentType]
+
+
+def put_adapter(model: nn.Module, adapter: str, base: str) -> PeftModel:
+    """The saved adapter on its base.
+
+    Raises:
+        ValueError: the adapter is for another base.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*missing adapter keys.*")
+        try:
+            return PeftModel.from_pretrained(model, adapter)  # pyright: ignore[reportArgumentType]
+        except UserWarning as error:
+            raise ValueError(
+                f"{adapter}: not all of its layers are in {type(model).__name__} of {base}. Pass the base that it was "
+                "trained on (--base)."
+            ) from error
+
+
+def _load_base(
+    base: str, task: Task | None, dtype: str | None, tokenizer: PreTrainedTokenizerBase
+) -> tuple[PreTrainedModel, set[str]]:
+    """The base, and the names of its weights that were not in the checkpoint."""
+    arguments: dict[str, Any] = {"dtype": dtype or "auto", "output_loading_info": True}
+    if isinstance(task, StructureTask):
+        raise ValueError(
+            f"{base}: a model that folds proteins cannot be loaded from a folder yet. Evaluate it in Python: "
+            "tensorpeft.evaluation.evaluate_task(model, tokenizer, task, examples)."
+        )
+    if not isinstance(task, LabelTask):
+        model, info = load_pretrained(AutoModelForCausalLM, base, **arguments)
+        return model, set(info["missing_keys"])
+    arguments |= {"num_labels": max(len(task.label_names), 1), "ignore_mismatched_sizes": True}
+    model, info = load_pretrained(AutoModelForSequenceClassification, base, **arguments)
+    if model.config.pad_token_id is None:
+        # A decoder finds the last token of a text by it.
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model, set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
+
+
+def _check_head(base: str, adapter: str | None, missing: set[str]) -> None:
+    """Refuse a model with weights that started from noise."""
+    saved = set() if adapter is None else set(load_peft_weights(adapter, device="cpu"))
+    if lacking := sorted(key for key in missing if f"base_model.model.{key}" not in saved):
+        where = base if adapter is None else f"{base} and {adapter}"
+        raise ValueError(
+            f"{where}: no trained weights {', '.join(lacking[:3])} for this task. Pass a model, or an adapter, that "
+            "was trained on it."
+        )

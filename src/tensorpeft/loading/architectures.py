@@ -1,0 +1,71 @@
+"""From a configuration to the class of transformers that is built from it."""
+
+from functools import cache
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftConfig
+from torch import nn
+from transformers import PretrainedConfig
+from transformers.models.auto import modeling_auto
+
+# By PEFT's task type.
+_TASK_CLASSES = {
+    "CAUSAL_LM": transformers.AutoModelForCausalLM,
+    "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
+    "SEQ_CLS": transformers.AutoModelForSequenceClassification,
+    "TOKEN_CLS": transformers.AutoModelForTokenClassification,
+    "QUESTION_ANS": transformers.AutoModelForQuestionAnswering,
+    "FEATURE_EXTRACTION": transformers.AutoModel,
+}
+
+
+def find_class(
+    config: PretrainedConfig,
+    model: str,  # for messages
+    adapter: PeftConfig | None = None,  # that the model is for; None: the model as it was saved
+) -> Any:
+    """The class of the model, or an auto class: that of the adapter's task, that which was adapted, or that which was
+    saved.
+
+    Raises:
+        ValueError: transformers registers no model class of that name.
+    """
+    name = (config.architectures or [None])[0]
+    if adapter is not None:
+        task = str(getattr(adapter.task_type, "value", adapter.task_type))
+        if task in _TASK_CLASSES:
+            return _TASK_CLASSES[task]
+        name = (adapter.auto_mapping or {}).get("base_model_class") or name
+    if name is None:
+        return transformers.AutoModel
+    # A file must not choose among all that transformers has, nor name a module to import.
+    if name not in _registered():
+        raise ValueError(
+            f"{model}: transformers has no class {name!r}. Load the model with its own code, and pass it, or its "
+            "PeftModel, to the function that this command calls."
+        )
+    return getattr(transformers, name)
+
+
+def build_empty(
+    model_cls: Any,  # as `find_class` gives it
+    config: PretrainedConfig,
+) -> nn.Module:
+    """The model on the meta device: shapes, and no numbers."""
+    with torch.device("meta"):
+        return model_cls.from_config(config) if hasattr(model_cls, "from_config") else model_cls(config)
+
+
+@cache
+def _registered() -> frozenset[str]:
+    """Names of the model classes in transformers' own mappings."""
+    mappings = [
+        mapping
+        for name, mapping in vars(modeling_auto).items()
+        if name.startswith("MODEL_") and name.endswith("_MAPPING_NAMES")
+    ]
+    values = [value for mapping in mappings for value in mapping.values()]
+    names = {name for value in values for name in ([value] if isinstance(value, str) else value)}
+    return frozenset(name for name in names if name and hasattr(transformers, name))

@@ -1,0 +1,72 @@
+"""A model by its name: its configuration, its tokenizer, its weights."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+from tensorpeft.loading.architectures import find_class
+from tensorpeft.loading.errors import explained, require_config
+from tensorpeft.loading.names import resolve
+from tensorpeft.quantization import quantizer as _quantizer  # noqa: F401  # residual bases load like others
+
+
+def load_config(
+    name: str,  # as `resolve` takes it
+) -> PretrainedConfig:
+    """The model's configuration.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    folder = resolve(name)
+    require_config(Path(folder))
+    with explained(folder):
+        return AutoConfig.from_pretrained(folder)
+
+
+def load_tokenizer(
+    name: str,  # as `resolve` takes it
+    **arguments: Any,  # of from_pretrained
+) -> PreTrainedTokenizerBase:
+    """The model's tokenizer; one without a padding token pads with its end of sequence.
+
+    Raises:
+        ValueError: there is no such model, or no tokenizer with it.
+    """
+    folder = resolve(name)
+    with explained(folder):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, **arguments)
+        except ValueError as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise ValueError(f"{name}: no tokenizer that transformers can load ({reason})") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_pretrained(
+    model_cls: Any,  # of transformers, or an auto class
+    name: str,  # as `resolve` takes it
+    **arguments: Any,  # of from_pretrained
+) -> Any:
+    """What the class's `from_pretrained` gives for this model.
+
+    Raises:
+        TypeError: an argument that neither transformers nor the model knows.
+        ValueError: there is no such model.
+    """
+    folder = resolve(name)
+    require_config(Path(folder, arguments.get("subfolder", "")))
+    with explained(folder):
+        return model_cls.from_pretrained(folder, **arguments)
+
+
+def load_as_saved(
+    name: str,  # as `resolve` takes it
+    **arguments: Any,  # of from_pretrained
+) -> nn.Module:
+    """The model with the head that its configuration names."""
+    return load_pretrained(find_class(load_config(name), name), name, **arguments)

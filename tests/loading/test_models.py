@@ -1,0 +1,106 @@
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from cases import tiny_llama
+from tensorpeft.loading import errors
+from tensorpeft.loading.adapters import find_base, load_base, load_on_skeleton
+from tensorpeft.loading.architectures import build_empty, find_class
+from tensorpeft.loading.models import load_as_saved, load_config, load_pretrained, load_tokenizer
+from tensorpeft.studies.plan import plan_model
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A base, and an adapter that names it."""
+    tiny_llama().save_pretrained(tmp_path / "base")
+    adapted = get_peft_model(LlamaForCausalLM.from_pretrained(tmp_path / "base"), LoraConfig(r=2))
+    adapted.save_pretrained(tmp_path / "adapter")
+    return tmp_path
+
+
+def change(file, **fields):
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("/nope", r"^/nope: no folder of that name. Pass that of a transformers model, a .gguf file, or OWNER/NAME"),
+        ("./nope", r"^./nope: no folder of that name."),
+        ("nope/nope", r"^nope/nope: no folder of that name, and .*while HF_HUB_OFFLINE is set. Pass a path, or unset"),
+        ("{}/file.txt", r"file.txt: a file. Pass a folder"),
+    ],
+)
+def test_what_is_not_there_is_said_in_one_way(tmp_path, monkeypatch, name, message):
+    (tmp_path / "file.txt").touch()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    name = name.format(tmp_path)
+    for load in (
+        load_config,
+        load_tokenizer,
+        load_as_saved,
+        plan_model,
+        lambda name: load_pretrained(AutoModelForCausalLM, name),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load(name)
+
+
+def test_a_hub_that_does_not_answer_is_said(monkeypatch):
+    monkeypatch.setattr(errors, "is_offline_mode", lambda: False)
+    with (
+        pytest.raises(ValueError, match=r"not to be had from the Hub: We couldn't connect.*hf auth login") as raised,
+        errors.explained("nope/nope"),
+    ):
+        raise OSError("We couldn't connect.\nSee the documentation.")
+    assert "documentation" not in str(raised.value)
+
+
+def test_folders_without_a_model_or_its_weights(saved):
+    (saved / "empty").mkdir()
+    for load in (load_config, load_as_saved, lambda name: load_pretrained(AutoModelForCausalLM, name)):
+        with pytest.raises(ValueError, match=r"empty: no config.json in this folder, and not one .gguf file"):
+            load(saved / "empty")
+    with pytest.raises(ValueError, match="base: no tokenizer that transformers can load"):
+        load_tokenizer(saved / "base")
+    (saved / "base/model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"base: this folder cannot be loaded: .*model.safetensors"):
+        load_as_saved(saved / "base")
+
+
+def test_the_class_is_one_that_transformers_registers(saved):
+    config = LlamaConfig(architectures=["LlamaForCausalLM"])
+    assert find_class(config, "a") is LlamaForCausalLM
+    assert type(load_as_saved(saved / "base")) is LlamaForCausalLM
+    assert build_empty(find_class(LlamaConfig(num_hidden_layers=1), "a"), LlamaConfig(num_hidden_layers=1)).device == (
+        torch.device("meta")
+    )
+    for name in ("Mystery", "set_seed", "LlamaConfig", "pipeline", "AutoModel"):
+        with pytest.raises(ValueError, match=rf"a: transformers has no class '{name}'"):
+            find_class(LlamaConfig(architectures=[name]), "a")
+
+
+def test_an_adapter_names_its_class_but_no_module_to_import(saved):
+    config = load_on_skeleton(saved / "adapter").peft_config["default"]
+    assert type(load_base(str(saved / "base"), config)) is LlamaForCausalLM
+    mapping = {"base_model_class": "LlamaModel", "parent_library": "no_such_library"}
+    change(saved / "adapter/adapter_config.json", auto_mapping=mapping, target_modules=["q_proj"])
+    adapted = load_on_skeleton(saved / "adapter")
+    assert type(adapted.get_base_model()).__name__ == "LlamaModel"
+    change(saved / "adapter/adapter_config.json", auto_mapping={**mapping, "base_model_class": "system"})
+    with pytest.raises(ValueError, match="transformers has no class 'system'"):
+        load_on_skeleton(saved / "adapter")
+
+
+def test_a_base_that_is_gone_has_to_be_passed(saved):
+    assert find_base(str(saved / "adapter"), None) == (str(saved / "base"), str(saved / "adapter"))
+    (saved / "base").rename(saved / "moved")
+    with pytest.raises(ValueError, match=r"adapter: its base model is no longer in .*base. Pass .*\(--base\)"):
+        find_base(str(saved / "adapter"), None)
+    with pytest.raises(ValueError, match=r"\(--base\)"):
+        load_on_skeleton(saved / "adapter")
+    assert find_base(str(saved / "moved"), str(saved / "adapter")) == (str(saved / "moved"), str(saved / "adapter"))
