@@ -1,14 +1,18 @@
 """What the command does with its words, around what its commands do: exit codes, errors, the words themselves."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("rich")
 import tensorpeft_cli
+from cases import tiny_llama
 from tensorpeft_cli import main
 
 # The least that each command with a model takes.
@@ -118,9 +122,16 @@ def test_a_model_that_is_nowhere(capsys, monkeypatch, tmp_path):
 def test_demo_compares_on_the_packaged_recipe(monkeypatch):
     pytest.importorskip("omegaconf")
     run = pytest.importorskip("tensorpeft.studies.compare.run")
-    seen = []
-    monkeypatch.setattr(run, "run_compare", lambda comparison, **arguments: seen.append(comparison))
-    assert main(["demo"]) == 0
+    seen, results = [], []
+
+    def run_compare(comparison, **arguments):
+        seen.append(comparison)
+        return results
+
+    monkeypatch.setattr(run, "run_compare", run_compare)
+    results.append(SimpleNamespace(has_failed=True))
+    assert main(["demo"]) == 1
+    results.clear()
     assert main(["demo", "--quick", "--methods", "lora,lotr", "--seeds", "1", "--output", "there"]) == 0
     whole, quick = seen
     assert whole.output == Path("runs/demo")
@@ -144,6 +155,26 @@ def test_a_reader_that_has_read_enough_is_no_error():
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait() == 1
+
+
+@pytest.mark.thorough
+@pytest.mark.skipif(sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2, reason="plan forks on Linux")
+def test_ctrl_c_ends_the_processes_of_a_plan_without_a_word(tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    script = "import sys, tensorpeft_cli; sys.exit(tensorpeft_cli.run())"
+    command = [sys.executable, "-c", script, "plan", str(tmp_path), "--length", "2048"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    with subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE, start_new_session=True, text=True
+    ) as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        while process.poll() is None and len(children.read_text().split()) < 2:
+            time.sleep(0.02)
+        time.sleep(1)  # for the processes to begin
+        os.killpg(process.pid, signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, "it ended before it could be interrupted: make its work longer"
+    assert error == "tensorpeft: interrupted.\n"
 
 
 @pytest.mark.slow

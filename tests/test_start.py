@@ -7,6 +7,8 @@ from collections.abc import Iterable
 
 import pytest
 
+from tensorpeft_cli import COMMANDS
+
 # A process starts the command once per line of its input. What the interpreter has imported before, site-packages' own
 # hooks included, is nobody's business.
 SCRIPT = """
@@ -24,7 +26,6 @@ for line in sys.stdin.read().splitlines():
     names = {name.partition(".")[0] for name in set(sys.modules) - before} - sys.stdlib_module_names
     print(json.dumps([line, code, sorted(names), out.getvalue(), error.getvalue()]))
 """
-COMMANDS = ("demo", "train", "compare", "evaluate", "plan", "inspect", "quantize", "export", "recipes")
 HELP = ["", *COMMANDS, "inspect bonds", "inspect quantization", "export lora", "export dense"]
 ERRORS = {
     "": "required: COMMAND",
@@ -45,6 +46,7 @@ ERRORS = {
     "evaluate model --lm-eval piqa --num-beams 2": "--num-beams changes nothing with --lm-eval",
     "evaluate model --task cola --data file --rows 0": "--rows 0: expected",
     "plan /no/such/folder": "/no/such/folder: no such file or folder",
+    "plan no-such-model.gguf": "no-such-model.gguf: no such file or folder",
     "plan model --gpu huge": "--gpu huge: expected a GPU's memory, such as 24GB",
     "plan model --methods lora,sora": "no method 'sora'. Choose from full, lora,",
     "plan model --rank 8 --budget 1M": "not allowed with",

@@ -18,7 +18,9 @@ def explain(error: Exception, arguments: argparse.Namespace) -> str | None:
         return f'{error}. This command needs more libraries than the package. Run: pip install "tensorpeft[{extra}]"'
     if not isinstance(error, ValueError | ImportError | OSError):
         return None
-    return _of_the_hub(error, arguments) if any(_is_from_the_hub(link) for link in _chain(error)) else str(error)
+    # What is ours says what to do; what the Hub's library says, which knows nothing of folders, does not.
+    is_said = "Pass " in str(error) or not any(_is_from_the_hub(link) for link in _chain(error))
+    return str(error) if is_said else _of_the_hub(error, arguments)
 
 
 def _of_the_hub(error: Exception, arguments: argparse.Namespace) -> str:

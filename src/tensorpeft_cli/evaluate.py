@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from tensorpeft_cli.options import DTYPES, add_cache, existing, model_name, positive, whole
+from tensorpeft_cli.options import DTYPES, MODEL, add_cache, existing, model_name, positive, whole
 from tensorpeft_cli.package import import_package
 
 HELP = "score a model or an adapter on a task of the papers, or on lm-eval's"
@@ -15,7 +15,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.description = "Score a model, or a saved adapter with its base, on published test files."
     add = parser.add_argument
-    add("model", type=model_name, metavar="MODEL", help="folder or Hub name of a model, or of a saved adapter")
+    add("model", type=model_name, metavar="MODEL", help=f"{MODEL}, or of a saved adapter")
     add("--base", type=model_name, metavar="MODEL", help="the base model, if it is not where the adapter says")
     add("--task", metavar="NAME", help="such as cola, boolq, gsm8k, squad, preferences")
     add("--data", metavar="FILE", help="published file of the task, or hub:NAME[:CONFIG]:SPLIT")

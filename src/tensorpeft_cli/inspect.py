@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tensorpeft_cli.options import (
+    MODEL,
     add_cache,
     add_double_quant,
     add_network,
@@ -61,9 +62,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "model", type=model_name, metavar="MODEL", help="folder or Hub name of a checkpoint in 16 or 32 bits"
-    )
+    parser.add_argument("model", type=model_name, metavar="MODEL", help=f"{MODEL} in 16 or 32 bits")
     add_network(parser)
 
 

@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 from tensorpeft_cli.package import read_plain
 
 DTYPES = ("bfloat16", "float16", "float32")
+# For the help: all that a model may be called.
+MODEL = "folder, GGUF file, package:NAME or Hub name of a model"
 
 
 class Parser(argparse.ArgumentParser):
@@ -54,10 +56,10 @@ def existing(text: str) -> Path:
 
 def model_name(text: str) -> str:
     """What argparse takes as `type`: a model's folder, GGUF file or name. A path to nothing is no name of the Hub's."""
-    is_path = text.startswith(("/", "./", "../", "~")) or (text.count("/") > 1 and ":" not in text)
-    if is_path and not Path(text).exists():
+    is_path = text.startswith(("/", "./", "../", "~")) or text.endswith(".gguf") or text.count("/") > 1
+    if is_path and not text.startswith("package:") and not Path(text).exists():
         raise argparse.ArgumentTypeError(
-            f"{text}: no such file or folder. Pass the folder of a model, or the name that it has on the Hub."
+            f"{text}: no such file or folder. Pass the folder or GGUF file of a model, or its name on the Hub."
         )
     return text
 

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from tensorpeft_cli.options import (
+    MODEL,
     add_cache,
     add_targets,
     method_keys,
@@ -26,7 +27,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "on tensors without numbers. Only the model's config.json is read."
     )
     add = parser.add_argument
-    add("model", type=model_name, metavar="MODEL", help="folder or Hub name of a model")
+    add("model", type=model_name, metavar="MODEL", help=MODEL)
     add("--gpu", type=parse_size, metavar="SIZE", help="say what fits, such as 24GB")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--rank", type=whole(1), metavar="R", help="of every method that has one (default: 16)")

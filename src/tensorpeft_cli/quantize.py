@@ -3,7 +3,16 @@
 import argparse
 from pathlib import Path
 
-from tensorpeft_cli.options import DTYPES, add_cache, add_double_quant, add_network, model_name, network_of, whole
+from tensorpeft_cli.options import (
+    DTYPES,
+    MODEL,
+    add_cache,
+    add_double_quant,
+    add_network,
+    model_name,
+    network_of,
+    whole,
+)
 from tensorpeft_cli.package import import_package
 
 HELP = "write QDoTA's base: a checkpoint in 4 bits, with the start of the adapter kept apart"
@@ -15,9 +24,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "Quantise a safetensors checkpoint to NF4 residuals and cores, one weight in memory at a time. Interrupted, "
         "the same command goes on where it stopped."
     )
-    parser.add_argument(
-        "model", type=model_name, metavar="MODEL", help="folder or Hub name of a checkpoint in 16 or 32 bits"
-    )
+    parser.add_argument("model", type=model_name, metavar="MODEL", help=f"{MODEL} in 16 or 32 bits")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
     add_network(parser)
     add_double_quant(parser)

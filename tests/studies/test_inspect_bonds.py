@@ -192,7 +192,8 @@ def test_user_errors_are_one_line(tmp_path, capsys):
     tiny_llama().save_pretrained(tmp_path / "model")
     arguments = ["--num-cores", "3", "--target-modules", *TARGETS, "--output", str(tmp_path / "out")]
     for options, message in (
-        (["--text", "some.txt"], "--text some.txt: only weights by activations need a text. Add --weighted"),
+        (["--text", __file__], f"--text {__file__}: only weights by activations need a text. Add --weighted"),
+        (["--text", "some.txt", "--weighted"], "--text some.txt: no such file"),
         (["--budget", "10"], "budget=10: expected at least"),
         (["--budget", "ten"], "--budget ten: expected a number of parameters"),
         (["--r", "0"], "--r 0: expected a whole number"),

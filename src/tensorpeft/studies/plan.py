@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import multiprocessing
 import os
+import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -242,9 +243,15 @@ def _map_in_processes(function: Callable[[Method], MethodPlan], methods: Sequenc
         return
     yield function(methods[0])
     context = multiprocessing.get_context("fork")
-    # One thread in each: a forked process must not wait for the threads of its parent.
-    with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(workers, context, initializer=_begin_process) as pool:
         yield from pool.map(function, methods[1:])
+
+
+def _begin_process() -> None:
+    # One thread: a forked process must not wait for the threads of its parent.
+    torch.set_num_threads(1)
+    # Ctrl-C reaches all processes: the parent tells of it, the others just end.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _plan_method(
