@@ -7,7 +7,7 @@ import numpy as np
 
 LAYERS, WIDTH, HIDDEN, HEADS, KV_HEADS = 2, 32, 64, 4, 2
 TEMPLATE = "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>{% endfor %}"
-SPECIAL = ["<|unknown|>", "<|im_start|>", "<|im_end|>"]
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
 def vocabulary() -> tuple[list[str], list[str]]:  # tokens, merges
@@ -42,7 +42,7 @@ def write(
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("tiny")
     writer.add_block_count(LAYERS)
-    writer.add_context_length(128)
+    writer.add_context_length(512)
     writer.add_embedding_length(WIDTH)
     writer.add_feed_forward_length(HIDDEN)
     writer.add_head_count(HEADS)

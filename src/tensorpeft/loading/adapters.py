@@ -36,8 +36,9 @@ def find_base(
     Raises:
         ValueError: ``model`` is an adapter and so is ``adapter``, or its base is unknown or gone.
     """
-    with explained(model):
-        is_adapter = find_adapter_config_file(resolve(model)) is not None
+    folder = resolve(model)
+    with explained(folder):
+        is_adapter = find_adapter_config_file(folder) is not None
     if not is_adapter:
         return model, None if adapter is None else str(adapter)
     if adapter is not None:
