@@ -6,10 +6,10 @@ from io import StringIO
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
+from tensorpeft.cli import main
 from tiny_gguf import tensors, write
 
 from cases import perturb
-from tensorpeft.cli import main
 from tensorpeft.evaluation import EvaluationOptions
 from tensorpeft.evaluation.run import run_evaluate
 from tensorpeft.export import to_dense, to_lora

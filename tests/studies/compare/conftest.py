@@ -35,3 +35,24 @@ def place(tmp_path_factory) -> Path:
         encoding="utf-8",
     )
     return folder
+
+
+@pytest.fixture(scope="session")
+def asked(tmp_path_factory) -> Path:
+    """A folder with a tiny language model and a recipe of questions, asked.yaml."""
+    from evaluation.evaluated import LLAMA, word_tokenizer
+
+    folder = tmp_path_factory.mktemp("asked")
+    LLAMA.fresh().save_pretrained(folder / "llama")
+    word_tokenizer(bos=True).save_pretrained(folder / "llama")
+    (folder / "asked.yaml").write_text(
+        f"model: {folder / 'llama'}\ntask: signatures\n"
+        "adapter: {method: lora, r: 2, target_modules: [q_proj, v_proj]}\n"
+        "data: {train: 'stdlib:train', train_rows: 8, validation: 'stdlib:validation', validation_rows: 4, "
+        "test: 'stdlib:test', test_rows: 5}\n"
+        "evaluate: {max_new_tokens: 6}\n"
+        "trainer: {max_steps: 2, eval_steps: 1, per_device_train_batch_size: 4, learning_rate: 1e-3, bf16: false}\n"
+        "compare: {seeds: 1, methods: {lora: {rates: [1e-2]}, lorta: {rates: [1e-2], note: 'a note'}}}\n",
+        encoding="utf-8",
+    )
+    return folder

@@ -1,0 +1,78 @@
+"""The model before training stands beside the trained ones: its scores, its answers, and what to do next."""
+
+import io
+import json
+
+import pytest
+
+pytest.importorskip("omegaconf")
+pytest.importorskip("trl")
+from tensorpeft.evaluation import EvaluationOptions, evaluate_task
+from tensorpeft.loading.adapters import load_model
+from tensorpeft.studies.compare.entries import load_entries
+from tensorpeft.studies.compare.run import run_compare
+from tensorpeft.tasks.registry import find_task
+from tensorpeft.tasks.sources import load_examples
+
+
+@pytest.fixture(scope="module")
+def finished(asked, tmp_path_factory):
+    output = tmp_path_factory.mktemp("output") / "run"
+    terminal = io.StringIO()
+    comparison = load_entries(asked / "asked.yaml", output=output)
+    return run_compare(comparison, 0, "tensorpeft compare asked.yaml", terminal), terminal.getvalue(), output
+
+
+def test_the_first_row_is_the_model_as_it_was(finished, asked):
+    results, printed, output = finished
+    untrained, lora, _ = results
+    assert untrained.entry.label == "before training"
+    assert not untrained.has_failed
+    assert untrained.costs is None
+    (run,) = untrained.final
+    assert run.result.trained_parameters == 0
+    task = find_task("signatures")
+    model, tokenizer = load_model(str(asked / "llama"), None, task)
+    examples = load_examples(task, "stdlib:test")[:5]
+    found = evaluate_task(model, tokenizer, task, examples, EvaluationOptions(max_new_tokens=6))
+    written = output / "entries" / "untrained" / "rate-0" / "seed-0" / "predictions-signatures.jsonl"
+    rows = [json.loads(line) for line in written.read_text(encoding="utf-8").splitlines()]
+    assert [row["generated"] for row in rows] == [row["generated"] for row in found.rows]
+    assert run.result.tests["signatures"] == pytest.approx(found.metrics)
+    assert run.loss > lora.final[0].loss
+    row = next(line for line in printed.splitlines() if line.lstrip().startswith("before training  "))
+    assert f"{run.loss:.3f}" in row
+    assert "*" not in printed.split("Scores:")[0]  # one rate of one has no edge
+
+
+def test_answers_stand_side_by_side_where_a_person_looks(finished):
+    _, printed, output = finished
+    assert printed.count("    expected ") == 4
+    assert printed.index("    expected ") < printed.index("Scores: test rows")
+    for label in ("before training", "LoRA r=2", "LoRTA r=16"):
+        assert sum(line[4:].startswith(label) for line in printed.splitlines()) == 4
+    for report in ("report.md", "report.html"):
+        text = (output / report).read_text(encoding="utf-8")
+        assert "Answers" in text
+        assert text.count("Write the arguments of this function") == 5
+    tree = json.loads((output / "results.json").read_text(encoding="utf-8"))
+    assert [entry["key"] for entry in tree["entries"]] == ["untrained", "lora", "lorta"]
+
+
+def test_the_next_commands_name_the_adapter_of_the_lowest_loss(finished):
+    results, printed, output = finished
+    best = min(results[1:], key=lambda result: result.losses()[0])
+    adapter = output / "entries" / best.entry.key / f"rate-{best.rate:g}" / "seed-0" / "adapter"
+    assert (adapter / "adapter_config.json").is_file()
+    assert f"Next, with {best.entry.label}:" in printed
+    for command in ("chat", "export lora", "export dense"):
+        assert f"tensorpeft {command} {adapter}" in printed
+
+
+def test_called_again_it_is_not_tested_again(finished, asked, monkeypatch):
+    from tensorpeft.studies.compare import cells
+
+    results, _, output = finished
+    monkeypatch.setattr(cells, "_KINDS", {})
+    again = run_compare(load_entries(asked / "asked.yaml", output=output), 0, "", io.StringIO())
+    assert [run.loss for run in again[0].final] == [run.loss for run in results[0].final]
