@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +14,8 @@ from tensorpeft.networks.versions import Kept
 
 # The buffer that an update has where a part of it is stored in the base layer: which base that must be.
 BASE_DIGEST = "base_digest"
-# What torch itself keeps as attributes of every module.
-_FIELDS_OF_TORCH = frozenset(vars(nn.Module()))
+# Attributes of a module that it was not made with: torch's own, and the reference to what it shares.
+_NO_FIELDS = frozenset(vars(nn.Module())) | {"shared"}
 
 
 def keeping_dtype(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -196,7 +195,8 @@ def stacked_factors(updates: Sequence[AbstractUpdate]) -> Factors | None:
     first = updates[0]
     if not isinstance(first, AbstractLowRankUpdate):
         return None
-    if not all(_are_alike(first, update) and _are_alike(first.shared, update.shared) for update in updates[1:]):
+    form = _form(first)
+    if not all(_same(_form(update), form) for update in updates[1:]):
         return None
     shared: Mapping[str, Tensor] = {}
     if first.shared is not None:
@@ -224,39 +224,26 @@ def _stack_or_expand(tensors: list[Tensor]) -> Tensor:
     return first.expand(len(tensors), *first.shape) if is_one else torch.stack(tensors)
 
 
-def _are_alike(first: nn.Module | None, other: nn.Module | None) -> bool:
-    """Whether two modules differ in nothing but the numbers in their tensors."""
-    if first is None or other is None:
-        return first is other
-    return _shapes(first) == _shapes(other) and _same(_fields(first), _fields(other))
+def _form(update: AbstractUpdate) -> list[object]:
+    """All that an update, and what it shares, was made with but the numbers in its tensors.
 
-
-def _shapes(module: nn.Module) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in _tensors(module).items()}
-
-
-def _fields(module: nn.Module) -> list[tuple[type[nn.Module], dict[str, object]]]:
-    """What a module and its submodules were made with: their classes and attributes.
-
-    All of them, so that no class can forget to name one; but for torch's own, for what is kept of a computation, and
-    for `shared`, which is asked itself.
+    Of every module in them the class, the shapes and the attributes: all of these, so that no class can forget to name
+    one; but for torch's own, for what is kept of a computation, and for `shared`, which is looked at itself.
     """
-    return [
-        (type(part), {name: value for name, value in vars(part).items() if _is_field(name, value)})
-        for part in module.modules()
-    ]
+    modules = [*update.modules(), *(() if update.shared is None else update.shared.modules())]
+    form: list[object] = []
+    for module in modules:
+        attributes = vars(module)
+        tensors = {**attributes["_parameters"], **attributes["_buffers"]}
+        fields = {name: attributes[name] for name in attributes.keys() - _NO_FIELDS}
+        form += [type(module), {name: None if tensor is None else tensor.shape for name, tensor in tensors.items()}]
+        form += [{name: value for name, value in fields.items() if not isinstance(value, Kept)}]
+    return form
 
 
-def _is_field(name: str, value: object) -> bool:
-    return name not in _FIELDS_OF_TORCH and name != "shared" and not isinstance(value, Kept)
-
-
-def _same(first: object, other: object) -> bool:
-    """Whether two values are surely equal. Of an array or tensor, whose `==` is none, only itself is."""
-    if isinstance(first, (list, tuple)) and isinstance(other, (list, tuple)):
-        items, others = cast(Sequence[object], first), cast(Sequence[object], other)
-        return len(items) == len(others) and all(map(_same, items, others))
-    if isinstance(first, dict) and isinstance(other, dict):
-        named, others = cast(dict[object, object], first), cast(dict[object, object], other)
-        return named.keys() == others.keys() and all(_same(value, others[key]) for key, value in named.items())
-    return first is other or (first == other) is True
+def _same(first: list[object], other: list[object]) -> bool:
+    """Whether two forms are surely equal."""
+    try:
+        return first == other
+    except (RuntimeError, ValueError):  # of tensors and arrays, whose `==` is neither true nor false
+        return False

@@ -27,7 +27,7 @@ def choose_route(
     """The route of one call.
 
     Args:
-        is_addable: whether the base layer is its weight: a plain matrix, and a bias.
+        is_addable: whether the base layer is a product with a plain weight that can be read, and no more.
         is_updatable: whether it stores its weight in another form, and adds updates by itself.
         has_fused: whether a fused update is active.
         has_low_rank: whether a low-rank update is.
