@@ -147,14 +147,15 @@ def test_parts_and_packages_give_the_model_of_the_whole(tiny, tmp_path, monkeypa
 
 def test_packages_are_found_without_being_imported(tmp_path, monkeypatch, no_conversion):
     package = tmp_path / "one_model"
-    (package / "deep/er").mkdir(parents=True)
+    (package / "deep/er/1_Pooling").mkdir(parents=True)
     (package / "__init__.py").write_text("raise RuntimeError('imported')")
     (package / "deep/a.gguf").touch()
     monkeypatch.syspath_prepend(tmp_path)
     expected = str(package / "deep/a.gguf")
     for name in ("one_model", "one_mod*", "one_model/deep", "one_model/deep/a.gguf"):
         assert resolve(f"package:{name}") == expected
-    (package / "deep/er/config.json").touch()
+    for folder in ("deep/er", "deep/er/1_Pooling"):
+        (package / folder / "config.json").touch()
     assert resolve("package:one_model/deep/er") == str(package / "deep/er")
     (package / "deep/a.gguf").unlink()
     with pytest.raises(ValueError, match=r"no config.json and no .gguf file.*Did you mean package:one_model/deep/er\?"):

@@ -43,5 +43,6 @@ def _resolve_package(name: str) -> str:
     if files := find_gguf(paths, "**/*", name):
         return make_plain(files)
     models = [config.parent.relative_to(path) for path in paths for config in sorted(path.glob(f"**/{_CONFIG}"))]
-    hint = f" Did you mean {name.rstrip('/')}/{models[0].as_posix()}?" if models else ""
+    nearest = min(models, key=lambda folder: len(folder.parts), default=None)
+    hint = f" Did you mean {name.rstrip('/')}/{nearest.as_posix()}?" if nearest else ""
     raise ValueError(f"{name}: no {_CONFIG} and no .gguf file in {paths[0]}.{hint}")
