@@ -15,7 +15,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     lora = forms.add_parser(
         "lora",
         help="a plain LoRA checkpoint, for PEFT, vLLM, SGLang and llama.cpp",
-        description="Write a saved adapter as a plain LoRA. Exact where the updates are of low rank; others are cut to --rank.",
+        description="Write a saved adapter as a plain LoRA: exactly if its updates are of low rank, or cut to --rank.",
     )
     _add_folders(lora)
     lora.add_argument("--rank", type=whole(1), metavar="R", help="for an update of high rank: what it is cut to")
