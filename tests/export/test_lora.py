@@ -204,5 +204,5 @@ def test_errors_say_what_to_do(tmp_path: Path, capsys):
         to_lora(plain, tmp_path / "out")
     lorta.save_pretrained(tmp_path / "nameless")
     assert main(["export", "lora", str(tmp_path / "nameless"), str(tmp_path / "out")]) == 2
-    assert "does not name a base model" in capsys.readouterr().err
+    assert "names no base model. Load the adapter on its model" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -49,6 +49,7 @@ def find_base(
 def base_of(
     config: PeftConfig,
     adapter: str | os.PathLike[str],  # for messages
+    remedy: str = "Pass it, or what it was made from, such as a GGUF file (--base).",
 ) -> str:
     """The name of the base that an adapter's configuration records.
 
@@ -57,12 +58,9 @@ def base_of(
     """
     base = config.base_model_name_or_path
     if not base:
-        raise ValueError(f"{adapter}: its configuration names no base model. Pass it (--base).")
+        raise ValueError(f"{adapter}: its configuration names no base model. {remedy}")
     if Path(base).is_absolute() and not Path(base).exists():
-        raise ValueError(
-            f"{adapter}: its base model is no longer in {base}. Pass where it is now, or what it was made from, such "
-            "as a GGUF file (--base)."
-        )
+        raise ValueError(f"{adapter}: its base model is no longer in {base}. {remedy}")
     return base
 
 
@@ -107,7 +105,7 @@ def load_on_skeleton(
         ValueError: the adapter does not say what its base model is, or that has no configuration to be found.
     """
     config = PeftConfig.from_pretrained(str(adapter))
-    base = base_of(config, adapter)
+    base = base_of(config, adapter, "Load the adapter on its model, and pass that PeftModel.")
     model_config = load_config(base)
     model = build_empty(find_class(model_config, base, config), model_config)
     return PeftModel.from_pretrained(model, str(adapter), low_cpu_mem_usage=True)  # pyright: ignore[reportArgumentType]
