@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 pytest.importorskip("rich")
 import tensorpeft_cli
@@ -20,6 +21,7 @@ LINES = {
     "demo": [],
     "train": ["demo"],
     "compare": ["demo"],
+    "chat": ["adapter"],
     "evaluate": ["model", "--lm-eval", "piqa"],
     "plan": ["model"],
     "inspect": ["model"],
@@ -51,6 +53,10 @@ def planned(monkeypatch):
         monkeypatch.setattr(tensorpeft_cli.plan, "_run", lambda arguments, command: function(arguments))
 
     return replace
+
+
+def test_every_command_but_the_list_of_recipes_takes_a_model():
+    assert LINES.keys() == tensorpeft_cli.COMMANDS.keys() - {"recipes"}
 
 
 @pytest.mark.parametrize("name", LINES)
@@ -111,12 +117,21 @@ def test_a_missing_library_names_the_extra(capsys, monkeypatch):
 def test_a_model_that_is_nowhere(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert main(["plan", "modle"]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("tensorpeft: modle: no folder of that name, and not to be had from the Hub (")
-    assert "Pass a folder of this machine" in error
-    (tmp_path / "empty").mkdir()
-    assert main(["export", "lora", "empty", "out"]) == 2
-    assert "no folder of that name" not in capsys.readouterr().err
+    assert capsys.readouterr().err.startswith("tensorpeft: modle: no folder of that name")
+
+
+@pytest.mark.parametrize("error", [LocalEntryNotFoundError("Not there."), ConnectionError("Not there")])
+def test_what_the_hub_does_not_give_is_told_with_what_to_do(planned, capsys, error):
+    def fail(arguments, text="the data cannot be read"):
+        raise ValueError(text) from error
+
+    planned(fail)
+    assert main(["plan", "model"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("tensorpeft: the data cannot be read. Pass a folder or file of this machine")
+    planned(lambda arguments: fail(arguments, "no such data. Pass a file."))
+    assert main(["plan", "model"]) == 2
+    assert capsys.readouterr().err == "tensorpeft: no such data. Pass a file.\n"
 
 
 def test_demo_compares_on_the_packaged_recipe(monkeypatch):

@@ -13,7 +13,6 @@ import pytest
 from tensorpeft.recipes import FOLDER
 from tensorpeft.studies.compare.entries import load_entries
 
-ROOT = Path(__file__).parents[2]
 STUDIES = sorted(path for path in (FOLDER / "studies").glob("*.yaml") if path.stem != "base")
 
 
@@ -68,7 +67,7 @@ def test_a_study_says_what_it_compares(path):
 
 @pytest.mark.parametrize("smoke", [False, True])
 def test_the_demo_runs_each_method_once(smoke):
-    comparison = load_entries(ROOT / "recipes" / "demo.yaml", smoke=smoke)
+    comparison = load_entries("demo", smoke=smoke)
     assert [entry.key for entry in comparison.entries] == ["full", "lora", "dota", "lorta"]
     assert [len(entry.rates) for entry in comparison.entries] == [1] * 4
     # One rate is the edge of its grid: nothing may go looking beyond it.
