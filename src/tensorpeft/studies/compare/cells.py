@@ -93,7 +93,6 @@ def run_cell(
     except Exception as error:
         write_lines(cell.folder / FAILURE, [traceback.format_exc().rstrip()])
         return f"{type(error).__name__}: {error}"
-    (cell.folder / FAILURE).unlink(missing_ok=True)
     return ""
 
 

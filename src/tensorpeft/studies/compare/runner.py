@@ -119,15 +119,15 @@ class Runner:
         """What a cell left in its folder; or None, and why it failed with the file that says more."""
         cell.folder.mkdir(parents=True, exist_ok=True)
         failure = cell.folder / FAILURE
+        failure.unlink(missing_ok=True)  # of an earlier call
         try:
             problem = self.engine.run(cell, self.bar)
         except LostCellError as error:
             problem = str(error)
-            write_lines(failure, [problem])
         if not problem and not (cell.folder / RESULTS).is_file():
             problem = "it ended, but left nothing here: cells on several machines need one output folder that all see"
         if not problem:
             return read_result(cell.folder / RESULTS), ""
-        if not failure.is_file():
+        if not failure.is_file():  # a process that died, or one that sees another disk, could not write it
             write_lines(failure, [problem])
         return None, f"{problem.splitlines()[0]} ({failure.relative_to(self.comparison.output)})"
