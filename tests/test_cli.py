@@ -111,7 +111,7 @@ def test_a_missing_library_names_the_extra(capsys, monkeypatch):
     monkeypatch.delitem(sys.modules, "tensorpeft.studies.plan_report", raising=False)
     monkeypatch.setitem(sys.modules, "rich.console", None)
     assert main(["plan", "model"]) == 2
-    assert 'pip install "tensorpeft[demo]"' in capsys.readouterr().err
+    assert 'pip install "tensorpeft[train]"' in capsys.readouterr().err
 
 
 def test_a_model_that_is_nowhere(capsys, monkeypatch, tmp_path):

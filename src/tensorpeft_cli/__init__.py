@@ -76,7 +76,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         # The options of the others are nobody's business: some look up what they say in the package's files.
         if argv[:1] == [name]:
             command.add_options(own)
-    defaults = argparse.Namespace(extra="demo", overrides=None, cache=None)
+    defaults = argparse.Namespace(extra="train", overrides=None, cache=None)
     arguments, rest = parser.parse_known_args(inspect.with_view(argv), defaults)
     if rest:
         # argparse takes the words of one list from one place only; KEY=VALUE may stand behind an option, too.
