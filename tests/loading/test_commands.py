@@ -6,7 +6,6 @@ from io import StringIO
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
-from tensorpeft.cli import main
 from tiny_gguf import tensors, write
 
 from cases import perturb
@@ -17,6 +16,7 @@ from tensorpeft.loading.names import resolve
 from tensorpeft.tasks.registry import find_task
 from tensorpeft.training.models import adapt, load_base, load_tokenizer
 from tensorpeft.training.recipe import DataRecipe, Recipe
+from tensorpeft_cli import main
 
 
 @pytest.fixture(scope="module", autouse=True)

