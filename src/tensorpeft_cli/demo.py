@@ -40,4 +40,5 @@ def _run(arguments: argparse.Namespace, command: str) -> int:
     comparison = load_entries(
         "demo", arguments.methods, arguments.seeds, smoke=arguments.quick, output=arguments.output
     )
-    return int(any(result.has_failed for result in run_compare(comparison, command=command)))
+    results = run_compare(comparison, 1 if arguments.quick else 3, command)
+    return int(any(result.has_failed for result in results))

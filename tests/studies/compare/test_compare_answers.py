@@ -52,6 +52,15 @@ def test_lines_fit_the_terminal(predictions):
     assert "    expected         gold 2" in lines
 
 
+def test_of_a_long_question_the_end_is_shown(tmp_path):
+    row = {"prompt": f"{'Read this. ' * 9}What is it?", "gold": ["a"], "generated": "b", "metrics": {"exact": 0.0}}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    question = answer_lines(read_answers([("LoRA", tmp_path / "rows.jsonl")], 1), 40)[1]
+    assert len(question) == 40
+    assert question.startswith("…")
+    assert question.endswith("What is it?")
+
+
 def test_where_nothing_was_generated_there_are_no_answers(tmp_path):
     path = tmp_path / "loss.jsonl"
     path.write_text(json.dumps({"key": "a", "loss": 1.0}) + "\n", encoding="utf-8")

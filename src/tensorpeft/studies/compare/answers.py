@@ -84,7 +84,9 @@ def answer_lines(questions: Sequence[AnsweredQuestion], width: int) -> list[str]
     lines: list[str] = []
     for question in questions:
         widest = max(len(label) for label in ("expected", *(answer.label for answer in question.answers)))
-        lines += ["", question.prompt]
+        # Of a long question the end is what it asks.
+        short = len(question.prompt) <= width
+        lines += ["", question.prompt if short else f"…{question.prompt[1 - width :]}"]
         lines += [f"    {'expected':{widest}s}  {question.expected}"] if question.expected else []
         lines += [f"  {answer.mark} {answer.label:{widest}s}  {answer.text}" for answer in question.answers]
     return [_cut(line, width) for line in lines]
