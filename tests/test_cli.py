@@ -139,7 +139,7 @@ def test_demo_compares_on_the_packaged_recipe(monkeypatch):
     run = pytest.importorskip("tensorpeft.studies.compare.run")
     seen, results = [], []
 
-    def run_compare(comparison, **arguments):
+    def run_compare(comparison, timing_rounds, command):
         seen.append(comparison)
         return results
 
