@@ -3,8 +3,8 @@
 Runs the recipe small/minilm_glue for every task and method, and prints a Markdown table. Finished runs are kept in
 the output folder and not run again; with --print-only nothing is run. Two hours of one CPU thread.
 
-The learning rates are those that `tensorpeft demo --task cola` chose on CoLA's validation loss (docs/demo.md), for all
-three tasks; the head's is 1e-3 with every method.
+The learning rates are those that a search over a grid chose on CoLA's validation loss, for all three tasks; the head's
+is 1e-3 with every method.
 """
 
 import argparse
