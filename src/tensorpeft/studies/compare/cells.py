@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import datasets
 from huggingface_hub.utils import WeakFileLock
@@ -48,21 +49,45 @@ class Cell:
     options: EvaluationOptions
 
 
-class StepCounter(TrainerCallback):
-    """Tells the share of a run that is done.
+class Share(NamedTuple):
+    """How far a cell is.
 
     Args:
-        on_share: called with a number from 0 to 1.
+        done: from 0 to 1.
+        loss: the latest of the training; None: none yet.
     """
 
-    def __init__(self, on_share: Callable[[float], object]) -> None:
+    done: float
+    loss: float | None = None
+
+
+class StepCounter(TrainerCallback):
+    """Tells how far a run is.
+
+    Args:
+        on_share: called after every step.
+    """
+
+    def __init__(self, on_share: Callable[[Share], object]) -> None:
         self._on_share = on_share
+        self._loss: float | None = None
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: object
     ) -> None:
         """Tell it."""
-        self._on_share(state.global_step / max(state.max_steps, 1))
+        self._on_share(Share(state.global_step / max(state.max_steps, 1), self._loss))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        **more: object,
+    ) -> None:
+        """Keep the loss."""
+        self._loss = (logs or {}).get("loss", self._loss)
 
 
 def load_rows(recipe: Recipe, anew: bool = False) -> Splits:
@@ -76,7 +101,7 @@ def load_rows(recipe: Recipe, anew: bool = False) -> Splits:
 
 def run_cell(
     cell: Cell,
-    on_share: Callable[[float], object],  # called with the share of it that is done, from 0 to 1
+    on_share: Callable[[Share], object],  # called with how far it is
 ) -> str:  # why it failed, in a line; "": it did not
     """Run a cell, its result or the traceback of its failure written to its folder."""
     if not cell.folder.is_dir():
@@ -96,7 +121,7 @@ def run_cell(
     return ""
 
 
-def _train(cell: Cell, splits: Splits, on_share: Callable[[float], object]) -> None:
+def _train(cell: Cell, splits: Splits, on_share: Callable[[Share], object]) -> None:
     """Train without a test: its rows are for the runs that are chosen."""
     untested, bar = replace(splits, test={}), StepCounter(on_share)
     run_seed(cell.recipe, untested, _arguments(cell, splits), cell.options, True, Console(quiet=True), bar)
@@ -104,11 +129,11 @@ def _train(cell: Cell, splits: Splits, on_share: Callable[[float], object]) -> N
         shutil.rmtree(checkpoint)
 
 
-def _test(cell: Cell, splits: Splits, on_share: Callable[[float], object]) -> None:
+def _test(cell: Cell, splits: Splits, on_share: Callable[[Share], object]) -> None:
     score_seed(cell.recipe, splits, _arguments(cell, splits), cell.options, Console(quiet=True))
 
 
-def _test_untrained(cell: Cell, splits: Splits, on_share: Callable[[float], object]) -> None:
+def _test_untrained(cell: Cell, splits: Splits, on_share: Callable[[Share], object]) -> None:
     score_untrained(cell.recipe, splits, _arguments(cell, splits), cell.options, Console(quiet=True))
 
 
@@ -116,7 +141,7 @@ def _arguments(cell: Cell, splits: Splits) -> TrainingArguments:
     return make_arguments(cell.recipe.trainer, splits.task, cell.folder, cell.seed)
 
 
-_KINDS: Mapping[str, Callable[[Cell, Splits, Callable[[float], object]], None]] = {
+_KINDS: Mapping[str, Callable[[Cell, Splits, Callable[[Share], object]], None]] = {
     "train": _train,
     "test": _test,
     "untrained": _test_untrained,

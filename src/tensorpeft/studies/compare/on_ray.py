@@ -11,7 +11,7 @@ import ray
 from ray.exceptions import RayError
 from rich.text import Text
 
-from tensorpeft.studies.compare.cells import Cell
+from tensorpeft.studies.compare.cells import Cell, Share
 from tensorpeft.studies.compare.slots import ATTEMPTS, LostCellError, StoppedError, Work
 
 
@@ -30,7 +30,7 @@ class RaySlot:
         self._is_stopped = False
         self._lock = threading.Lock()  # no task may start behind the back of stop
 
-    def run(self, cell: Cell, on_share: Callable[[float], object]) -> str:
+    def run(self, cell: Cell, on_share: Callable[[Share], object]) -> str:
         """What the work returns for a cell; see `Slot`. Shares are not told."""
         with self._lock:
             if self._is_stopped:

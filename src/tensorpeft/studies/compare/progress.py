@@ -5,6 +5,7 @@ import threading
 from rich.console import Console
 
 from tensorpeft.reports.terminal import make_progress
+from tensorpeft.studies.compare.cells import Share
 
 
 class CellsBar:
@@ -18,8 +19,8 @@ class CellsBar:
     def __init__(self, console: Console, total: int) -> None:
         self._lock = threading.Lock()
         self._done, self._total = 0, total
-        self._shares: dict[str, float] = {}  # of the cells that run, by name
-        self._progress = make_progress(console, width=42)
+        self._shares: dict[str, Share] = {}  # of the cells that run, by name
+        self._progress = make_progress(console, width=52)
         self._task = self._progress.add_task("", total=total)
         self._draw()
 
@@ -32,10 +33,10 @@ class CellsBar:
 
     def begin(self, name: str) -> None:
         """A cell runs."""
-        self.share(name, 0)
+        self.share(name, Share(0))
 
-    def share(self, name: str, share: float) -> None:
-        """So much of a cell is done, from 0 to 1."""
+    def share(self, name: str, share: Share) -> None:
+        """A cell is so far."""
         with self._lock:
             self._shares[name] = share
             self._draw()
@@ -63,7 +64,7 @@ class CellsBar:
         self._progress.update(self._task, description=text)
 
     def _draw(self) -> None:
-        names = list(self._shares)
+        names = [name + ("" if s.loss is None else f", loss {s.loss:.3f}") for name, s in self._shares.items()]
         text = names[0] if len(names) == 1 else f"{len(names)} at once: {'; '.join(names)}" if names else ""
-        done = min(self._done + sum(self._shares.values()), self._total)
+        done = min(self._done + sum(share.done for share in self._shares.values()), self._total)
         self._progress.update(self._task, description=text, completed=done, total=self._total)

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from typing import Protocol
 
-from tensorpeft.studies.compare.cells import Cell
+from tensorpeft.studies.compare.cells import Cell, Share
 
-Work = Callable[[Cell, Callable[[float], object]], str]  # such as `run_cell`; other processes import it by its name
+Work = Callable[[Cell, Callable[[Share], object]], str]  # such as `run_cell`; other processes import it by its name
 ATTEMPTS = 3  # at a cell whose process dies
 
 
@@ -20,7 +20,7 @@ class StoppedError(RuntimeError):
 class Slot(Protocol):
     """Room for one cell at a time."""
 
-    def run(self, cell: Cell, on_share: Callable[[float], object]) -> str:
+    def run(self, cell: Cell, on_share: Callable[[Share], object]) -> str:
         """What the work returns for a cell.
 
         Raises:
@@ -44,7 +44,7 @@ class Here:
     def __init__(self, work: Work) -> None:
         self._work = work
 
-    def run(self, cell: Cell, on_share: Callable[[float], object]) -> str:
+    def run(self, cell: Cell, on_share: Callable[[Share], object]) -> str:
         """What the work returns for a cell."""
         return self._work(cell, on_share)
 

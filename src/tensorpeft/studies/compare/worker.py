@@ -10,7 +10,7 @@ from multiprocessing.connection import Connection
 
 
 def main() -> None:
-    """Do what comes through the connection, one after the other; send shares of what is done, and then the result."""
+    """Do what comes through the connection, one after the other; send how far it is, and then the result."""
     connection, inbox = Connection(int(sys.argv[1])), queue.SimpleQueue[bytes]()
     threading.Thread(target=_read, args=(connection, inbox), daemon=True).start()
     while True:
