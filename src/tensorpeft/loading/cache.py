@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -74,7 +75,7 @@ def _digest(files: Sequence[Path]) -> str:
             while chunk := opened.read(_CHUNK_BYTES):
                 digest.update(chunk)
     note.parent.mkdir(parents=True, exist_ok=True)
-    partial = note.with_suffix(f".{os.getpid()}")
+    partial = note.with_suffix(f".{os.getpid()}-{threading.get_ident()}")  # whoever else notes it notes the same
     partial.write_text(digest.hexdigest(), encoding="ascii")
     os.replace(partial, note)
     return digest.hexdigest()
