@@ -244,7 +244,9 @@ def _map_in_processes(function: Callable[[Method], MethodPlan], methods: Sequenc
     yield function(methods[0])
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(workers, context, initializer=_begin_process) as pool:
-        yield from pool.map(function, methods[1:])
+        # Not `map`: after Ctrl-C it cancels what is waiting, and Python 3.11 fails to end a pool of cancelled work.
+        for planned in [pool.submit(function, method) for method in methods[1:]]:
+            yield planned.result()
 
 
 def _begin_process() -> None:
