@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from tensorpeft.networks import effective, mpo
+from tensorpeft.networks import effective
 from tensorpeft.networks.effective import Cut, effective_linear, effective_weight
 from tensorpeft.networks.mpo import MPO, MpoUpdate, contract, random_cores
 
@@ -84,23 +84,20 @@ def test_update_is_forward_and_weight_of_one_matrix(modes):
     torch.testing.assert_close(update32(x32), x32 @ update32.matrix().T)
 
 
-def test_a_start_that_is_kept_contracted_changes_no_bit_and_follows_its_cores(monkeypatch):
+def test_halves_that_are_ready_change_no_bit_and_follow_cores_and_start():
     update = MpoUpdate(make_cores(MODES[0], 4, torch.float32), make_cores(MODES[0], 5, torch.float32))
     x, weight = torch.randn(7, 12), torch.randn(12, 12)
 
-    def output_and_gradients() -> list[Tensor]:
-        output = effective_linear(x, weight, None, [update.cut()])
+    def output_and_gradients(cut: Cut) -> list[Tensor]:
+        output = effective_linear(x, weight, None, [cut])
         return [output, *torch.autograd.grad(output.square().sum(), update.cores())]
 
     for change in (lambda: None, lambda: update.start_2.add_(0.5), update.double, update.float):
         with torch.no_grad():
             change()
-        monkeypatch.setattr(mpo, "_pays_to_keep", lambda start: True)
-        assert update.cut().minus_start is update.cut().minus_start is not None
-        kept = output_and_gradients()
-        monkeypatch.setattr(mpo, "_pays_to_keep", lambda start: False)
-        assert update.cut().minus_start is None
-        assert all(torch.equal(mine, theirs) for mine, theirs in zip(kept, output_and_gradients(), strict=True))
+        ready = output_and_gradients(update.cut())
+        contracted_there = output_and_gradients(update.cut()._replace(ready=None))
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(ready, contracted_there, strict=True))
 
 
 def test_nothing_of_the_weight_s_size_is_saved_for_backward():

@@ -37,7 +37,7 @@ def test_gradients_of_everything(is_diagonal: bool, batch: tuple[int, ...], has_
     groups = [make_factors(3, is_diagonal, seed=3), make_factors(2, not is_diagonal, seed=7)]
 
     def linear(x, weight, bias, *tensors):
-        return low_rank_linear(x, weight, bias, [Factors(*tensors[:3]), Factors(*tensors[3:])])
+        return low_rank_linear(x, weight, bias, [Factors(*tensors[:3]).pair(), Factors(*tensors[3:]).pair()])
 
     inputs = (x, weight, bias, *groups[0], *groups[1])
     expected = F.linear(x, sum(map(dense, groups)) + (0 if weight is None else weight), bias)
@@ -51,7 +51,7 @@ def test_only_what_is_asked_for_gets_a_gradient(trained: int):
     for k, item in enumerate(inputs):
         item.requires_grad_(k == trained)
     x, weight, bias, *factors = inputs
-    low_rank_linear(x, weight, bias, [Factors(*factors)]).square().sum().backward()
+    low_rank_linear(x, weight, bias, [Factors(*factors).pair()]).square().sum().backward()
     assert [item.grad is not None for item in inputs] == [k == trained for k in range(6)]
 
 
@@ -61,14 +61,14 @@ def test_a_zero_update_changes_no_bit(is_diagonal: bool, dtype: torch.dtype):
     factors = make_factors(3, is_diagonal, seed=3, dtype=torch.float32)
     factors = factors._replace(up=torch.zeros_like(factors.up))
     x, weight, bias = (tensor(*shape, seed=k, dtype=dtype) for k, shape in enumerate([(9, IN), (OUT, IN), (OUT,)]))
-    assert torch.equal(low_rank_linear(x, weight, bias, [factors]), F.linear(x, weight, bias))
+    assert torch.equal(low_rank_linear(x, weight, bias, [factors.pair()]), F.linear(x, weight, bias))
 
 
 def test_under_autocast_the_products_run_in_its_dtype():
     factors = make_factors(3, True, seed=3, dtype=torch.float32)
     x, weight = tensor(9, IN, seed=0, dtype=torch.float32), tensor(OUT, IN, seed=1, dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = low_rank_linear(x, weight, None, [factors])
+        found = low_rank_linear(x, weight, None, [factors.pair()])
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.float(), F.linear(x, weight + dense(factors)), atol=0.1, rtol=0.05)
     found.float().sum().backward()
@@ -95,7 +95,7 @@ def test_as_a_network_it_is_the_same_matrix_with_the_same_gradients(is_diagonal:
     torch.testing.assert_close(found, weight + dense(factors), atol=1e-12, rtol=1e-12)
     outputs = [
         effective_linear(x, weight, None, [Cut(MATRIX_PRODUCT, factors)]),
-        low_rank_linear(x, weight, None, [factors]),
+        low_rank_linear(x, weight, None, [factors.pair()]),
     ]
     grads = [torch.autograd.grad(output.square().sum(), [x, *factors]) for output in outputs]
     torch.testing.assert_close(*grads, atol=1e-10, rtol=1e-10)

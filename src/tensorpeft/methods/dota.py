@@ -10,6 +10,7 @@ import torch
 
 from tensorpeft.methods.adaptive_bonds import check_request, check_site_bonds, choose_site_bonds
 from tensorpeft.modes import bond_dimensions, factor_modes
+from tensorpeft.networks.group import join
 from tensorpeft.networks.mpo import FrozenCores, MpoUpdate, decompose, random_cores
 from tensorpeft.plugin.config import Bases, TensorConfig, check_modes, check_rank
 from tensorpeft.plugin.patterns import value_for
@@ -81,7 +82,7 @@ class DotaConfig(TensorConfig):
         """An MPO per site. Reads one weight at a time; where the base layer has a start of its own, none."""
         if self.bonds is not None:
             check_site_bonds(self.bonds, sites, self._modes, self.budget)
-        return {site.name: self._build_one(site, bases) for site in sites}
+        return join({site.name: self._build_one(site, bases) for site in sites})
 
     def _build_one(self, site: Site, bases: Bases) -> MpoUpdate:
         out_modes, in_modes = self._modes(site.out), self._modes(site.in_)

@@ -9,6 +9,7 @@ from typing import Literal
 
 from torch import nn
 
+from tensorpeft.networks.group import join
 from tensorpeft.networks.tucker import TuckerFactors, TuckerUpdate
 from tensorpeft.plugin.config import Bases, TensorConfig, check_is_bool, check_rank, check_scale
 from tensorpeft.plugin.registration import register
@@ -65,8 +66,9 @@ class FactConfig(TensorConfig):
             # What a factor is multiplied with on its left is of size r, or the size of the weight's side.
             fan = self.r if key[-1] in "GPC" else len(factor)
             nn.init.normal_(factor, std=1 / sqrt(fan))
-        return {
+        updates = {
             site.name: TuckerUpdate(shared, name, index, self.scale)
             for name, group in groups.items()
             for index, site in enumerate(group)
         }
+        return join(updates)

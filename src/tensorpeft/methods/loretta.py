@@ -9,6 +9,7 @@ from math import log, sqrt
 from torch import Tensor
 
 from tensorpeft.modes import factor_modes
+from tensorpeft.networks.group import join
 from tensorpeft.networks.tensor_train import TensorTrainUpdate, random_train
 from tensorpeft.plugin.config import Bases, TensorConfig, check_is_bool, check_modes, check_rank, check_scale
 from tensorpeft.plugin.registration import register
@@ -59,7 +60,7 @@ class LorettaConfig(TensorConfig):
 
     def build(self, sites: Sequence[Site], bases: Bases) -> Mapping[str, TensorTrainUpdate]:
         """Two trains per site. Reads no weight."""
-        return {site.name: self._build_one(site) for site in sites}
+        return join({site.name: self._build_one(site) for site in sites})
 
     def _build_one(self, site: Site) -> TensorTrainUpdate:
         down = self._train(site.in_, std=1 / sqrt(3 * site.in_))  # the variance of LoRA's A

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tensorpeft.networks.cp import CpFactors, CpUpdate
+from tensorpeft.networks.group import join
 from tensorpeft.plugin.config import Bases, TensorConfig, check_is_bool, check_rank, check_scale
 from tensorpeft.plugin.registration import register
 from tensorpeft.sites import Site
@@ -62,7 +63,7 @@ class LortaConfig(TensorConfig):
             groups.setdefault(place.tensor, []).append(place)
         tensors = {name: _Tensor(group) for name, group in groups.items()}
         shared = CpFactors(self.r, {name: tensor.modes() for name, tensor in tensors.items()}, self.init_weights)
-        return {
+        updates = {
             place.site.name: CpUpdate(
                 shared,
                 name,
@@ -76,6 +77,7 @@ class LortaConfig(TensorConfig):
             for name, tensor in tensors.items()
             for place in tensor.places
         }
+        return join(updates)
 
     def _place(self, site: Site) -> _Place:
         """The site with its heads.

@@ -8,6 +8,7 @@ from math import sqrt
 
 from torch import nn
 
+from tensorpeft.networks.group import join
 from tensorpeft.networks.tucker import TuckerFactors, TuckerUpdate
 from tensorpeft.plugin.config import Bases, TensorConfig, check_is_bool, check_rank, check_scale
 from tensorpeft.plugin.registration import register
@@ -58,8 +59,9 @@ class LotrConfig(TensorConfig):
             nn.init.normal_(getattr(shared, f"{name}_V"), std=1 / sqrt(in_))
             if not self.init_weights:
                 nn.init.normal_(getattr(shared, f"{name}_G"))
-        return {
+        updates = {
             site.name: TuckerUpdate(shared, name, index, self.alpha / self.r)
             for name, group in groups.items()
             for index, site in enumerate(group)
         }
+        return join(updates)

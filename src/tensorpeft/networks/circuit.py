@@ -189,14 +189,7 @@ def _halves(deviations: Sequence[Tensor]) -> Halves:
     return Halves(weight.unsqueeze(-1), weight.new_ones(1, 1, 1))
 
 
-def _pull_back(deviations: Sequence[Tensor], gradient: Halves) -> list[Tensor]:
-    with torch.enable_grad():
-        leaves = [deviation.detach().requires_grad_() for deviation in deviations]
-        weight = _matrix(leaves)
-    return list(torch.autograd.grad(weight, leaves, gradient.left.squeeze(-1)))
-
-
-CIRCUIT = Network(_halves, _pull_back)
+CIRCUIT = Network(_halves)
 
 
 def _break_even_rows(shapes: Shapes) -> float:

@@ -6,14 +6,15 @@ The entry of layer l and projection m at (model feature a, head h, head feature 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from math import sqrt
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from tensorpeft.networks.low_rank import Factors
+from tensorpeft.networks.group import Parts, Tensors
+from tensorpeft.networks.low_rank import Factors, Pair
 from tensorpeft.networks.update import AbstractLowRankUpdate, SharedFactors
 
 
@@ -98,6 +99,25 @@ class CpUpdate(AbstractLowRankUpdate):
             ]
             inner = torch.stack(parts, -3).flatten(-4, -2) if self.interleaved else torch.cat(parts, -3).flatten(-3, -2)
         return Factors(model.mT, core, inner) if self.inner_is_out else Factors(inner.mT, core, model)
+
+    def group_key(self) -> Hashable | None:
+        """Of one tensor, on one side of it, with as many heads; fused projections are made alone."""
+        return (self.tensor, self.heads, self.inner_is_out) if len(self.projections) == 1 else None
+
+    def make_parts(
+        self, members: Sequence[CpUpdate], own: Sequence[Tensors], shared: Tensors, dtype: torch.dtype | None
+    ) -> list[Parts]:
+        """The pairs of factors: A and K are the same for all, but for the coefficients of layer and projection."""
+        if len(members) == 1:
+            return super().make_parts(members, own, shared, dtype)
+        model, layers, coefficients = (shared[f"{self.tensor}_{name}"] for name in ("A", "C_L", "C_M"))
+        places = [(member.layer, member.projections[0]) for member in members]
+        layer, projection = torch.tensor(places, device=layers.device).unbind(1)
+        core = layers.index_select(0, layer) * self.scale * coefficients.index_select(0, projection)
+        inner = self._inner(shared, self.heads[0]).flatten(-3, -2)
+        down, up = (model, inner) if self.inner_is_out else (inner, model)
+        pair = Pair(down.t().to(dtype or down.dtype), (up * core.unsqueeze(1)).to(dtype or up.dtype))
+        return list(zip(pair.down.expand(len(members), -1, -1).unbind(), pair.up.unbind()))
 
     def _inner(self, tensors: Mapping[str, Tensor], heads: int) -> Tensor:  # (heads, head features, r)
         features = tensors[f"{self.tensor}_B"].unsqueeze(-3)

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
-from itertools import islice
+from itertools import accumulate, islice
 from math import lcm
 from typing import Any, NamedTuple
 
@@ -41,8 +42,16 @@ class Network(NamedTuple):
     """How a kind of tensor network is cut in two. In float32 or float64, whatever the cores are in."""
 
     halves: Callable[[Sequence[Tensor]], Halves]  # cores -> halves; differentiable
-    # (cores, gradients of the halves) -> gradients of the cores: the transposed map, so that no graph need be kept
-    pull_back: Callable[[Sequence[Tensor], Halves], list[Tensor]]
+
+
+class Ready(NamedTuple):
+    """What was contracted for several weights together (`networks.group`)."""
+
+    halves: Halves  # of the cores; they take the gradient
+    # Where there is a start: the halves of the difference, side by side along the bond, and 0 where it is exactly zero.
+    left: Tensor | None = None
+    right: Tensor | None = None
+    moved: Tensor | None = None
 
 
 class Cut(NamedTuple):
@@ -55,7 +64,7 @@ class Cut(NamedTuple):
     network: Network
     cores: tuple[Tensor, ...]
     start: tuple[Tensor, ...] = ()  # frozen, as many as the cores, or none
-    minus_start: Halves | None = None  # those of −fold(halves(start)), where they are kept
+    ready: Ready | None = None  # what would be contracted, where it is there; of a start, or without
 
 
 def fold(halves: Halves) -> Tensor:  # (out, in)
@@ -79,8 +88,7 @@ def effective_linear(
     Where every ΔW is exactly zero, the result is `F.linear(x, weight, bias)` bit for bit.
     """
     x = x.to(product_dtype(x))
-    layout = [(cut.network, len(cut.cores), len(cut.start), len(cut.minus_start or ())) for cut in cuts]
-    tensors = [tensor for cut in cuts for tensor in (*cut.cores, *cut.start, *(cut.minus_start or ()))]
+    layout, tensors = _flattened(cuts)
     return _EffectiveLinear.apply(x, weight, bias, layout, *tensors)  # type: ignore[no-any-return]
 
 
@@ -94,12 +102,7 @@ def effective_weight(
 
     The cast to bfloat16 or float16 dithers (see `_dither`), so that no small update is lost.
     """
-    return _effective_weight(weight, [_Update(cut) for cut in cuts], dtype)
-
-
-def negated(halves: Halves) -> Halves:
-    """The halves of the negative matrix."""
-    return Halves(halves.left, -halves.right)
+    return _effective_weight(weight, _updates(*_flattened(cuts)), dtype)
 
 
 def _effective_weight(weight: Tensor | None, updates: Sequence[_Update], dtype: torch.dtype) -> Tensor:
@@ -114,25 +117,33 @@ def _effective_weight(weight: Tensor | None, updates: Sequence[_Update], dtype: 
     return result
 
 
-# Of each cut: its network, and how many cores, starts and halves of a start it has.
-Layout = Sequence[tuple[Network, int, int, int]]
+# Of each cut: its network, the number of its trained tensors, and of the constant ones behind them. No network: these
+# are halves already, and those of the difference to a start.
+Layout = Sequence[tuple[Network | None, int, int]]
 
 
+def _flattened(cuts: Sequence[Cut]) -> tuple[Layout, list[Tensor]]:
+    """What autograd is given of the cuts."""
+    layout: list[tuple[Network | None, int, int]] = []
+    tensors: list[Tensor] = []
+    for cut in cuts:
+        network, trained, constant = cut.network, cut.cores, cut.start
+        if cut.ready is not None and (not cut.start or cut.ready.left is not None):
+            network, trained = None, cut.ready.halves
+            constant = tuple(part for part in cut.ready[1:] if part is not None)
+        layout.append((network, len(trained), len(constant)))
+        tensors += [*trained, *constant]
+    return layout, tensors
+
+
+@dataclass(frozen=True)
 class _Update:
-    """A cut with its halves contracted, for as long as one weight is being worked on."""
+    """An update, contracted to halves, for as long as one weight is being worked on."""
 
-    def __init__(self, cut: Cut, moved: Tensor | None = None):
-        self.now = cut.network.halves(cut.cores)
-        self.left, self.right = self.now
-        self.moved = moved  # whether a core differs from its start; None: find out
-        if cut.start:
-            start = cut.minus_start or negated(cut.network.halves(cut.start))
-            if self.moved is None:
-                self.moved = (_flat(cut.cores) != _flat(cut.start)).any()
-            # One product over both networks costs half the memory traffic of two, but f(T) − f(T) then leaves a
-            # rounding error. So a factor is zero as long as no core has moved: the start is exactly the base.
-            self.left = torch.cat([self.left, start.left], dim=-1)
-            self.right = torch.cat([self.right, start.right]) * self.moved
+    trained: Halves
+    left: Tensor  # the halves of ΔW
+    right: Tensor
+    moved: Tensor | None  # ΔW's factor: 0 as long as every core is at its start
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -140,7 +151,7 @@ class _Update:
         return self.left.shape[0] * self.right.shape[1], self.left.shape[1] * self.right.shape[2]
 
     def product(self, dim: int, start: int, stop: int) -> Tensor:  # (out_left · in_left, out_right · in_right)
-        """Rows (dim 0) or columns (dim 1) [start, stop) of ΔW, its modes in the order of the two halves."""
+        """Rows (dim 0) or columns (dim 1) [start, stop) of ΔW, but for its factor, in the order of the two halves."""
         slice_size = self.right.shape[1 + dim]
         left = self.left.narrow(dim, start // slice_size, (stop - start) // slice_size)
         return left.flatten(0, 1) @ self.right.flatten(1)
@@ -151,8 +162,33 @@ class _Update:
         return self.product(dim, start, stop).view(rows, -1, *self.right.shape[1:]).transpose(1, 2)
 
 
-def _flat(cores: Sequence[Tensor]) -> Tensor:
-    return torch.cat([core.flatten() for core in cores])
+def _updates(layout: Layout, tensors: Sequence[Tensor]) -> list[_Update]:
+    """Of the cuts whose tensors stand one after the other."""
+    updates: list[_Update] = []
+    rest = iter(tensors)
+    for network, *counts in layout:
+        trained, constant = (tuple(islice(rest, count)) for count in counts)
+        now = Halves(*trained) if network is None else network.halves(trained)
+        left, right, moved = *now, None
+        if network is None and constant:
+            left, right, moved = constant
+        elif network is not None and constant:
+            left, right, moved = _difference(network, now, trained, constant)
+        updates.append(_Update(now, left, right, moved))
+    return updates
+
+
+def _difference(
+    network: Network, now: Halves, cores: Sequence[Tensor], start: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The halves of MPO(cores) − MPO(start) as one network, and the factor of their product.
+
+    One product over both costs half the memory traffic of two, but f(T) − f(T) then leaves a rounding error. So its
+    factor is zero as long as no core has moved: the start is exactly the base.
+    """
+    left, right = network.halves(start)
+    moved = torch.cat([(core != other).flatten() for core, other in zip(cores, start)]).any()
+    return torch.cat([now.left, left], dim=-1), torch.cat([now.right, -right]), moved.to(right.dtype)
 
 
 class _EffectiveLinear(torch.autograd.Function):
@@ -171,8 +207,8 @@ class _EffectiveLinear(torch.autograd.Function):
         ctx.layout = layout
         matrix = weight() if callable(weight) else weight
         with without_autocast(x.device):
-            updates = [_Update(cut) for cut in _cuts(layout, tensors)]
-            ctx.save_for_backward(x, stored, *(update.moved for update in updates), *tensors)
+            updates = _updates(layout, tensors)
+            ctx.save_for_backward(x, stored, *tensors)
             effective = _effective_weight(matrix, updates, x.dtype)
             return F.linear(x, effective, None if bias is None else bias.to(x.dtype))
 
@@ -181,35 +217,35 @@ class _EffectiveLinear(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad_output,) = grad_outputs
         x, weight, *tensors = ctx.saved_tensors
-        moved, tensors = tensors[: len(ctx.layout)], tensors[len(ctx.layout) :]
         if ctx.make_weight is not None:
             weight = ctx.make_weight()
         needs_x, needs_weight, needs_bias, _, *needs_tensors = ctx.needs_input_grad
         with without_autocast(x.device):
             rows_x = x.reshape(-1, x.shape[-1])
             rows_y = grad_output.reshape(-1, grad_output.shape[-1])
-            cuts = _cuts(ctx.layout, tensors)
-            updates = [_Update(cut, has_moved) for cut, has_moved in zip(cuts, moved)]
+            updates = _updates(ctx.layout, tensors)
+            counts = [(trained, trained + constant) for _, trained, constant in ctx.layout]
+            starts = list(accumulate((count for _, count in counts), initial=0))
+            needs_cores = [any(needs_tensors[k : k + trained]) for k, (trained, _) in zip(starts, counts)]
             grad_x, grad_weight, grad_halves = _block_gradients(
-                rows_x, rows_y, weight, updates, needs_x, needs_weight, any(needs_tensors)
+                rows_x, rows_y, weight, updates, needs_x, needs_weight, needs_cores
             )
-            grads: list[Tensor | None] = []
-            for cut, halves in zip(cuts, grad_halves):
-                frozen = (*cut.start, *(cut.minus_start or ()))
-                grads += [*cut.network.pull_back(cut.cores, halves), *(None for _ in frozen)]
-            grads = grads or [None for _ in tensors]
+            grads: list[Tensor | None] = [None for _ in tensors]
+            for k, (network, trained, _), gradient in zip(starts, ctx.layout, grad_halves):
+                if gradient is not None:
+                    pulled = gradient if network is None else _pull_back(network, tensors[k : k + trained], gradient)
+                    grads[k : k + trained] = pulled
             grad_bias = rows_y.sum(0) if needs_bias else None
         return None if grad_x is None else grad_x.view_as(x), grad_weight, grad_bias, None, *grads
 
 
-def _cuts(layout: Layout, tensors: Sequence[Tensor]) -> list[Cut]:
-    """The cuts whose cores, starts and halves of starts stand one after the other in `tensors`."""
-    cuts: list[Cut] = []
-    rest = iter(tensors)
-    for network, *counts in layout:
-        cores, start, halves = (tuple(islice(rest, count)) for count in counts)
-        cuts.append(Cut(network, cores, start, Halves(*halves) if halves else None))
-    return cuts
+def _pull_back(network: Network, cores: Sequence[Tensor], gradient: Halves) -> Sequence[Tensor]:
+    """The gradients of the cores: the contraction is made again, so that no graph need be kept."""
+    with torch.enable_grad():
+        leaves = [core.detach().requires_grad_() for core in cores]
+        halves = network.halves(leaves)
+    outputs = [(half, grad) for half, grad in zip(halves, gradient) if half.requires_grad]
+    return torch.autograd.grad([half for half, _ in outputs], leaves, [grad for _, grad in outputs])
 
 
 def _blocks(updates: Sequence[_Update], dim: int) -> Iterator[tuple[int, int]]:
@@ -242,11 +278,13 @@ def _effective_part(
         part = weight.narrow(dim, start, stop - start).to(dtype)
         if len(updates) == 1 and (dithered_sum := _kernel_for(part, updates[0].left, out)) is not None:
             product, sizes = updates[0].product(dim, start, stop), updates[0].right.shape[1:]
+            if updates[0].moved is not None:
+                product *= updates[0].moved
             return dithered_sum(part, product, sizes, first, _DROPPED_BITS[dtype], out)
         total = part.to(torch.promote_types(dtype, updates[0].left.dtype))
     target = out if out is not None and dtype not in _DROPPED_BITS else None
     for update in updates:
-        total = _sum(total, update.part(dim, start, stop), target)
+        total = _sum(total, update.part(dim, start, stop), update.moved, target)
     assert total is not None
     if dtype in _DROPPED_BITS:
         total = _dither(total, dtype, *first)
@@ -283,15 +321,22 @@ def _load_kernel(device: torch.device) -> Callable[..., Tensor] | None:
     return dithered_sum
 
 
-def _sum(total: Tensor | None, update: Tensor, out: Tensor | None) -> Tensor:  # (m, n)
-    """(m, n) + (a, b, c, d), the latter with a b = m and c d = n; written to `out` if it is given."""
-    if total is not None:
-        total = total.view(update.shape)
+def _sum(total: Tensor | None, update: Tensor, factor: Tensor | None, out: Tensor | None) -> Tensor:  # (m, n)
+    """(m, n) + factor · (a, b, c, d), the latter with a b = m and c d = n; written to `out` if it is given."""
+    if total is None:
+        update = update if factor is None else update * factor
+    else:
+        total, target = total.view(update.shape), None if out is None else out.view(update.shape)
         # In one pass where the layout of the result is given; a compiler makes one pass of it anyway.
-        if out is not None and not torch.compiler.is_compiling():
-            torch.add(total, update, out=out.view(update.shape))
+        if torch.compiler.is_compiling():
+            target = None
+        if factor is None:
+            update = torch.add(total, update, out=target)
+        else:
+            update = torch.addcmul(total, update, factor, out=target)
+        if target is not None:
+            assert out is not None
             return out
-        update = total + update
     update = update.reshape(update.shape[0] * update.shape[1], -1)
     return update if out is None else out.copy_(update)
 
@@ -303,8 +348,8 @@ def _block_gradients(
     updates: Sequence[_Update],
     needs_x: bool,
     needs_weight: bool,
-    needs_cores: bool,
-) -> tuple[Tensor | None, Tensor | None, list[Halves]]:
+    needs_cores: Sequence[bool],  # of each update
+) -> tuple[Tensor | None, Tensor | None, list[Halves | None]]:
     """The gradients of x, of the weight and of the updates' halves, a block of the weight at a time.
 
     Blocks of columns for x, of rows for the rest: every product then has its full inner dimension, nothing is summed
@@ -323,29 +368,33 @@ def _block_gradients(
     grad_weight = torch.empty_like(weight) if needs_weight and weight is not None else None
     lefts: list[list[Tensor]] = [[] for _ in updates]
     rights: list[Tensor | None] = [None for _ in updates]
-    for start, stop in _blocks(updates, dim=0) if needs_weight or needs_cores else ():
+    for start, stop in _blocks(updates, dim=0) if needs_weight or any(needs_cores) else ():
         block = grad_y[:, start:stop].t() @ x
         if grad_weight is not None:
             grad_weight[start:stop] = block
-        for k, update in enumerate(updates) if needs_cores else ():
-            left, rights[k] = _fold_gradient(block, update, start, rights[k])
-            lefts[k].append(left)
-    grad_halves: list[Halves] = []
+        for k, update in enumerate(updates):
+            if needs_cores[k]:
+                left, rights[k] = _fold_gradient(block, update.trained, start, rights[k])
+                lefts[k].append(left)
+    grad_halves: list[Halves | None] = []
     for update, left, right in zip(updates, lefts, rights):
-        if right is not None:
+        if right is None:
+            grad_halves.append(None)
+        else:
             grad_left = left[0] if len(left) == 1 else torch.cat(left)
-            grad_halves.append(Halves(grad_left.view_as(update.now.left), right.view_as(update.now.right)))
+            shapes = (half.shape for half in update.trained)
+            grad_halves.append(Halves(*(grad.view(shape) for grad, shape in zip((grad_left, right), shapes))))
     return grad_x, grad_weight, grad_halves
 
 
 def _fold_gradient(
     block: Tensor,  # (n, in): gradient of n rows of the effective weight
-    update: _Update,
+    halves: Halves,
     first_row: int,
     grad_right: Tensor | None,  # (bond, out_right · in_right): of the blocks before, changed in place
 ) -> tuple[Tensor, Tensor]:  # (rows of out_left · in_left, bond), (bond, out_right · in_right)
     """A block's rows of the gradient of the left half, and the gradient of the right half with the block's part."""
-    left, right = update.now
+    left, right = halves
     first = first_row // right.shape[1]
     block = block.view(-1, right.shape[1], left.shape[1], right.shape[2]).transpose(1, 2)
     # Sorted and widened in one pass.

@@ -1,4 +1,4 @@
-"""The linear map of a weight and its low-rank updates: `y = x W0ᵀ + Σ x downᵀ coreᵀ upᵀ + b`, two thin products each.
+"""The linear map of a weight and its low-rank updates: `y = x W0ᵀ + Σ x downᵀ upᵀ + b`, two thin products each.
 
 Nothing of a weight's size is formed. The thin products are added in place to the map's own output and, in backward, to
 its own gradient of x: no pass over either beyond those of the base. Measured by `benchmarks/step_time.py`.
@@ -25,12 +25,25 @@ class Factors(NamedTuple):
     core: Tensor  # (r,): a diagonal; or (r, r)
     up: Tensor  # (out, r)
 
+    def pair(self) -> Pair:
+        """The same of two factors. Differentiable; all factors may have a leading axis."""
+        if self.core.ndim < self.up.ndim:
+            return Pair(self.down, self.up * self.core.unsqueeze(-2))
+        return Pair(self.down, self.up @ self.core)
+
+
+class Pair(NamedTuple):
+    """`ΔW = up · down` of rank r."""
+
+    down: Tensor  # (r, in)
+    up: Tensor  # (out, r)
+
 
 def low_rank_linear(
     x: Tensor,  # (*batch, in)
     weight: Tensor | None,  # (out, in); None: the updates alone
     bias: Tensor | None,  # (out,)
-    factors: Sequence[Factors],
+    pairs: Sequence[Pair],
 ) -> Tensor:  # (*batch, out)
     """`x (weight + Σ ΔW)ᵀ + bias` without forming a ΔW, differentiable once in everything.
 
@@ -38,7 +51,7 @@ def low_rank_linear(
     Where every ΔW is exactly zero, the result is `F.linear(x, weight, bias)` bit for bit.
     """
     x = x.to(product_dtype(x))
-    tensors = [factor.to(device=x.device, dtype=x.dtype) for group in factors for factor in group]
+    tensors = [factor.to(device=x.device, dtype=x.dtype) for pair in pairs for factor in pair]
     return _LowRankLinear.apply(x, weight, bias, *tensors)  # type: ignore[no-any-return]
 
 
@@ -61,12 +74,11 @@ class _LowRankLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, *tensors: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         with without_autocast(x.device):
-            result = _base(rows, weight, bias, tensors[2].shape[0])
+            result = _base(rows, weight, bias, tensors[1].shape[0])
             projected: list[Tensor] = []
-            for down, core, up in _groups(tensors):
-                hidden = F.linear(rows, down)
-                projected.append(hidden)
-                result.addmm_(_through(hidden, core), up.t())
+            for down, up in _pairs(tensors):
+                projected.append(rows @ down.t())
+                result.addmm_(projected[-1], up.t())
         ctx.save_for_backward(x, weight, *tensors, *projected)
         return result.view(*x.shape[:-1], -1)
 
@@ -83,15 +95,13 @@ class _LowRankLinear(torch.autograd.Function):
             if needs_x:
                 grad_x = torch.zeros_like(rows_x) if weight is None else rows_y @ weight.to(rows_y.dtype)
             grads: list[Tensor | None] = []
-            for k, ((down, core, up), hidden) in enumerate(zip(_groups(tensors), projected)):
-                needs_down, needs_core, needs_up = needs_tensors[3 * k : 3 * k + 3]
-                grad_inner = rows_y @ up
-                grad_hidden = _through(grad_inner, core, transposed=True)
+            for k, ((down, up), hidden) in enumerate(zip(_pairs(tensors), projected)):
+                needs_down, needs_up = needs_tensors[2 * k : 2 * k + 2]
+                grad_hidden = rows_y @ up
                 if grad_x is not None:
                     grad_x.addmm_(grad_hidden, down)
                 grads.append(grad_hidden.t() @ rows_x if needs_down else None)
-                grads.append(_core_gradient(grad_inner, hidden, core) if needs_core else None)
-                grads.append(rows_y.t() @ _through(hidden, core) if needs_up else None)
+                grads.append(rows_y.t() @ hidden if needs_up else None)
             grad_weight = rows_y.t() @ rows_x if needs_weight else None
             grad_bias = rows_y.sum(0) if needs_bias else None
         return None if grad_x is None else grad_x.view_as(x), grad_weight, grad_bias, *grads
@@ -103,33 +113,13 @@ def _base(rows: Tensor, weight: Tensor | None, bias: Tensor | None, out: int) ->
     return F.linear(rows, weight.to(rows.dtype), None if bias is None else bias.to(rows.dtype))
 
 
-def _groups(tensors: Sequence[Tensor]) -> list[Factors]:
-    return [Factors(*tensors[k : k + 3]) for k in range(0, len(tensors), 3)]
-
-
-def _through(hidden: Tensor, core: Tensor, transposed: bool = False) -> Tensor:  # (tokens, r)
-    """`hidden coreᵀ`, or `hidden core`: the way back."""
-    if core.ndim == 1:
-        return hidden * core
-    return hidden @ (core if transposed else core.t())
-
-
-def _core_gradient(grad_inner: Tensor, hidden: Tensor, core: Tensor) -> Tensor:
-    return (grad_inner * hidden).sum(0) if core.ndim == 1 else grad_inner.t() @ hidden
+def _pairs(tensors: Sequence[Tensor]) -> list[Pair]:
+    return [Pair(*tensors[k : k + 2]) for k in range(0, len(tensors), 2)]
 
 
 def _halves(factors: Sequence[Tensor]) -> Halves:
-    down, core, up = map(at_least_float32, factors)
-    left = up * core if core.ndim == 1 else up @ core
-    return Halves(left.unsqueeze(1), down.unsqueeze(1))
+    down, up = Factors(*map(at_least_float32, factors)).pair()
+    return Halves(up.unsqueeze(1), down.unsqueeze(1))
 
 
-def _pull_back(factors: Sequence[Tensor], gradient: Halves) -> list[Tensor]:
-    _, core, up = factors
-    left = gradient.left.squeeze(1)
-    if core.ndim == 1:
-        return [gradient.right.squeeze(1), (left * up).sum(0), left * core]
-    return [gradient.right.squeeze(1), up.t() @ left, left @ core.t()]
-
-
-MATRIX_PRODUCT = Network(_halves, _pull_back)
+MATRIX_PRODUCT = Network(_halves)

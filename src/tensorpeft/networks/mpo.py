@@ -7,21 +7,20 @@ the multi-indices row-major (first mode slowest). Source: DoTA (arXiv 2412.20891
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import cache
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from tensorpeft.modes import bond_dimensions
 from tensorpeft.networks.dtypes import at_least_float32, without_autocast
-from tensorpeft.networks.effective import Cut, Halves, Network, effective_linear, fold, negated
+from tensorpeft.networks.effective import Cut, Halves, Network, Ready, effective_linear, fold
+from tensorpeft.networks.group import Parts, Tensors, parts_of
 from tensorpeft.networks.subspace import leading_subspace
 from tensorpeft.networks.update import BASE_DIGEST, AbstractFusedUpdate, keeping_dtype
-from tensorpeft.networks.versions import Kept
 
 
 class FrozenCores(nn.Module):
@@ -74,7 +73,6 @@ class MpoUpdate(AbstractFusedUpdate):
         self.num_cores = len(cores)
         self.has_start = start is not None
         self.starts_at_projection = starts_at_projection
-        self._kept: Kept[Halves] = Kept()
         object.__setattr__(self, "base_start", None)
         if isinstance(start, FrozenCores):
             object.__setattr__(self, "base_start", start)  # a plain reference: it is the base layer's module
@@ -103,19 +101,28 @@ class MpoUpdate(AbstractFusedUpdate):
     def cut(self) -> Cut:
         """Both networks, to be cut at the bond that makes the halves smallest."""
         start = tuple(self.start())
-        return Cut(MPO, tuple(self.cores()), start, self._minus_start(start))
+        left, right, *difference = parts_of(self)
+        return Cut(MPO, tuple(self.cores()), start, Ready(Halves(left, right), *difference))
 
-    @torch.no_grad()
-    def _minus_start(self, start: tuple[Tensor, ...]) -> Halves | None:
-        """The start contracted to two halves, once, where that pays."""
-        if not start or torch.compiler.is_compiling() or not _pays_to_keep(start):
-            return None
-        return self._kept.get(lambda: negated(_halves(start)), start)
+    def group_key(self) -> Hashable:
+        """Equal for networks of equal shapes that start alike."""
+        return tuple(core.shape for core in self.cores()), self.has_start, self.base_start is None
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MpoUpdate:
-        """As torch's; what is kept of the start goes."""
-        self._kept.clear()
-        return super()._apply(fn, recurse)  # pyright: ignore[reportUnknownMemberType]  # torch's own has no types
+    def make_parts(
+        self, members: Sequence[MpoUpdate], own: Sequence[Tensors], shared: Tensors, dtype: torch.dtype | None
+    ) -> list[Parts]:
+        """The two halves; where there is a start, also those of the difference to it, and whether there is one.
+
+        Not of a start that is the base layer's own: that layer puts the cores' network in its place.
+        """
+        shapes = tuple(core.shape for core in self.cores())
+        cores = _flat([tensors[f"core_{k}"] for tensors in own for k in range(1, self.num_cores + 1)], len(own))
+        if not self.has_start or self.base_start is not None:
+            parts: Sequence[Tensor] = _sorted_halves(cores, shapes)
+        else:
+            start = _flat([tensors[f"start_{k}"] for tensors in own for k in range(1, self.num_cores + 1)], len(own))
+            parts = _difference(cores, start.to(cores.dtype), shapes)
+        return list(zip(*(part.unbind() for part in parts)))
 
     def is_cheaper_apart(self, rows: int) -> bool:
         """Never: core by core, the activations cost several times the sum."""
@@ -135,14 +142,6 @@ class MpoUpdate(AbstractFusedUpdate):
         out, in_ = "·".join(str(s[1]) for s in shapes), "·".join(str(s[2]) for s in shapes)
         bonds = "·".join(["1", *(str(s[3]) for s in shapes)])
         return f"out {out}, in {in_}, bonds {bonds}, {'from start' if self.has_start else 'no start'}"
-
-
-def _pays_to_keep(start: Sequence[Tensor]) -> bool:
-    """Is it worth some hundredths of the weight's memory to contract the start once, not at every step?
-
-    On a GPU, where a step waits for its operations to be launched. A step that is only counted counts for a GPU.
-    """
-    return start[0].device.type != "cpu" or isinstance(start[0], FakeTensor)
 
 
 @torch.no_grad()
@@ -267,34 +266,87 @@ def _split_exactly(
     return cores
 
 
-# Inside a chain the modes stand in the order of the cores, (i_1 j_1 i_2 j_2 …), as a product of cores leaves them: they
-# are sorted into outputs and inputs once per half, not once per core.
+# Networks of equal shapes are contracted in one go: `flat` has a row per network, its cores one after the other. Inside
+# a chain the modes stand in the order of the cores, (i_1 j_1 i_2 j_2 …), as a product of cores leaves them: they are
+# sorted into outputs and inputs once per half, not once per core.
 
 
-def _left_chain(cores: Sequence[Tensor]) -> list[Tensor]:  # each (modes, bond)
-    """The contractions of the first 1, 2, … cores."""
-    chain = [at_least_float32(cores[0]).flatten(0, 2)]
-    for core in cores[1:]:
-        chain.append((chain[-1] @ at_least_float32(core).flatten(1)).view(-1, core.shape[3]))
-    return chain
+def _flat(cores: Sequence[Tensor], num_networks: int) -> Tensor:  # (networks, elements of a network)
+    return at_least_float32(torch.cat([core.flatten() for core in cores]).view(num_networks, -1))
 
 
-def _right_chain(cores: Sequence[Tensor]) -> list[Tensor]:  # each (bond, modes)
-    """The contractions of the last 1, 2, … cores."""
-    chain = [at_least_float32(cores[-1]).flatten(1)]
-    for core in reversed(cores[:-1]):
-        chain.append((at_least_float32(core).flatten(0, 2) @ chain[-1]).view(core.shape[0], -1))
-    return chain
+def _chains(flat: Tensor, shapes: Sequence[torch.Size], position: int) -> tuple[Tensor, Tensor]:
+    """The contractions of the cores on both sides of a bond: (networks, modes, bond) and (networks, bond, modes)."""
+    parts = flat.split([shape.numel() for shape in shapes], dim=1)
+    cores = [part.view(-1, *shape) for part, shape in zip(parts, shapes)]
+    left, right = cores[0].flatten(1, 3), cores[-1].flatten(2)
+    with without_autocast(flat.device):
+        for core in cores[1:position]:
+            left = torch.bmm(left, core.flatten(2)).view(len(flat), -1, core.shape[4])
+        for core in reversed(cores[position:-1]):
+            right = torch.bmm(core.flatten(1, 3), right).view(len(flat), core.shape[1], -1)
+    return left, right
+
+
+def _sorted_halves(flat: Tensor, shapes: tuple[torch.Size, ...]) -> Halves:  # with a leading axis of networks
+    position, *modes = _plan(shapes)
+    return Halves(*(m.sort(chain).reshape(-1, *m.sizes) for chain, m in zip(_chains(flat, shapes, position), modes)))
+
+
+def _difference(
+    cores: Tensor,  # flat
+    start: Tensor,  # flat
+    shapes: tuple[torch.Size, ...],
+) -> tuple[Tensor, ...]:  # each with a leading axis of networks
+    """The halves of the cores; those of MPO(cores) − MPO(start), side by side along the bond; 0 where it is zero."""
+    position, *modes = _plan(shapes)
+    with torch.no_grad():
+        moved = (cores != start).any(1).to(cores.dtype)
+        left, right = _sorted_halves(start, shapes)
+        right = right.neg_()
+    return *_SideBySide.apply(*_chains(cores, shapes, position), left, right, modes), moved
+
+
+class _SideBySide(torch.autograd.Function):
+    """Two chains sorted to halves, and beside each, along the bond, a constant one. The first are views of those."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, left: Tensor, right: Tensor, more_left: Tensor, more_right: Tensor, modes: Sequence[_Modes]
+    ) -> tuple[Tensor, ...]:
+        ctx.modes, bond = modes, left.shape[2]
+        chains, more = (left, right), (more_left, more_right)
+        views = [(m.sort(chain), other.view(-1, *m.sorted)) for chain, other, m in zip(chains, more, modes)]
+        both = torch.cat(views[0], -1), torch.cat(views[1], 1)
+        both_left = both[0].view(*more_left.shape[:3], 2 * bond)
+        both_right = both[1].view(len(right), 2 * bond, *more_right.shape[2:])
+        ctx.mark_non_differentiable(both_left, both_right)
+        ctx.set_materialize_grads(False)
+        return both_left[..., :bond], both_right[:, :bond], both_left, both_right
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        left, right = (None if grad is None else m.join_again(grad) for grad, m in zip(grads, ctx.modes))
+        left = None if left is None else left.flatten(1, -2)
+        return left, None if right is None else right.flatten(2), None, None, None
 
 
 class _Modes(NamedTuple):
     """How the modes of a half lie, axis by axis, and the orders of axes that lead from one form to the other."""
 
     joined: tuple[int, ...]  # i_1 j_1 i_2 j_2 …, and the bond where it stands
-    sort: tuple[int, ...]
+    order: tuple[int, ...]
     sorted: tuple[int, ...]  # i_1 i_2 … j_1 j_2 …
-    join: tuple[int, ...]
+    order_back: tuple[int, ...]
     sizes: tuple[int, ...]  # (out, in), and the bond
+
+    def sort(self, chain: Tensor) -> Tensor:  # (networks, *sorted), a view
+        """A chain with its outputs before its inputs."""
+        return chain.view(-1, *self.joined).permute(0, *(1 + axis for axis in self.order))
+
+    def join_again(self, half: Tensor) -> Tensor:  # (networks, *joined)
+        """A half with its modes in the order of the cores."""
+        return half.reshape(-1, *self.sorted).permute(0, *(1 + axis for axis in self.order_back)).contiguous()
 
 
 class _Plan(NamedTuple):
@@ -317,45 +369,23 @@ def _modes(shapes: Sequence[torch.Size], before: tuple[int, ...], after: tuple[i
     outs, ins = tuple(shape[1] for shape in shapes), tuple(shape[2] for shape in shapes)
     joined = (*before, *(size for pair in zip(outs, ins) for size in pair), *after)
     first, last = len(before), len(before) + 2 * len(shapes)
-    sort = (*range(first), *range(first, last, 2), *range(first + 1, last, 2), *range(last, len(joined)))
-    join = tuple(sort.index(axis) for axis in range(len(sort)))
+    order = (*range(first), *range(first, last, 2), *range(first + 1, last, 2), *range(last, len(joined)))
+    order_back = tuple(order.index(axis) for axis in range(len(order)))
     sizes = (*before, prod(outs), prod(ins), *after)
-    return _Modes(joined, sort, tuple(joined[axis] for axis in sort), join, sizes)
+    return _Modes(joined, order, tuple(joined[axis] for axis in order), order_back, sizes)
 
 
 _kept_plan = cache(_make_plan)
 
 
-def _plan(cores: Sequence[Tensor]) -> _Plan:
+def _plan(shapes: tuple[torch.Size, ...]) -> _Plan:
     make = _make_plan if torch.compiler.is_compiling() else _kept_plan  # a compiler traces through a cache, and warns
-    return make(tuple(core.shape for core in cores))
+    return make(shapes)
 
 
 def _halves(cores: Sequence[Tensor]) -> Halves:
-    position, *modes = _plan(cores)
-    with without_autocast(cores[0].device):
-        chains = _left_chain(cores[:position])[-1], _right_chain(cores[position:])[-1]
-    return Halves(*(half.view(m.joined).permute(m.sort).reshape(m.sizes) for half, m in zip(chains, modes)))
+    left, right = _sorted_halves(_flat(cores, 1), tuple(core.shape for core in cores))
+    return Halves(left[0], right[0])
 
 
-def _pull_back(cores: Sequence[Tensor], gradient: Halves) -> list[Tensor]:
-    """The gradients of the cores: both chains walked back, from the bond to the ends."""
-    position, *modes = _plan(cores)
-    left, right = cores[:position], cores[position:]
-    joined = [half.view(m.sorted).permute(m.join).contiguous() for half, m in zip(gradient, modes)]
-    grads: list[Tensor] = []
-    grad, chain = joined[0].view(-1, left[-1].shape[3]), _left_chain(left[:-1]) if len(left) > 1 else []
-    for core, before in zip(reversed(left[1:]), reversed(chain)):
-        rows = grad.view(len(before), -1)  # (modes before, i · j · bond_right)
-        grads.insert(0, (before.t() @ rows).view(core.shape))
-        grad = rows @ at_least_float32(core).flatten(1).t()
-    grads.insert(0, grad.view(left[0].shape))
-    grad, chain = joined[1], _right_chain(right[1:]) if len(right) > 1 else []
-    for core, before in zip(right[:-1], reversed(chain)):
-        columns = grad.view(-1, before.shape[1])  # (bond_left · i · j, modes after)
-        grads.append((columns @ before.t()).view(core.shape))
-        grad = at_least_float32(core).flatten(0, 2).t() @ columns
-    return [*grads, grad.view(right[-1].shape)]
-
-
-MPO = Network(_halves, _pull_back)
+MPO = Network(_halves)

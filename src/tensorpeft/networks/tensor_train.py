@@ -6,7 +6,7 @@ product of the matrices `T1[:, m_1, :] · T2[:, m_2, :] · … · TN[:, m_N, :]`
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from math import prod
 
 import torch
@@ -73,6 +73,10 @@ class TensorTrainUpdate(AbstractLowRankUpdate):
         for side, cores in (("down", down), ("up", up)):
             for k, core in enumerate(cores, 1):
                 self.register_parameter(f"{side}_{k}", nn.Parameter(core))
+
+    def group_key(self) -> Hashable:
+        """The shapes of its cores, and what else it was made with."""
+        return self.rank, self.scale, tuple(core.shape for core in self.parameters())
 
     def factors_from(self, tensors: Mapping[str, Tensor]) -> Factors:
         """A, the scale and B: formed once per forward, and kept for backward."""

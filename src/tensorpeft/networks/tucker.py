@@ -6,12 +6,13 @@ slices of one small core (Tucker3, FacT-TK): `G_n = Σ_k P[n, k] C[:, :, k]`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from tensorpeft.networks.group import Parts, Tensors
 from tensorpeft.networks.low_rank import Factors
 from tensorpeft.networks.update import AbstractLowRankUpdate, SharedFactors
 
@@ -94,6 +95,26 @@ class TuckerUpdate(AbstractLowRankUpdate):
         self.tensor = tensor
         self.index = index
         self.scale = scale
+
+    def group_key(self) -> Hashable:
+        """Its tensor."""
+        return self.tensor
+
+    def make_parts(
+        self, members: Sequence[TuckerUpdate], own: Sequence[Tensors], shared: Tensors, dtype: torch.dtype | None
+    ) -> list[Parts]:
+        """The pairs of factors: V is the same for all; U with the cores side by side."""
+        up, down = shared[f"{self.tensor}_U"], shared[f"{self.tensor}_V"]
+        indices = torch.tensor([member.index for member in members], device=up.device)
+        if (cores := shared.get(f"{self.tensor}_G")) is not None:
+            cores = cores.index_select(0, indices)
+        else:
+            rows, small = shared[f"{self.tensor}_P"].index_select(0, indices), shared[f"{self.tensor}_C"]
+            cores = (rows @ small.flatten(0, 1).t()).view(-1, *small.shape[:2])
+        side_by_side = (cores * self.scale).transpose(0, 1).flatten(1)  # (r, members · r)
+        ups = (up @ side_by_side).to(dtype or up.dtype).view(len(up), len(members), -1)
+        downs = down.t().to(dtype or down.dtype).expand(len(members), -1, -1)
+        return list(zip(downs.unbind(), ups.unbind(1)))
 
     def factors_from(self, tensors: Mapping[str, Tensor]) -> Factors:
         """Vᵀ, the scaled core and U."""

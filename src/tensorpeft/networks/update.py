@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
+from tensorpeft.networks.dtypes import product_dtype
 from tensorpeft.networks.effective import Cut, fold
-from tensorpeft.networks.low_rank import MATRIX_PRODUCT, Factors, low_rank_linear
+from tensorpeft.networks.group import Parts, Place, Tensors, parts_of, tensors_of
+from tensorpeft.networks.low_rank import MATRIX_PRODUCT, Factors, Pair, low_rank_linear
 from tensorpeft.networks.versions import Kept
 
 # The buffer that an update has where a part of it is stored in the base layer: which base that must be.
 BASE_DIGEST = "base_digest"
 # Attributes of a module that it was not made with: torch's own, and the reference to what it shares.
-_NO_FIELDS = frozenset(vars(nn.Module())) | {"shared"}
+_NO_FIELDS = frozenset(vars(nn.Module())) | {"shared", "place"}
 
 
 def keeping_dtype(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -40,10 +43,25 @@ class AbstractUpdate(nn.Module, ABC):
     """
 
     shared: SharedFactors | None
+    place: Place | None = None  # in a group of updates that are made together, by `networks.group.join`
 
     def __init__(self, shared: SharedFactors | None = None):
         super().__init__()
         object.__setattr__(self, "shared", shared)
+
+    def train(self, mode: bool = True) -> Self:
+        """As torch's; what a group keeps goes."""
+        self._forget()
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As torch's; what a group keeps goes."""
+        self._forget()
+        return super()._apply(fn, recurse)  # pyright: ignore[reportUnknownMemberType]  # torch's own has no types
+
+    def _forget(self) -> None:
+        if self.place is not None:
+            self.place.group.clear()
 
     @abstractmethod
     def tensor_name(self) -> str:
@@ -136,7 +154,7 @@ class SharedFactors(nn.Module):
         Kept until one of them changes: all layers of a mixed batch ask for the same ones.
         """
         modules = (self, *others)
-        tensors = [tensor for module in modules for tensor in _tensors(module).values()]
+        tensors = [tensor for module in modules for tensor in tensors_of(module).values()]
         return self._stacked.get(lambda: _stack(modules, _stack_or_expand), tensors)
 
     def train(self, mode: bool = True) -> SharedFactors:
@@ -178,12 +196,37 @@ class AbstractLowRankUpdate(AbstractFactoredUpdate):
 
     def factors(self) -> Factors:
         """Those of its own tensors and the shared ones."""
-        shared = {} if self.shared is None else _tensors(self.shared)
-        return self.factors_from({**shared, **_tensors(self)})
+        shared = {} if self.shared is None else tensors_of(self.shared)
+        return self.factors_from({**shared, **tensors_of(self)})
+
+    def pair(
+        self,
+        dtype: torch.dtype | None = None,  # None: the parameters'
+    ) -> Pair:
+        """What the layer multiplies by. Differentiable."""
+        return Pair(*parts_of(self, dtype))
+
+    def group_key(self) -> Hashable | None:
+        """As `networks.group.Member` has it; None, where a method says no other: the update is made alone."""
+        return None
+
+    def make_parts(
+        self, members: Sequence[Self], own: Sequence[Tensors], shared: Tensors, dtype: torch.dtype | None
+    ) -> list[Parts]:
+        """The pairs of factors: of tensors that are stacked, where there are several with no shared ones."""
+        if len(members) == 1:
+            return [_cast(self.factors_from({**shared, **own[0]}).pair(), dtype)]
+        assert not shared
+        pair = self.factors_from({name: torch.stack([tensors[name] for tensors in own]) for name in own[0]}).pair()
+        return list(zip(*(factor.unbind() for factor in _cast(pair, dtype))))
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x downᵀ coreᵀ upᵀ`; under autocast in its dtype."""
-        return low_rank_linear(x, None, None, [self.factors()])
+        """`x downᵀ upᵀ`; under autocast in its dtype."""
+        return low_rank_linear(x, None, None, [self.pair(product_dtype(x))])
+
+
+def _cast(pair: Pair, dtype: torch.dtype | None) -> Pair:
+    return pair if dtype is None else Pair(*(factor.to(dtype) for factor in pair))
 
 
 @torch.no_grad()
@@ -204,16 +247,12 @@ def stacked_factors(updates: Sequence[AbstractUpdate]) -> Factors | None:
     return first.factors_from({**shared, **_stack(updates)})
 
 
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
-
-
 def _stack(
     modules: Sequence[nn.Module],
     join: Callable[[list[Tensor]], Tensor] = torch.stack,
 ) -> dict[str, Tensor]:
     """Their tensors by name, each stacked along a leading axis."""
-    named = [_tensors(module) for module in modules]
+    named = [tensors_of(module) for module in modules]
     return {name: join([tensors[name] for tensors in named]) for name in named[0]}
 
 

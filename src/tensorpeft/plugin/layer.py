@@ -115,7 +115,7 @@ class TensorLayer(UpdateHolder):
             result = effective_linear(x, weight, bias, [update.cut() for update in fused])
         elif route is Route.LOW_RANK:
             joined = low_rank
-            result = low_rank_linear(x, weight, bias, [update.factors() for update in low_rank])
+            result = low_rank_linear(x, weight, bias, [update.pair(product_dtype(x)) for update in low_rank])
         else:
             joined = ()
             result = self.base_layer(x, *args, **kwargs)

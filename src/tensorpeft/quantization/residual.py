@@ -190,7 +190,7 @@ class ResidualLinear4bit(Linear4bit, AbstractUpdatableLinear):
         start = self.start.cores()
         for k, cut in enumerate(cuts):
             if len(cut.start) == len(start) and all(a is b for a, b in zip(cut.start, start)):
-                return [Cut(cut.network, cut.cores), *cuts[:k], *cuts[k + 1 :]]
+                return [cut._replace(start=()), *cuts[:k], *cuts[k + 1 :]]
         return [Cut(MPO, start), *cuts]
 
     def extra_repr(self) -> str:

@@ -1,0 +1,121 @@
+"""The operations that an adapter adds to a training step, per adapted weight: what a small or a fast step waits for.
+
+    python benchmarks/operations.py [--rank 16] [--layers 4 12 30]
+
+Counted by torch's dispatcher, forward and backward, without what only looks at a tensor in another way (views), and
+less those of the bare model with the same gradients. Not a time: no machine's load changes it. The model is a Llama of
+width 256 with that many layers, five adapted weights each (q, k, v, up, down), in float32, on the CPU. What is done
+once per step for all weights together is shared by them: so the number falls with the layers.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, get_peft_model
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tensorpeft import (
+    DotaConfig,
+    FactConfig,
+    FloraConfig,
+    LorettaConfig,
+    LortaConfig,
+    LotrConfig,
+    NolaConfig,
+    QuantaConfig,
+)
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+ADAPTERS: dict[str, Callable[[int], PeftConfig]] = {
+    "LoRA": lambda r: LoraConfig(r=r, target_modules=TARGETS),
+    "DoTA": lambda r: DotaConfig(r=r, target_modules=TARGETS),
+    "DoTA, random": lambda r: DotaConfig(r=r, init_weights="random", target_modules=TARGETS),
+    "LoRTA": lambda r: LortaConfig(r=r, target_modules=TARGETS),
+    "LoTR": lambda r: LotrConfig(r=r, target_modules=TARGETS),
+    "FacT-TT": lambda r: FactConfig(r=r, target_modules=TARGETS),
+    "FacT-TK": lambda r: FactConfig(r=r, core="tk", target_modules=TARGETS),
+    "FLoRA": lambda r: FloraConfig(r=r, target_modules=TARGETS),
+    "LoRETTA": lambda r: LorettaConfig(r=r, target_modules=TARGETS),
+    "NOLA": lambda r: NolaConfig(r=r, target_modules=TARGETS),
+    "QuanTA": lambda r: QuantaConfig(target_modules=TARGETS),
+}
+
+
+class OperationCounter(TorchDispatchMode):
+    """Counts what is dispatched while it is on, by name; not what only views a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run it, and count it unless its result lies where an argument lies and nothing was written there."""
+        if not (func.is_view or func.name() in ("aten::detach", "aten::_unsafe_view")):
+            self.counts[func.name()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def build_model(layers: int) -> LlamaForCausalLM:
+    """The Llama of the benchmark; its embeddings are trained, so that every layer has a gradient to hand on."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=256,
+            intermediate_size=768,
+            num_hidden_layers=layers,
+            num_attention_heads=8,
+            num_key_value_heads=8,
+            vocab_size=512,
+        )
+    )
+    model.requires_grad_(False)
+    return model
+
+
+def count_step(model: nn.Module, steps: int = 2) -> Counter[str]:
+    """The operations of a training step: of the second one, when what is made once has been made."""
+    tokens = torch.arange(64).view(2, 32)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=1e-3)
+    counter = OperationCounter()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        counter = OperationCounter()
+        with counter:
+            model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+    return counter.counts
+
+
+def added_per_weight(config: PeftConfig, layers: int) -> float:
+    """Operations that the adapter adds to a step, per adapted weight."""
+    base = build_model(layers)
+    base.get_input_embeddings().requires_grad_(True)
+    alone = count_step(base.train())
+    adapted: Any = get_peft_model(build_model(layers), config).train()
+    adapted.base_model.model.get_input_embeddings().requires_grad_(True)
+    return (count_step(adapted).total() - alone.total()) / (len(TARGETS) * layers)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--layers", type=int, nargs="+", default=[4, 12, 30])
+    arguments = parser.parse_args()
+    print(f"Operations added per adapted weight, forward and backward, r = {arguments.rank}\n")
+    print(f"{'':14s}" + "".join(f"{layers:>5d} layers" for layers in arguments.layers))
+    for name, make in ADAPTERS.items():
+        counts = [added_per_weight(make(arguments.rank), layers) for layers in arguments.layers]
+        print(f"{name:14s}" + "".join(f"{count:12.1f}" for count in counts))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,245 @@
+"""What the updates of many weights need, made for all of them at once: few operations, once per pass over the model."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tensorpeft.networks.versions import version_of
+
+# Larger groups save no more time, and keep the gradients of more weights until the last of them is there.
+_MAX_MEMBERS = 32
+
+# What an update hands to the map that applies it. Some have a gradient; the others are constants.
+Parts = tuple[Tensor, ...]
+Tensors = Mapping[str, Tensor]
+
+
+class Member(Protocol):
+    """An update that may be one of a group: a module with tensors of its own, and perhaps shared ones."""
+
+    shared: Any  # the module that owns those
+    place: Place | None
+
+    def group_key(self) -> Hashable | None:
+        """Updates of one key are made together; None: this one is made alone."""
+        ...
+
+    def make_parts(
+        self, members: Sequence[Any], own: Sequence[Tensors], shared: Tensors, dtype: torch.dtype | None
+    ) -> list[Parts]:
+        """The parts of each member, from its own tensors and the shared ones. Differentiable."""
+        ...
+
+
+class Place(NamedTuple):
+    """Where in which group an update is."""
+
+    group: Group
+    index: int
+
+
+M = TypeVar("M", bound=Member)
+
+
+def join(updates: Mapping[str, M]) -> Mapping[str, M]:
+    """The same updates, those of one key now in groups."""
+    by_key: dict[Hashable, list[M]] = {}
+    for update in updates.values():
+        if (key := update.group_key()) is not None:
+            by_key.setdefault(key, []).append(update)
+    for members in by_key.values():
+        for first in range(0, len(members), _MAX_MEMBERS):
+            together = members[first : first + _MAX_MEMBERS]
+            group = Group(len(together))
+            for index, member in enumerate(together):
+                member.place = Place(group, index)
+                group.admit(index, member)
+    return updates
+
+
+def parts_of(
+    member: Member,
+    dtype: torch.dtype | None = None,  # that they are wanted in; None: in that of their computation
+) -> Parts:
+    """The parts of an update: read from its group, if it has one. Differentiable."""
+    if member.place is None or torch.compiler.is_compiling():  # a compiler fuses what lies in its graph
+        return _make([member], dtype)[0]
+    return member.place.group.parts(member.place.index, member, dtype)
+
+
+class Group:
+    """Updates whose parts are made together, at the first question of a pass over the model.
+
+    A pass ends when a member asks again, outside of a backward pass: what is kept is then made anew. So the parts are
+    always those of the tensors as they are, whoever has written to them and how; forward, backward and what
+    checkpointing computes again read the same ones.
+
+    Members know their group; it refers to them weakly. A copied model's members have a group of their own, which learns
+    of them when they first ask.
+
+    Args:
+        size: the number of members.
+    """
+
+    def __init__(self, size: int):
+        self._members: list[Callable[[], Member | None]] = [_nobody] * size
+        self._made: _Made | None = None
+
+    def admit(self, index: int, member: Member) -> None:
+        """From now on this is the one at that place."""
+        self._members[index] = weakref.ref(member)
+
+    def parts(self, index: int, member: Member, dtype: torch.dtype | None) -> Parts:
+        """Those of the member at a place."""
+        known = self._members[index]()
+        if known is None:
+            self.admit(index, member)
+        version = _version(member, dtype)
+        if known not in (None, member) or version is None:  # a replica of it; or a tensor that does not tell of changes
+            return _make([member], dtype)[0]
+        needs_grad, made = _needs_grad(member), self._made
+        is_current = made is not None and made.versions.get(index) == version
+        if torch._C._current_graph_task_id() != -1:  # pyright: ignore[reportPrivateUsage]
+            # Computed again for the backward pass of a checkpoint. One that ran without a graph ("reentrant") has a
+            # backward pass of its own for every block: it must not walk a graph that the blocks share.
+            if made is None or not is_current or (needs_grad and not made.asked.get(index)):
+                return _make([member], dtype)[0]
+        elif made is None or not is_current or index in made.asked or (needs_grad and not made.needs_grad):
+            self._made = None  # free the old one first
+            made = self._made = self._make(member, dtype)
+        made.asked.setdefault(index, needs_grad)
+        return made.parts[index] if needs_grad else tuple(part.detach() for part in made.parts[index])
+
+    def _make(self, asker: Member, dtype: torch.dtype | None) -> _Made:
+        """Of all members that can be made together with this one now."""
+        layout, members = _layout(asker), dict[int, Member]()
+        for index, known in enumerate(self._members):
+            if (member := known()) is not None and _layout(member) == layout:
+                members[index] = member
+        versions = {index: _version(member, dtype) for index, member in members.items()}
+        parts = _make(list(members.values()), dtype)
+        return _Made(versions, dict(zip(members, parts)), any(map(_needs_grad, members.values())), {})
+
+    def clear(self) -> None:
+        """Keep nothing."""
+        self._made = None
+
+    def __deepcopy__(self, memo: object) -> Group:
+        """An empty one, to which the copied members come."""
+        return Group(len(self._members))
+
+    def __reduce__(self) -> tuple[type[Group], tuple[int]]:
+        """As a copy's."""
+        return Group, (len(self._members),)
+
+
+class _Made(NamedTuple):
+    """What one pass reads. By the members' indices."""
+
+    versions: Mapping[int, object]
+    parts: Mapping[int, Parts]
+    needs_grad: bool
+    asked: dict[int, bool]  # who has asked; whether with a graph
+
+
+def _nobody() -> None:
+    return None
+
+
+def tensors_of(module: Any) -> dict[str, Tensor]:
+    """A module's own parameters and buffers by name."""
+    # A replica that nn.DataParallel makes has its parameters' copies elsewhere. No generators: this is asked often.
+    parameters = vars(module).get("_former_parameters") or vars(module)["_parameters"]
+    named = {**parameters, **vars(module)["_buffers"]}
+    return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+def _all_tensors(member: Member) -> list[Tensor]:
+    shared = [] if member.shared is None else tensors_of(member.shared).values()
+    return [*tensors_of(member).values(), *shared]
+
+
+def _version(member: Member, dtype: torch.dtype | None) -> object | None:
+    version = version_of(_all_tensors(member))
+    return None if version is None else (version, dtype, torch.is_inference_mode_enabled())
+
+
+def _needs_grad(member: Member) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _all_tensors(member))
+
+
+def _layout(member: Member) -> object:
+    """Equal where tensors can be stacked: FSDP leaves those of other blocks sharded, offloading elsewhere."""
+    tensors = tensors_of(member)
+    forms = [(name, type(t), t.shape, t.dtype, t.device) for name, t in tensors.items()]
+    return forms, id(member.shared)
+
+
+def _make(members: Sequence[Member], dtype: torch.dtype | None) -> list[Parts]:
+    first = members[0]
+    own, shared = [tensors_of(member) for member in members], {}
+    if first.shared is not None:
+        shared = tensors_of(first.shared)
+    if torch.compiler.is_compiling() or not any(map(_needs_grad, members)):
+        return first.make_parts(members, own, shared, dtype)
+
+    def make(tensors: Sequence[Tensor]) -> list[Parts]:
+        rest = iter(tensors)
+        mine = [{name: next(rest) for name in named} for named in own]
+        return first.make_parts(members, mine, {name: next(rest) for name in shared}, dtype)
+
+    tensors = [*(tensor for named in own for tensor in named.values()), *shared.values()]
+    flat: Any = _Together.apply(make, len(members), len(own[0]), *tensors)
+    count = len(flat) // len(members)
+    return [tuple(flat[k : k + count]) for k in range(0, len(flat), count)]
+
+
+class _Together(torch.autograd.Function):
+    """The parts of all members from all tensors, with a graph that is neither seen nor freed by those around it.
+
+    What is saved here for backward is no business of the checkpoint, or the like, within which a pass has begun. And
+    several backward passes may each come by with some of the members' gradients, as those of separate weights could:
+    members without one get none.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        make: Callable[[Sequence[Tensor]], list[Parts]],
+        num_members: int,
+        num_own: int,  # tensors of each member
+        *tensors: Tensor,  # of all members, then the shared ones
+    ) -> tuple[Tensor, ...]:
+        ctx.tensors = [t.detach().requires_grad_() if t.requires_grad else t for t in tensors]
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+            ctx.parts = make(ctx.tensors)
+        ctx.num_own = num_own
+        flat = [part for parts in ctx.parts for part in parts]
+        outputs = tuple(part.detach() for part in flat)
+        ctx.mark_non_differentiable(*(output for output, part in zip(outputs, flat) if not part.requires_grad))
+        ctx.set_materialize_grads(False)
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        rest, outputs, given = iter(grads), list[Tensor](), list[Tensor]()
+        results: list[Tensor | None] = list(ctx.tensors)
+        for k, parts in enumerate(ctx.parts):
+            mine = [(part, grad) for part, grad in zip(parts, rest) if grad is not None]
+            outputs += [part for part, _ in mine]
+            given += [grad for _, grad in mine]
+            if not mine:
+                results[k * ctx.num_own : (k + 1) * ctx.num_own] = [None] * ctx.num_own
+        wanted = [k for k, tensor in enumerate(results) if tensor is not None and tensor.requires_grad]
+        found = torch.autograd.grad(
+            outputs, [ctx.tensors[k] for k in wanted], given, retain_graph=True, allow_unused=True
+        )
+        by_place = dict(zip(wanted, found))
+        return None, None, None, *(by_place.get(k) for k in range(len(results)))
