@@ -14,6 +14,7 @@ from tensorpeft.studies.compare.cells import Cell
 from tensorpeft.studies.compare.progress import CellsBar
 from tensorpeft.studies.compare.slots import Here, Slot, StoppedError, Work
 from tensorpeft.studies.compare.workers import make_workers
+from tensorpeft.training.progress import Progress
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -67,8 +68,8 @@ class Engine:
         """
         slot = self._free.get()
         try:
-            bar.begin(cell.name)
-            return slot.run(cell, lambda share: bar.share(cell.name, share))
+            bar.tell(cell.name, Progress())
+            return slot.run(cell, lambda progress: bar.tell(cell.name, progress))
         finally:
             bar.end(cell.name)
             self._free.put(slot)
