@@ -8,10 +8,10 @@ from pathlib import Path
 from jinja2 import Environment
 
 from tensorpeft.reports.files import write_lines
-from tensorpeft.studies.compare.answers import AnsweredQuestion, answer_cells
+from tensorpeft.studies.compare.answers import AnsweredQuestion
 from tensorpeft.studies.compare.entries import Comparison
 from tensorpeft.studies.compare.results import EntryResult
-from tensorpeft.studies.compare.table import legend, make_cells, search_cells, seed_cells, title
+from tensorpeft.studies.compare.table import detail_tables, main_table
 
 
 def write_html(
@@ -29,15 +29,11 @@ def write_html(
     )
     pictures = [(heading, base64.b64encode(file.read_bytes()).decode()) for heading, file in plots]
     page = template.render(
-        title=title(comparison),
         description=comparison.recipe.description.strip(),
         command=command,
-        table=make_cells(comparison, results),
-        legend=legend(comparison, results),
-        answers=answer_cells(answers),
+        table=main_table(comparison, results),
         pictures=pictures,
-        search=search_cells(results),
-        seeds=seed_cells(results),
+        details=detail_tables(results, answers),
         recipe=comparison.recipe.to_yaml().rstrip(),
         adapters=[(result.entry.label, _fields(result)) for result in results],
         versions=versions,
