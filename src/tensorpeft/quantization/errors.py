@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +75,12 @@ def quantization_errors(
     shapes, _ = plan_layers(model, config)
     inputs: dict[str, Tensor] = {}
     if run is not None:
-        with _recorded_inputs(model, shapes, inputs):
+
+        def keep(name: str, rows: Tensor) -> None:
+            rows = rows.flatten(0, -2)
+            inputs[name] = _spread(torch.cat([inputs[name], rows] if name in inputs else [rows]))
+
+        with each_input(model, shapes, keep):
             run()
     results = []
     for name, layer_shapes in shapes.items():
@@ -118,17 +123,17 @@ def _layer_errors(
 
 
 @contextmanager
-def _recorded_inputs(model: nn.Module, names: Mapping[str, Any], inputs: dict[str, Tensor]) -> Iterator[None]:
-    """While it is open, every named layer's inputs (rows, in) are collected, `_MAX_ROWS` of them at most."""
-    handles = []
-    for name in names:
+def each_input(
+    model: nn.Module,
+    names: Iterable[str],  # of layers
+    see: Callable[[str, Tensor], object],  # called with a layer's name and its input (*batch, in)
+) -> Iterator[None]:
+    """While it is open, every named layer's inputs are seen."""
 
-        def keep(module: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
-            rows = args[0].detach().flatten(0, -2)
-            seen = [inputs[name], rows] if name in inputs else [rows]
-            inputs[name] = _spread(torch.cat(seen))
+    def hook(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        see(name, args[0].detach())
 
-        handles.append(model.get_submodule(name).register_forward_pre_hook(keep))
+    handles = [model.get_submodule(name).register_forward_pre_hook(partial(hook, name)) for name in names]
     try:
         yield
     finally:

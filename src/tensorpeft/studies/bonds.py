@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 
 import torch
@@ -15,6 +16,7 @@ from tensorpeft import DotaConfig
 from tensorpeft.networks.bonds import Spectra, choose_bonds, effective_rank, energies_of, unfolding_energies
 from tensorpeft.networks.mpo import decompose
 from tensorpeft.plugin.base_weight import as_matrix
+from tensorpeft.quantization.errors import each_input
 from tensorpeft.quantization.model import network_of, plan_layers
 from tensorpeft.studies.inspected_model import kind_of
 
@@ -138,14 +140,7 @@ def study_bonds(
     studies = []
     for (name, out_modes, in_modes, uniform, energies), weight, bonds in zip(found, spectra, adaptive):
         matrix = _weight(model, name).double()  # of errors near 0, float32 would show its own rounding
-
-        def cut(
-            bonds: int | Sequence[int],
-            matrix: Tensor = matrix,
-            modes: tuple[list[int], list[int]] = (out_modes, in_modes),
-        ) -> Cut:
-            return cut_to(matrix, *modes, bonds)
-
+        cut = partial(cut_to, matrix, out_modes, in_modes)
         at_uniform = cut(uniform)
         tails = [part[bond:].sum().item() for part, bond in zip(weight.energies, uniform)]
         studies.append(
@@ -202,21 +197,14 @@ def mean_squares(model: nn.Module, names: Sequence[str], batch: Mapping[str, Ten
     sums = dict.fromkeys(names, 0.0)
     counts = dict.fromkeys(names, 0)
     mask = batch.get("attention_mask")
-    handles = []
-    for name in names:
 
-        def add(module: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
-            rows = args[0].detach()
-            real = rows if mask is None or rows.shape[:-1] != mask.shape else rows[mask.bool()]
-            sums[name] += real.double().square().sum().item()
-            counts[name] += real.numel()
+    def add(name: str, rows: Tensor) -> None:
+        real = rows if mask is None or rows.shape[:-1] != mask.shape else rows[mask.bool()]
+        sums[name] += real.double().square().sum().item()
+        counts[name] += real.numel()
 
-        handles.append(model.get_submodule(name).register_forward_pre_hook(add))
-    try:
+    with each_input(model, names, add):
         model(**batch)
-    finally:
-        for handle in handles:
-            handle.remove()
     if unreached := next((name for name in names if not counts[name]), None):
         raise ValueError(f"{unreached}: the text does not reach this layer, so that it has no weight. Exclude it.")
     return {name: sums[name] / counts[name] for name in names}
