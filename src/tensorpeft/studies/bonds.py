@@ -123,23 +123,23 @@ def study_bonds(
     shapes, _ = plan_layers(model, config)
     factors = dict.fromkeys(shapes, 1.0) if batch is None else mean_squares(model, list(shapes), batch)
     total = 2 * len(shapes)
-    found, spectra = [], []
+    spectra = []
     for name, weight_shapes in shapes.items():
-        weight = _weight(model, name)
-        out_modes, in_modes, uniform = network_of(weight_shapes)
+        out_modes, in_modes, _ = network_of(weight_shapes)
         try:
-            unfoldings = unfolding_energies(weight, out_modes, in_modes)
+            unfoldings = unfolding_energies(_weight(model, name), out_modes, in_modes)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         pairs = tuple(i * j for i, j in zip(out_modes, in_modes))
         spectra.append(Spectra(pairs, unfoldings, factors[name]))
-        found.append((name, out_modes, in_modes, uniform, energies_of(weight)))
-        on_weight(len(found), total)
-    uniform_size = sum(weight.size(item[3]) for weight, item in zip(spectra, found))
+        on_weight(len(spectra), total)
+    uniform_size = sum(torch.Size(shape).numel() for weight_shapes in shapes.values() for shape in weight_shapes)
     adaptive = choose_bonds(spectra, uniform_size if budget is None else budget)
     studies = []
-    for (name, out_modes, in_modes, uniform, energies), weight, bonds in zip(found, spectra, adaptive):
+    for (name, weight_shapes), weight, bonds in zip(shapes.items(), spectra, adaptive):
+        out_modes, in_modes, uniform = network_of(weight_shapes)
         matrix = _weight(model, name).double()  # of errors near 0, float32 would show its own rounding
+        energies = energies_of(matrix)
         cut = partial(cut_to, matrix, out_modes, in_modes)
         at_uniform = cut(uniform)
         tails = [part[bond:].sum().item() for part, bond in zip(weight.energies, uniform)]
@@ -157,7 +157,7 @@ def study_bonds(
                 cut(bonds),
             )
         )
-        on_weight(len(found) + len(studies), total)
+        on_weight(len(shapes) + len(studies), total)
     return studies
 
 

@@ -23,6 +23,7 @@ from tensorpeft.training.seed import run_seed, score_seed, score_untrained
 from tensorpeft.training.splits import Splits, load_splits
 
 FAILURE = "failure.txt"
+Kind = Literal["train", "test", "untrained"]
 _LOCK = ".lock"
 # The rows of this process, by what of a recipe names them: a worker reads them once for all its cells.
 _ROWS: dict[str, Splits] = {}
@@ -41,7 +42,7 @@ class Cell:
         options: of the tests.
     """
 
-    kind: Literal["train", "test", "untrained"]
+    kind: Kind
     name: str
     recipe: Recipe
     seed: int

@@ -33,10 +33,10 @@ class TrainedStep:
 
     def __init__(self, entry: Entry, splits: Splits) -> None:
         rate = entry.rates[len(entry.rates) // 2]
-        recipe = dataclasses.replace(entry.recipe, trainer={**entry.recipe.trainer, "learning_rate": rate})
+        trainer = {**entry.recipe.trainer, "learning_rate": rate}
         self._folder = tempfile.TemporaryDirectory()
-        arguments = make_arguments(recipe.trainer, splits.task, Path(self._folder.name), seed=0)
-        recipe = dataclasses.replace(recipe, output=self._folder.name)
+        arguments = make_arguments(trainer, splits.task, Path(self._folder.name), seed=0)
+        recipe = dataclasses.replace(entry.recipe, trainer=trainer, output=self._folder.name)
         self.trainer: Trainer = make_trainer(recipe, splits, load_tokenizer(recipe, splits.task), arguments)
         self.model: Any = self.trainer.model
         self.optimizer = self.trainer.create_optimizer()

@@ -2,10 +2,9 @@
 
 import base64
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 
-from jinja2 import Environment
+from jinja2 import Environment, PackageLoader
 
 from tensorpeft.reports.files import write_lines
 from tensorpeft.studies.compare.answers import AnsweredQuestion
@@ -24,11 +23,10 @@ def write_html(
     path: Path,
 ) -> None:
     """Write the report; pictures and style are inside, and every text is escaped."""
-    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
-        files("tensorpeft.studies.compare").joinpath("report.html.jinja").read_text(encoding="utf-8")
-    )
+    loader = PackageLoader("tensorpeft.studies", "compare")
+    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     pictures = [(heading, base64.b64encode(file.read_bytes()).decode()) for heading, file in plots]
-    page = template.render(
+    page = environment.get_template("report.html.jinja").render(
         description=comparison.recipe.description.strip(),
         command=command,
         table=main_table(comparison, results),

@@ -150,9 +150,8 @@ def _make_result(
         return EntryResult(entry, search, (), None, problem=next(run.problem for run in search if run.problem))
     kept = [runner.folder(entry, run.rate, run.seed) / kept_folder(entry.recipe) for run in final]
     costs, problem = _measure(entry, runner.comparison, meter)
-    failed = [run for run in final if run.result is None]
-    if len(failed) == len(final):
-        return EntryResult(entry, search, final, costs, problem=failed[0].problem)
+    if all(run.result is None for run in final):
+        problem = final[0].problem
     return EntryResult(entry, search, final, costs, saved_bytes(kept), problem)
 
 
