@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tensorpeft.networks.mpo import contract, decompose
-from tensorpeft.plugin.base_weight import as_matrix
+from tensorpeft.plugin.base_weight import weight_of
 from tensorpeft.plugin.config import TensorConfig
 from tensorpeft.quantization.model import Shapes, network_of, plan_layers
 from tensorpeft.quantization.residual import alternate, dequantise, quantise
@@ -84,9 +84,8 @@ def quantization_errors(
             run()
     results = []
     for name, layer_shapes in shapes.items():
-        layer = model.get_submodule(name)
-        weight = as_matrix(layer, layer.weight.detach())  # type: ignore[arg-type]
-        results.append(_layer_errors(name, weight.float(), layer_shapes, rounds, double_quant, inputs.get(name)))
+        weight = weight_of(model.get_submodule(name)).float()
+        results.append(_layer_errors(name, weight, layer_shapes, rounds, double_quant, inputs.get(name)))
         on_layer(len(results), len(shapes))
     return results
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tensorpeft import DotaConfig
 from tensorpeft.networks.bonds import Spectra, choose_bonds, effective_rank, energies_of, unfolding_energies
 from tensorpeft.networks.mpo import decompose
-from tensorpeft.plugin.base_weight import as_matrix
+from tensorpeft.plugin.base_weight import weight_of
 from tensorpeft.quantization.errors import each_input
 from tensorpeft.quantization.model import network_of, plan_layers
 from tensorpeft.studies.inspected_model import kind_of
@@ -127,7 +127,7 @@ def study_bonds(
     for name, weight_shapes in shapes.items():
         out_modes, in_modes, _ = network_of(weight_shapes)
         try:
-            unfoldings = unfolding_energies(_weight(model, name), out_modes, in_modes)
+            unfoldings = unfolding_energies(weight_of(model.get_submodule(name)), out_modes, in_modes)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         pairs = tuple(i * j for i, j in zip(out_modes, in_modes))
@@ -138,7 +138,7 @@ def study_bonds(
     studies = []
     for (name, weight_shapes), weight, bonds in zip(shapes.items(), spectra, adaptive):
         out_modes, in_modes, uniform = network_of(weight_shapes)
-        matrix = _weight(model, name).double()  # of errors near 0, float32 would show its own rounding
+        matrix = weight_of(model.get_submodule(name)).double()  # of errors near 0, float32 would show its rounding
         energies = energies_of(matrix)
         cut = partial(cut_to, matrix, out_modes, in_modes)
         at_uniform = cut(uniform)
@@ -159,11 +159,6 @@ def study_bonds(
         )
         on_weight(len(shapes) + len(studies), total)
     return studies
-
-
-def _weight(model: nn.Module, name: str) -> Tensor:  # (out, in)
-    layer = model.get_submodule(name)
-    return as_matrix(layer, layer.weight.detach())  # type: ignore[arg-type]
 
 
 def cut_to(
