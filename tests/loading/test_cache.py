@@ -19,12 +19,9 @@ def source(tmp_path) -> Path:
     return tmp_path / "source"
 
 
-def make(unfinished: Path) -> Path:
+def make(unfinished: Path) -> None:
     assert not list(unfinished.iterdir())
-    (unfinished / "joined").touch()
-    (unfinished / "model").mkdir()
-    (unfinished / "model/weights").write_text("whole")
-    return unfinished / "model"
+    (unfinished / "weights").write_text("whole")
 
 
 def test_what_fails_leaves_nothing(source, folder):
@@ -43,7 +40,7 @@ def test_what_a_killed_process_left_is_removed(source, folder):
     found.rename(found.with_name(f"{found.name}.unfinished"))
     again = find_or_make([source], "a", "1", make)
     assert again == found
-    assert sorted(path.name for path in folder.iterdir()) == [found.name, f"{found.name}.lock"]
+    assert sorted(path.name for path in folder.iterdir()) == [f".{found.name}.lock", found.name]
     assert [path.name for path in found.iterdir()] == ["weights"]
 
 
@@ -53,7 +50,7 @@ def test_several_at_once_make_it_once(source):
     def slowly(unfinished):
         made.append(unfinished)
         time.sleep(0.2)
-        return make(unfinished)
+        make(unfinished)
 
     threads = [
         threading.Thread(target=lambda: found.append(find_or_make([source], "a", "1", slowly))) for _ in range(4)

@@ -39,7 +39,7 @@ def folder(tmp_path_factory, cache_folder):
         adapter={"method": "lorta", "r": 4, "target_modules": ["q_proj", "v_proj"]},
     )
     task = find_task(recipe.task)
-    assert isinstance(load_tokenizer(recipe).chat_template, str)
+    assert isinstance(load_tokenizer(recipe, task).chat_template, str)
     adapted = adapt(load_base(recipe, task, None, seed=0), recipe, task)
     perturb(adapted)
     adapted.save_pretrained(folder / "adapter")

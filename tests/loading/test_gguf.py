@@ -107,7 +107,7 @@ def test_the_second_use_reads_nothing(tiny, cache_folder, monkeypatch):
 
 def test_other_bytes_and_other_libraries_are_another_model(tiny, monkeypatch):
     made = []
-    monkeypatch.setattr(our_gguf, "_convert", lambda files, folder: made.append(files) or make(folder))
+    monkeypatch.setattr(our_gguf, "_convert", lambda files, folder: made.append(files))
     first = resolve(tiny)
     copy = shutil.copy(tiny, tiny.with_name("copy.gguf"))
     assert Path(resolve(copy)).name.partition("-")[2] == Path(first).name.partition("-")[2]  # content, not place
@@ -117,11 +117,6 @@ def test_other_bytes_and_other_libraries_are_another_model(tiny, monkeypatch):
     monkeypatch.setattr(our_gguf, "version", lambda name: "0")
     assert resolve(tiny) != first
     assert len(made) == 4
-
-
-def make(folder: Path) -> Path:
-    (folder / "model").mkdir()
-    return folder / "model"
 
 
 def test_parts_and_packages_give_the_model_of_the_whole(tiny, tmp_path, monkeypatch):
@@ -137,6 +132,9 @@ def test_parts_and_packages_give_the_model_of_the_whole(tiny, tmp_path, monkeypa
         (tmp_path / f"parts/tiny.gguf.part{k:02}").write_bytes(part)
     monkeypatch.syspath_prepend(tmp_path / "site")
     assert resolve(tmp_path / "parts") == resolve("package:tiny_gguf_part*") == whole
+    monkeypatch.setenv("TENSORPEFT_CACHE", str(tmp_path / "cache"))
+    files = {path.name: path.read_bytes() for path in Path(whole).iterdir()}
+    assert {path.name: path.read_bytes() for path in Path(resolve(tmp_path / "parts")).iterdir()} == files
     shutil.rmtree(tmp_path / "site/tiny_gguf_part2")
     with pytest.raises(ValueError, match=r"tiny_gguf_part\*: parts of tiny.gguf are missing.* numbers 0, 2, 3"):
         resolve("package:tiny_gguf_part*")

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from cases import tiny_llama
 from tensorpeft.loading import errors
-from tensorpeft.loading.adapters import find_base, load_base, load_on_skeleton
+from tensorpeft.loading.adapters import find_base, load_on_skeleton
 from tensorpeft.loading.architectures import build_empty, find_class
 from tensorpeft.loading.models import load_as_saved, load_config, load_pretrained, load_tokenizer
 from tensorpeft.studies.plan import plan_model
@@ -86,7 +86,7 @@ def test_the_class_is_one_that_transformers_registers(saved):
 
 def test_an_adapter_names_its_class_but_no_module_to_import(saved):
     config = load_on_skeleton(saved / "adapter").peft_config["default"]
-    assert type(load_base(str(saved / "base"), config)) is LlamaForCausalLM
+    assert type(load_as_saved(str(saved / "base"), config)) is LlamaForCausalLM
     mapping = {"base_model_class": "LlamaModel", "parent_library": "no_such_library"}
     change(saved / "adapter/adapter_config.json", auto_mapping=mapping, target_modules=["q_proj"])
     adapted = load_on_skeleton(saved / "adapter")

@@ -149,7 +149,7 @@ def test_the_head_has_its_own_rate(place, tmp_path):
     recipe = load_recipe(place / "labels.yaml", ["head_learning_rate=0.5", "trainer.weight_decay=0.1"])
     splits = load_splits(recipe)
     arguments = make_arguments(recipe.trainer, splits.task, tmp_path, 0)
-    trainer = make_trainer(recipe, splits, load_tokenizer(recipe), arguments)
+    trainer = make_trainer(recipe, splits, load_tokenizer(recipe, splits.task), arguments)
     names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
     groups = trainer.create_optimizer().param_groups
     rates = {names[id(p)]: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}

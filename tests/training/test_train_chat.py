@@ -29,7 +29,7 @@ def test_the_tokens_trained_are_those_of_the_conversation(bos, end, loss_on, tmp
     chat_tokenizer(bos, end).save_pretrained(tmp_path)
     recipe = recipe_of(tmp_path, chat=True, loss_on=loss_on)
     arguments = make_arguments({"bf16": False}, TASK, tmp_path / "run", seed=0)
-    tokenizer = load_tokenizer(recipe)
+    tokenizer = load_tokenizer(recipe, TASK)
     trainer = make_trainer(recipe, Splits(TASK, QUESTIONS, QUESTIONS, {}, ()), tokenizer, arguments)
     for row, question in zip(trainer.train_dataset, QUESTIONS, strict=True):
         whole = ids_of(tokenizer, turns(question, question.response))

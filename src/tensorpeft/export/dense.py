@@ -13,7 +13,8 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from transformers import AutoTokenizer, PreTrainedModel
 
-from tensorpeft.loading.adapters import base_of, load_base, put_adapter
+from tensorpeft.loading.adapters import base_of, put_adapter
+from tensorpeft.loading.models import load_as_saved
 from tensorpeft.loading.names import resolve
 from tensorpeft.networks.update import BASE_DIGEST
 from tensorpeft.plugin.config import TensorConfig
@@ -47,7 +48,7 @@ def to_dense(
     base = base or base_of(config, adapter)
     names = _tensor_shapes(adapter)
     labels = next((shape[0] for name, shape in names.items() if name.endswith(_HEADS)), None)
-    model = load_base(base, config, dtype="auto", **({} if labels is None else {"num_labels": labels}))
+    model = load_as_saved(base, config, dtype="auto", **({} if labels is None else {"num_labels": labels}))
     if not any(name.endswith(BASE_DIGEST) for name in names):
         # Merging into a 4-bit layer would quantise the sum. An adapter that starts from its residual base needs the
         # layer as it is, and merges into a plain one by itself.

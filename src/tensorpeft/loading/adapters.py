@@ -87,15 +87,6 @@ def load_model(
         return (model if adapter is None else put_adapter(model, adapter, base)).eval(), tokenizer
 
 
-def load_base(
-    base: str,  # as `resolve` takes it
-    adapter: PeftConfig,
-    **arguments: Any,  # of from_pretrained
-) -> PreTrainedModel:
-    """The base as the class that was adapted."""
-    return load_pretrained(find_class(load_config(base), base, adapter), base, **arguments)
-
-
 def load_on_skeleton(
     adapter: str | os.PathLike[str],  # folder
 ) -> PeftModel:

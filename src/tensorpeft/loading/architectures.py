@@ -6,8 +6,7 @@ from typing import Any
 import torch
 import transformers
 from peft import PeftConfig
-from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 # By PEFT's task type.
@@ -52,7 +51,7 @@ def find_class(
 def build_empty(
     model_cls: Any,  # as `find_class` gives it
     config: PretrainedConfig,
-) -> nn.Module:
+) -> PreTrainedModel:
     """The model on the meta device: shapes, and no numbers."""
     with torch.device("meta"):
         return model_cls.from_config(config) if hasattr(model_cls, "from_config") else model_cls(config)

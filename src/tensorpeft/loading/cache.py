@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import platformdirs
-from filelock import FileLock
+
+from tensorpeft.reports.files import make_once
 
 _VARIABLE = "TENSORPEFT_CACHE"
 _CHUNK_BYTES = 2**24
@@ -25,7 +26,7 @@ def find_or_make(
     files: Sequence[Path],  # whose bytes, one after the other, are the source
     name: str,  # that a person knows it by
     maker: str,  # what makes the folder, with its versions: others make it anew
-    make: Callable[[Path], Path],  # in an empty folder, a folder within it
+    make: Callable[[Path], object],  # fills an empty folder
 ) -> Path:
     """The folder that is made of these files: it is whole, or not there, whenever a process is killed.
 
@@ -33,18 +34,8 @@ def find_or_make(
     """
     digest = hashlib.sha256(f"{maker} {_digest(files)}".encode()).hexdigest()[:16]
     folder = cache_folder() / "models" / f"{name}-{digest}"
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if not folder.is_dir():
-            unfinished = folder.with_name(f"{folder.name}.unfinished")
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir()
-            try:
-                make(unfinished).rename(folder)
-            finally:
-                shutil.rmtree(unfinished, ignore_errors=True)
+    if not folder.is_dir():  # asked without a lock: a cache may be one that this process only reads
+        make_once(folder, make)
     return folder
 
 

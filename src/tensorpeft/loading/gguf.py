@@ -18,6 +18,7 @@ from tensorpeft.loading.cache import cache_folder, find_or_make, require_space
 from tensorpeft.loading.quiet import quiet
 
 _FORMAT = 1  # of the folders; a change here makes all of them anew
+_JOINED = "joined.gguf"  # all parts, until they are read
 _PART = re.compile(r"\.gguf\.part-?(\d+)$")
 
 
@@ -67,13 +68,13 @@ def make_plain(
     return str(find_or_make(files, name, maker, lambda folder: _convert(files, folder)))
 
 
-def _convert(files: Sequence[Path], folder: Path) -> Path:
-    """The model's folder, in another that may hold whatever is needed on the way."""
+def _convert(files: Sequence[Path], folder: Path) -> None:
+    """Fill the model's folder."""
     # Not a name relative to a folder: transformers would first look for that in the working directory.
     file, label = files[0].absolute(), str(files[0])
     if len(files) > 1:
         require_space(sum(part.stat().st_size for part in files), label)
-        file = folder / "joined.gguf"
+        file = folder / _JOINED
         _join(files, file)
     architecture, num_elements = _inspect(file, label)
     require_space(4 * num_elements, label)
@@ -90,9 +91,9 @@ def _convert(files: Sequence[Path], folder: Path) -> Path:
                 f"{label}: transformers {version('transformers')} makes no causal language model of this GGUF file, "
                 f"whose architecture is {architecture!r} ({str(error).strip()}). Pass the model in another form."
             ) from error
-        model.save_pretrained(folder / "model")
-        tokenizer.save_pretrained(folder / "model")
-    return folder / "model"
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    (folder / _JOINED).unlink(missing_ok=True)
 
 
 def _join(files: Sequence[Path], target: Path) -> None:

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from peft import PeftConfig
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tensorpeft.loading.architectures import find_class
 from tensorpeft.loading.errors import explained, require_config
@@ -66,7 +66,8 @@ def load_pretrained(
 
 def load_as_saved(
     name: str,  # as `resolve` takes it
+    adapter: PeftConfig | None = None,
     **arguments: Any,  # of from_pretrained
-) -> nn.Module:
-    """The model with the head that its configuration names."""
-    return load_pretrained(find_class(load_config(name), name), name, **arguments)
+) -> PreTrainedModel:
+    """The model with the head that its configuration names, or as the class that was adapted."""
+    return load_pretrained(find_class(load_config(name), name, adapter), name, **arguments)

@@ -156,6 +156,11 @@ def as_matrix(base: nn.Module, stored: Tensor) -> Tensor:
     return stored.flatten(1) if is_convolution(base) else stored
 
 
+def weight_of(layer: nn.Module) -> Tensor:  # (out, in)
+    """The weight of a layer that adapts nothing, without a graph."""
+    return as_matrix(layer, layer.weight.detach())  # type: ignore[arg-type]
+
+
 def as_stored(base: nn.Module, matrix: Tensor) -> Tensor:
     """The inverse of `as_matrix`."""
     if isinstance(base, Conv1D):

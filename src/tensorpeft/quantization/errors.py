@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from tensorpeft.networks.mpo import contract, decompose
-from tensorpeft.plugin.base_weight import as_matrix
+from tensorpeft.plugin.base_weight import weight_of
 from tensorpeft.plugin.config import TensorConfig
 from tensorpeft.quantization.model import Shapes, network_of, plan_layers
 from tensorpeft.quantization.residual import alternate, dequantise, quantise
@@ -75,13 +75,17 @@ def quantization_errors(
     shapes, _ = plan_layers(model, config)
     inputs: dict[str, Tensor] = {}
     if run is not None:
-        with _recorded_inputs(model, shapes, inputs):
+
+        def keep(name: str, rows: Tensor) -> None:
+            rows = rows.flatten(0, -2)
+            inputs[name] = _spread(torch.cat([inputs[name], rows] if name in inputs else [rows]))
+
+        with each_input(model, shapes, keep):
             run()
     results = []
     for name, layer_shapes in shapes.items():
-        layer = model.get_submodule(name)
-        weight = as_matrix(layer, layer.weight.detach())  # type: ignore[arg-type]
-        results.append(_layer_errors(name, weight.float(), layer_shapes, rounds, double_quant, inputs.get(name)))
+        weight = weight_of(model.get_submodule(name)).float()
+        results.append(_layer_errors(name, weight, layer_shapes, rounds, double_quant, inputs.get(name)))
         on_layer(len(results), len(shapes))
     return results
 
@@ -118,17 +122,17 @@ def _layer_errors(
 
 
 @contextmanager
-def _recorded_inputs(model: nn.Module, names: Mapping[str, Any], inputs: dict[str, Tensor]) -> Iterator[None]:
-    """While it is open, every named layer's inputs (rows, in) are collected, `_MAX_ROWS` of them at most."""
-    handles = []
-    for name in names:
+def each_input(
+    model: nn.Module,
+    names: Iterable[str],  # of layers
+    see: Callable[[str, Tensor], object],  # called with a layer's name and its input (*batch, in)
+) -> Iterator[None]:
+    """While it is open, every named layer's inputs are seen."""
 
-        def keep(module: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
-            rows = args[0].detach().flatten(0, -2)
-            seen = [inputs[name], rows] if name in inputs else [rows]
-            inputs[name] = _spread(torch.cat(seen))
+    def hook(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        see(name, args[0].detach())
 
-        handles.append(model.get_submodule(name).register_forward_pre_hook(keep))
+    handles = [model.get_submodule(name).register_forward_pre_hook(partial(hook, name)) for name in names]
     try:
         yield
     finally:

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from tensorpeft.networks.mpo import MpoUpdate
-from tensorpeft.plugin.base_weight import as_matrix
+from tensorpeft.plugin.base_weight import weight_of
 from tensorpeft.plugin.config import TensorConfig
 from tensorpeft.plugin.tensor_map import plan_updates, settle
 from tensorpeft.quantization.quantizer import ResidualConfig, mark_quantised
@@ -69,7 +69,7 @@ def quantize_residual(
             raise ValueError(f"{name}: the weight is not finite, expected finite numbers. Check the checkpoint.")
     for name in tqdm(names, desc="quantising", unit="weight", disable=not progress):
         old = model.get_submodule(name)
-        weight = as_matrix(old, old.weight.detach())  # type: ignore[arg-type]
+        weight = weight_of(old)
         if name in shapes:
             parts = split(weight, *network_of(shapes[name]), rounds=rounds, double_quant=double_quant)
             new = ResidualLinear4bit.from_split(parts, old.bias, compute_dtype)  # type: ignore[arg-type]

@@ -4,10 +4,12 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub.utils import WeakFileLock
 
 UNFINISHED = ".unfinished"
 
@@ -28,6 +30,16 @@ def write_whole(path: Path) -> Iterator[Path]:  # where to write
     except BaseException:
         _remove(unfinished)
         raise
+
+
+def make_once(folder: Path, make: Callable[[Path], object]) -> None:
+    """Let a folder be made, under another name, unless it is there; whoever wants it at once waits for the first."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(folder.with_name(f".{folder.name}.lock")):
+        if not folder.is_dir():
+            with write_whole(folder) as unfinished:
+                unfinished.mkdir()
+                make(unfinished)
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from tensorpeft import DotaConfig
 from tensorpeft.networks.bonds import Spectra, choose_bonds, effective_rank, energies_of, unfolding_energies
 from tensorpeft.networks.mpo import decompose
-from tensorpeft.plugin.base_weight import as_matrix
+from tensorpeft.plugin.base_weight import weight_of
+from tensorpeft.quantization.errors import each_input
 from tensorpeft.quantization.model import network_of, plan_layers
 from tensorpeft.studies.inspected_model import kind_of
 
@@ -121,31 +123,24 @@ def study_bonds(
     shapes, _ = plan_layers(model, config)
     factors = dict.fromkeys(shapes, 1.0) if batch is None else mean_squares(model, list(shapes), batch)
     total = 2 * len(shapes)
-    found, spectra = [], []
+    spectra = []
     for name, weight_shapes in shapes.items():
-        weight = _weight(model, name)
-        out_modes, in_modes, uniform = network_of(weight_shapes)
+        out_modes, in_modes, _ = network_of(weight_shapes)
         try:
-            unfoldings = unfolding_energies(weight, out_modes, in_modes)
+            unfoldings = unfolding_energies(weight_of(model.get_submodule(name)), out_modes, in_modes)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         pairs = tuple(i * j for i, j in zip(out_modes, in_modes))
         spectra.append(Spectra(pairs, unfoldings, factors[name]))
-        found.append((name, out_modes, in_modes, uniform, energies_of(weight)))
-        on_weight(len(found), total)
-    uniform_size = sum(weight.size(item[3]) for weight, item in zip(spectra, found))
+        on_weight(len(spectra), total)
+    uniform_size = sum(torch.Size(shape).numel() for weight_shapes in shapes.values() for shape in weight_shapes)
     adaptive = choose_bonds(spectra, uniform_size if budget is None else budget)
     studies = []
-    for (name, out_modes, in_modes, uniform, energies), weight, bonds in zip(found, spectra, adaptive):
-        matrix = _weight(model, name).double()  # of errors near 0, float32 would show its own rounding
-
-        def cut(
-            bonds: int | Sequence[int],
-            matrix: Tensor = matrix,
-            modes: tuple[list[int], list[int]] = (out_modes, in_modes),
-        ) -> Cut:
-            return cut_to(matrix, *modes, bonds)
-
+    for (name, weight_shapes), weight, bonds in zip(shapes.items(), spectra, adaptive):
+        out_modes, in_modes, uniform = network_of(weight_shapes)
+        matrix = weight_of(model.get_submodule(name)).double()  # of errors near 0, float32 would show its rounding
+        energies = energies_of(matrix)
+        cut = partial(cut_to, matrix, out_modes, in_modes)
         at_uniform = cut(uniform)
         tails = [part[bond:].sum().item() for part, bond in zip(weight.energies, uniform)]
         studies.append(
@@ -162,13 +157,8 @@ def study_bonds(
                 cut(bonds),
             )
         )
-        on_weight(len(found) + len(studies), total)
+        on_weight(len(shapes) + len(studies), total)
     return studies
-
-
-def _weight(model: nn.Module, name: str) -> Tensor:  # (out, in)
-    layer = model.get_submodule(name)
-    return as_matrix(layer, layer.weight.detach())  # type: ignore[arg-type]
 
 
 def cut_to(
@@ -202,21 +192,14 @@ def mean_squares(model: nn.Module, names: Sequence[str], batch: Mapping[str, Ten
     sums = dict.fromkeys(names, 0.0)
     counts = dict.fromkeys(names, 0)
     mask = batch.get("attention_mask")
-    handles = []
-    for name in names:
 
-        def add(module: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
-            rows = args[0].detach()
-            real = rows if mask is None or rows.shape[:-1] != mask.shape else rows[mask.bool()]
-            sums[name] += real.double().square().sum().item()
-            counts[name] += real.numel()
+    def add(name: str, rows: Tensor) -> None:
+        real = rows if mask is None or rows.shape[:-1] != mask.shape else rows[mask.bool()]
+        sums[name] += real.double().square().sum().item()
+        counts[name] += real.numel()
 
-        handles.append(model.get_submodule(name).register_forward_pre_hook(add))
-    try:
+    with each_input(model, names, add):
         model(**batch)
-    finally:
-        for handle in handles:
-            handle.remove()
     if unreached := next((name for name in names if not counts[name]), None):
         raise ValueError(f"{unreached}: the text does not reach this layer, so that it has no weight. Exclude it.")
     return {name: sums[name] / counts[name] for name in names}

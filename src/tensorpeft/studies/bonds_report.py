@@ -7,12 +7,13 @@ from typing import Any
 from rich.console import Console
 
 from tensorpeft import DotaConfig
+from tensorpeft.loading.models import load_as_saved
 from tensorpeft.reports.files import write_json, write_lines
 from tensorpeft.reports.tables import Table, markdown_tables, model_title
 from tensorpeft.reports.terminal import counting, print_table, say
 from tensorpeft.studies.bonds import RANKS, WeightStudy, correlations, study_bonds, total_error
 from tensorpeft.studies.bonds_plots import by_kind, plot_bonds, plot_errors, plot_spectra
-from tensorpeft.studies.inspected_model import load_batch, load_network, short_name
+from tensorpeft.studies.inspected_model import load_batch, short_name
 
 
 def inspect_bonds(
@@ -30,7 +31,7 @@ def inspect_bonds(
     """
     if text is not None and not weighted:
         raise ValueError(f"--text {text}: only weights by activations need a text. Add --weighted, or leave it out.")
-    network = load_network(model)
+    network = load_as_saved(model, dtype="float32")
     batch = load_batch(model, text) if weighted else None
     console = Console()
     with counting(console, "weights") as on_weight:

@@ -1,6 +1,7 @@
 """Numbers of trained parameters: as a person writes them, and the value of a method's knob that comes closest."""
 
 import re
+from bisect import bisect_left
 from collections.abc import Callable
 
 _LARGEST = 2**14
@@ -30,10 +31,8 @@ def closest_value(
     >>> closest_value(lambda r: 100 * r, 1234)
     12
     """
-    low, high = 1, 2
+    high = 2
     while count(high) < budget and high < _LARGEST:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if count(middle) < budget else (low, middle)
-    return min((low, high), key=lambda value: abs(count(value) - budget))
+        high *= 2
+    above = bisect_left(range(high), budget, lo=high // 2, key=count)
+    return min((max(above - 1, 1), above), key=lambda value: abs(count(value) - budget))

@@ -1,20 +1,14 @@
-"""A model to look into, text to run it on, and short names for its layers."""
+"""Text to run a model on that is looked into, and short names for its layers."""
 
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tensorpeft.loading.models import load_as_saved, load_tokenizer
+from tensorpeft.loading.models import load_tokenizer
 from tensorpeft.tasks.docstrings import load_docstrings
 
 # Texts whose activations are looked at, and tokens of each.
 _NUM_TEXTS, _MAX_TOKENS = 32, 128
-
-
-def load_network(model: str) -> nn.Module:  # as `tensorpeft.loading.names.resolve` takes it
-    """The model with the head that its configuration names, in float32 and evaluation mode."""
-    return load_as_saved(model, dtype=torch.float32).eval()
 
 
 def load_batch(

@@ -11,14 +11,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from math import ceil
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from tensorpeft.loading.architectures import build_empty, find_class
 from tensorpeft.loading.models import load_config
@@ -117,22 +117,22 @@ def plan_model(
     for option, value in (("rank", rank), ("budget", budget), ("batch", batch), ("length", length)):
         if value is not None and value < 1:
             raise ValueError(f"{option}={value}: expected a whole number of at least 1.")
-    skeleton = _Skeleton(load_config(name), batch, length, gradient_checkpointing)
-    model = skeleton.build()
+    planner = _Planner(load_config(name), batch, length, gradient_checkpointing, rank, budget, targets)
+    model = planner.build()
     if gradient_checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
         raise ValueError(f"{type(model).__name__} has no gradient checkpointing. Plan without it.")
     plans: list[MethodPlan] = []
-    plan_method = partial(_plan_method, skeleton, rank=rank, budget=budget, targets=targets)
-    for plan in _map_in_processes(plan_method, choose_methods(None) if methods is None else methods):
+    for plan in _map_in_processes(planner.plan, choose_methods(None) if methods is None else methods):
         on_method(plan.method.label)
         plans.append(plan)
     reference = next((plan.step.flops for plan in plans if plan.method.key == REFERENCE), 0)
     if reference == 0 and any(not plan.problem for plan in plans):
         lora = MethodPlan(methods_by_key()[REFERENCE], "r", rank or _RANK)
-        reference = skeleton.count_step(lora.config(targets)).flops
-    plans = [_with_ratio(plan, reference) for plan in plans]
-    sizes = _numel(model), _base_bytes(model)
-    return ModelPlan(name, *sizes, tuple(plans), batch, length, gradient_checkpointing)
+        reference = planner.count_step(lora).flops
+    plans = [replace(plan, flops_ratio=plan.step.flops / (reference or 1)) for plan in plans]  # 0: there is none
+    return ModelPlan(
+        name, model.num_parameters(), _base_bytes(model), tuple(plans), batch, length, gradient_checkpointing
+    )
 
 
 def enable_checkpointing(model: Any) -> None:
@@ -144,7 +144,7 @@ def enable_checkpointing(model: Any) -> None:
 
 def build_skeleton(name: str) -> nn.Module:
     """The model on the meta device: shapes, and no numbers."""
-    return _Skeleton(load_config(name), 1, 1).build()
+    return _Planner(load_config(name)).build()
 
 
 class _AdapterSizes(NamedTuple):
@@ -164,32 +164,58 @@ class _AdapterSizes(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Skeleton:
-    """A model of any depth on the meta device, in bfloat16."""
+class _Planner:
+    """Plans methods on a model, which it builds at any depth on the meta device, in bfloat16; see `plan_model`."""
 
     config: PretrainedConfig
-    batch: int
-    length: int
+    batch: int = 1
+    length: int = 1
     gradient_checkpointing: bool = False
+    rank: int | None = None
+    budget: int | None = None
+    targets: list[str] | str | None = None
+
+    def plan(self, method: Method) -> MethodPlan:
+        """The plan, without the ratio to LoRA; a method that the model cannot have is one with a problem."""
+        plan = MethodPlan(method)
+        try:
+            plan = self._size(method)
+            return replace(plan, **self.measure_adapter(plan)._asdict(), step=self.count_step(plan))
+        except ValueError as error:
+            return replace(plan, problem=str(error))
+
+    def _size(self, method: Method) -> MethodPlan:
+        """The method at the size that is asked for, and no more known of it."""
+        if method.adapter is None:
+            raise ValueError("all weights are trained: a plan is of adapters.")
+        if self.budget is not None and method.knob is not None:
+
+            def count(value: int) -> int:
+                return self.measure_adapter(MethodPlan(method, method.knob, value)).trained
+
+            return MethodPlan(method, method.knob, closest_value(count, self.budget))
+        if method.rank is not None:
+            return MethodPlan(method, method.rank, self.rank or _RANK)
+        return MethodPlan(method, method.knob, method.adapter[method.knob] if method.knob else 0)
 
     @property
     def depth(self) -> int:
         """Layers; 0 where the configuration does not say."""
         return int(getattr(self.config, "num_hidden_layers", 0) or 0)
 
-    def build(self, depth: int | None = None) -> nn.Module:
+    def build(self, depth: int | None = None) -> PreTrainedModel:
         """The model, of another depth if one is given."""
         config = copy.deepcopy(self.config)
         if depth is not None:
             config.num_hidden_layers = depth  # type: ignore[attr-defined]
             if getattr(config, "layer_types", None):
                 config.layer_types = config.layer_types[:depth]  # type: ignore[attr-defined]
-        return build_empty(find_class(config, type(config).__name__), config).to(torch.bfloat16)
+        return build_empty(find_class(config, type(config).__name__), config).to(torch.bfloat16)  # type: ignore[arg-type]
 
-    def adapt(self, config: PeftConfig, depth: int | None = None) -> nn.Module:
+    def adapt(self, plan: MethodPlan, depth: int | None = None) -> PeftModel:
         """A new model of this depth, with an adapter."""
         with torch.device("meta"):  # what an adapter draws at random, too
-            return get_peft_model(self.build(depth), copy.deepcopy(config), low_cpu_mem_usage=True)  # type: ignore
+            return get_peft_model(self.build(depth), plan.config(self.targets), low_cpu_mem_usage=True)  # type: ignore
 
     @cached_property
     def has_equal_layers(self) -> bool:
@@ -201,26 +227,26 @@ class _Skeleton:
         )
         return all(_affine(two[shape], three[shape], self.depth) == full[shape] for shape in full | two | three)
 
-    def count_step(self, config: PeftConfig) -> StepCosts:
+    def count_step(self, plan: MethodPlan) -> StepCosts:
         """Of the full depth, extrapolated where that is large."""
-        if self.depth <= _MAX_LAYERS:
-            return self._count(config, None)
-        two, three = self._count(config, 2), self._count(config, 3)
-        extrapolate = partial(_affine, depth=self.depth)
-        return StepCosts(extrapolate(two.peak_bytes, three.peak_bytes), extrapolate(two.flops, three.flops))
 
-    def _count(self, config: PeftConfig, depth: int | None) -> StepCosts:
-        model: Any = self.adapt(config, depth).train()
-        if self.gradient_checkpointing:
-            enable_checkpointing(model)
-        return count_step(model.get_base_model(), self.batch, self.length)
+        def count(depth: int | None) -> StepCosts:
+            model = self.adapt(plan, depth).train()
+            if self.gradient_checkpointing:
+                enable_checkpointing(model)
+            return count_step(model.get_base_model(), self.batch, self.length)
 
-    def measure_adapter(self, config: PeftConfig) -> _AdapterSizes:
+        return StepCosts(*self._at_full_depth(count, self.depth > _MAX_LAYERS))
+
+    def measure_adapter(self, plan: MethodPlan) -> _AdapterSizes:
         """At the full depth."""
-        if not self.has_equal_layers:
-            return _AdapterSizes.of(self.adapt(config))
-        two, three = _AdapterSizes.of(self.adapt(config, 2)), _AdapterSizes.of(self.adapt(config, 3))
-        return _AdapterSizes(*(_affine(*pair, self.depth) for pair in zip(two, three, strict=True)))
+        sizes = self._at_full_depth(lambda depth: _AdapterSizes.of(self.adapt(plan, depth)), self.has_equal_layers)
+        return _AdapterSizes(*sizes)
+
+    def _at_full_depth(self, measure: Callable[[int | None], Iterable[int]], extrapolated: bool) -> Iterable[int]:
+        if not extrapolated:
+            return measure(None)
+        return [_affine(two, three, self.depth) for two, three in zip(measure(2), measure(3), strict=True)]
 
 
 def _affine(two: int, three: int, depth: int) -> int:
@@ -256,58 +282,11 @@ def _begin_process() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def _plan_method(
-    skeleton: _Skeleton,
-    method: Method,
-    rank: int | None,
-    budget: int | None,
-    targets: list[str] | str | None,
-) -> MethodPlan:
-    """The plan, without the ratio to LoRA; a method that the model cannot have is one with a problem."""
-    plan = MethodPlan(method)
-    try:
-        plan = _size(skeleton, method, rank, budget, targets)
-        config = plan.config(targets)
-        sizes = skeleton.measure_adapter(config)
-        return replace(plan, **sizes._asdict(), step=skeleton.count_step(config))
-    except ValueError as error:
-        return replace(plan, problem=str(error))
-
-
-def _size(
-    skeleton: _Skeleton,
-    method: Method,
-    rank: int | None,
-    budget: int | None,
-    targets: list[str] | str | None,
-) -> MethodPlan:
-    """The method at the size that is asked for, and no more known of it."""
-    if method.adapter is None:
-        raise ValueError("all weights are trained: a plan is of adapters.")
-    if budget is not None and method.knob is not None:
-
-        def count(value: int) -> int:
-            return skeleton.measure_adapter(MethodPlan(method, method.knob, value).config(targets)).trained
-
-        return MethodPlan(method, method.knob, closest_value(count, budget))
-    if method.rank is not None:
-        return MethodPlan(method, method.rank, rank or _RANK)
-    return MethodPlan(method, method.knob, method.adapter[method.knob] if method.knob else 0)
-
-
 def _num_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _with_ratio(plan: MethodPlan, reference: int) -> MethodPlan:
-    return replace(plan, flops_ratio=plan.step.flops / reference) if reference and not plan.problem else plan
-
-
-def _numel(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _base_bytes(model: nn.Module) -> dict[str, int]:
+def _base_bytes(model: PreTrainedModel) -> dict[str, int]:
     """Of the weights in bfloat16, and with the linear layers but the head in 4 bits, double quantisation included."""
     _, plain = plan_layers(model, None)
     names = {f"{name}.weight" for name in plain}
@@ -315,7 +294,7 @@ def _base_bytes(model: nn.Module) -> dict[str, int]:
         nf4_bytes(parameter.numel()) if name in names else 2 * parameter.numel()
         for name, parameter in model.named_parameters()
     )
-    return {"bf16": 2 * _numel(model), "NF4": nf4}
+    return {"bf16": 2 * model.num_parameters(), "NF4": nf4}
 
 
 def nf4_bytes(numel: int) -> int:

@@ -8,12 +8,13 @@ from pathlib import Path
 from rich.console import Console
 
 from tensorpeft import DotaConfig
+from tensorpeft.loading.models import load_as_saved
 from tensorpeft.quantization.errors import LayerErrors, method_names, quantization_errors
 from tensorpeft.reports.figures import MARKERS, legend_above, make_figure, name_layers, save_figure
 from tensorpeft.reports.files import write_json, write_lines
 from tensorpeft.reports.tables import Table, markdown_tables, model_title
 from tensorpeft.reports.terminal import counting, print_table, say
-from tensorpeft.studies.inspected_model import load_batch, load_network, short_name
+from tensorpeft.studies.inspected_model import load_batch, short_name
 
 
 def inspect_quantization(
@@ -29,7 +30,7 @@ def inspect_quantization(
     Raises:
         ValueError: no text, or what `quantization_errors` raises.
     """
-    network, batch = load_network(model), load_batch(model, text)
+    network, batch = load_as_saved(model, dtype="float32"), load_batch(model, text)
     console = Console()
     with counting(console, "layers") as on_layer:
         errors = quantization_errors(network, config, rounds, double_quant, lambda: network(**batch), on_layer)

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from huggingface_hub.utils import WeakFileLock
 from peft import PeftConfig, get_peft_model
 from torch import nn
 from transformers import (
@@ -20,7 +19,7 @@ from transformers import (
 from tensorpeft.loading import models as loading
 from tensorpeft.models.folding import VOCABULARY, build_folding_model
 from tensorpeft.quantization import quantize_residual
-from tensorpeft.reports.files import write_whole
+from tensorpeft.reports.files import make_once
 from tensorpeft.tasks.task import LabelTask, StructureTask, Task
 from tensorpeft.training.adapters import make_config
 from tensorpeft.training.recipe import Recipe, check_keys
@@ -37,8 +36,10 @@ _ESM2 = {
 }
 
 
-def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    """The tokenizer of the recipe's model; one without a padding token pads with its end of sequence."""
+def load_tokenizer(recipe: Recipe, task: Task) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of the recipe's model, `tensorpeft.loading.models.load_tokenizer`'s; None: the task is no text."""
+    if isinstance(task, StructureTask):
+        return None
     shared = {key: recipe.model_arguments[key] for key in _FOR_BOTH if key in recipe.model_arguments}
     return loading.load_tokenizer(recipe.model, **shared)
 
@@ -76,14 +77,14 @@ def load_base(
 
 def _keep_base(model: Any, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
     """Save a base that exists nowhere else, and let adapters name it."""
+
+    def save(unfinished: Path) -> None:
+        model.save_pretrained(unfinished)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(unfinished)
+
     if PartialState().is_main_process:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with WeakFileLock(folder.with_name(f".{folder.name}.lock")):  # cells of one entry of `compare` share it
-            if not folder.is_dir():
-                with write_whole(folder) as unfinished:
-                    model.save_pretrained(unfinished)
-                    if tokenizer is not None:
-                        tokenizer.save_pretrained(unfinished)
+        make_once(folder, save)  # cells of one entry of `compare` share it
     model.name_or_path = model.config._name_or_path = str(folder)
 
 

@@ -1,6 +1,8 @@
-"""The bar of a training run."""
+"""How far a training run is, and a bar of it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import NamedTuple
 
 from rich.console import Console
 from transformers import TrainerCallback
@@ -8,47 +10,63 @@ from transformers import TrainerCallback
 from tensorpeft.reports.terminal import make_progress
 
 
-class ProgressBar(TrainerCallback):
-    """One bar over the steps of a run, with the latest losses.
-
-    A context that leaves the bar as it stands.
+class Progress(NamedTuple):
+    """How far a run is.
 
     Args:
-        console: where it is drawn, by the main process.
-        name: of the run.
+        step: optimiser steps that are done.
+        steps: all of them; 0: not known yet.
+        loss: the latest of the training; None: none yet.
+        validation: the latest loss of the validation.
     """
 
-    def __init__(self, console: Console, name: str) -> None:
-        self._losses = {"loss": "", "eval_loss": ""}
-        self._name = name
-        self._progress = make_progress(console, width=42)
-        self._bar = self._progress.add_task(name, total=None)
+    step: int = 0
+    steps: int = 0
+    loss: float | None = None
+    validation: float | None = None
 
-    def on_train_begin(self, args, state, control, **more) -> None:
-        """Show the bar, where an interrupted run left it."""
-        if state.is_world_process_zero:
-            self._progress.update(self._bar, total=state.max_steps, completed=state.global_step)
-            self._progress.start()
+    @property
+    def share(self) -> float:
+        """From 0 to 1."""
+        return self.step / max(self.steps, 1)
+
+
+class ProgressTeller(TrainerCallback):
+    """Tells how far a run is.
+
+    Args:
+        on_progress: called where the run begins, after every step and with every loss.
+    """
+
+    def __init__(self, on_progress: Callable[[Progress], object]) -> None:
+        self._on_progress = on_progress
+        self._losses: dict[str, float | None] = {"loss": None, "eval_loss": None}
 
     def on_step_end(self, args, state, control, **more) -> None:
-        """Move on by a step."""
-        self._progress.update(self._bar, completed=state.global_step)
+        """Tell it."""
+        self._on_progress(Progress(state.global_step, state.max_steps, *self._losses.values()))
+
+    on_train_begin = on_step_end  # where an interrupted run stood
 
     def on_log(self, args, state, control, logs: Mapping[str, float] | None = None, **more) -> None:
-        """Show the latest losses."""
-        for key in self._losses:
-            if key in (logs or {}):
-                self._losses[key] = f"{(logs or {})[key]:.4f}"
-        loss, validation = self._losses.values()
-        text = self._name + (f", loss {loss}" if loss else "") + (f", validation {validation}" if validation else "")
-        self._progress.update(self._bar, description=text)
+        """Tell the latest losses."""
+        self._losses |= {key: loss for key, loss in (logs or {}).items() if key in self._losses}
+        self.on_step_end(args, state, control)
 
-    def on_train_end(self, args, state, control, **more) -> None:
-        """Leave the bar as it stands: others may draw now."""
-        self._progress.stop()
 
-    def __enter__(self) -> "ProgressBar":
-        return self
+@contextmanager
+def steps_bar(console: Console, name: str) -> Iterator[Callable[[Progress], None]]:
+    """A bar over the steps of a run, with the latest losses, as what is to be called with its progress."""
+    bars = make_progress(console, width=42)
+    bar = bars.add_task(name, total=None)
 
-    def __exit__(self, *error: object) -> None:
-        self._progress.stop()
+    def show(found: Progress) -> None:
+        bars.start()  # not before: what prepares many rows draws bars of its own
+        losses = {"loss": found.loss, "validation": found.validation}
+        text = "".join(f", {key} {loss:.4f}" for key, loss in losses.items() if loss is not None)
+        bars.update(bar, description=name + text, completed=found.step, total=found.steps)
+
+    try:
+        yield show
+    finally:
+        bars.stop()

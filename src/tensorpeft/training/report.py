@@ -46,7 +46,8 @@ def write_report(
 
 def plot_training(recipe: Recipe, results: Sequence[SeedResult], path: Path) -> None:
     """Write a PNG of the losses along training, and beside it of the validation metrics, if there are any."""
-    metrics = [key for key in results[0].curves("eval_") if _is_score(key)]
+    logged = {key for entry in results[0].history for key in entry}
+    metrics = sorted(key for key in logged if key.startswith("eval_") and _is_score(key))
     panels = 2 if metrics else 1
     figure, axes = make_figure(1 + 5.5 * panels, 4.5, panels, columns=panels)
     for key, label, style in (("loss", "training", ":"), ("eval_loss", "validation", "-")):

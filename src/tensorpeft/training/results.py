@@ -40,10 +40,6 @@ class SeedResult:
         points = {int(entry["step"]): entry[key] for entry in self.history if key in entry}
         return sorted((step, value) for step, value in points.items() if math.isfinite(value))
 
-    def curves(self, prefix: str) -> list[str]:
-        """The keys with a prefix that have a curve."""
-        return sorted({key for entry in self.history for key in entry if key.startswith(prefix)})
-
     def write(self, path: Path) -> None:
         """Write JSON; a file that is there is always whole."""
         # Not `write_json`: a loss that diverged is read again, and has to be the same.

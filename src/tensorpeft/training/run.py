@@ -1,22 +1,21 @@
 """``tensorpeft train``: a recipe from its rows to its report; killed at any moment, it goes on where it stood."""
 
-import warnings
 from pathlib import Path
 from typing import Any, TextIO
 
 import datasets
 from rich.console import Console
 from transformers import TrainingArguments
-from transformers.utils import logging as transformers_logging
 
 from tensorpeft.evaluation.evaluate import check_mode
 from tensorpeft.evaluation.options import EvaluationOptions
+from tensorpeft.loading.quiet import quiet
 from tensorpeft.reports.terminal import print_table, say
 from tensorpeft.tasks.registry import find_task
 from tensorpeft.tasks.task import LabelTask, PreferenceTask, QuestionTask, StructureTask, Task
 from tensorpeft.training.arguments import make_arguments
 from tensorpeft.training.models import adapter_config
-from tensorpeft.training.progress import ProgressBar
+from tensorpeft.training.progress import ProgressTeller, steps_bar
 from tensorpeft.training.recipe import Recipe, check_keys
 from tensorpeft.training.report import summary, write_report
 from tensorpeft.training.results import SeedResult
@@ -27,6 +26,7 @@ from tensorpeft.training.splits import load_splits
 _MANY_ROWS = 10_000
 
 
+@quiet()
 def run_training(
     recipe: Recipe,
     resume: bool = False,
@@ -47,7 +47,6 @@ def run_training(
         FileNotFoundError: a file is missing.
         ValueError: the recipe, a row or a value is wrong, or the folder's run has another recipe.
     """
-    quieten()
     task, output = find_task(recipe.task), Path(recipe.output)
     arguments = {seed: make_arguments(recipe.trainer, task, output / f"seed-{seed}", seed) for seed in recipe.seeds}
     first = arguments[recipe.seeds[0]]
@@ -65,21 +64,14 @@ def run_training(
         datasets.disable_progress_bars()
     results = []
     for seed in recipe.seeds:
-        with ProgressBar(console, f"seed {seed}") as bar:
-            results.append(run_seed(recipe, splits, arguments[seed], options, resume, console, bar))
+        with steps_bar(console, f"seed {seed}") as bar:
+            teller = ProgressTeller(bar)
+            results.append(run_seed(recipe, splits, arguments[seed], options, resume, console, teller))
     if is_main:
         write_report(recipe, splits, results, command, output)
         print_table(console, summary(recipe, results))
         say(console, f"Report, curves, adapters: {output}")
     return results
-
-
-def quieten() -> None:
-    """Keep what the libraries say on every load out of the progress bar."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    # Until PEFT reads is_activation_checkpointing instead of the attribute that transformers renames.
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 
 
 def check_recipe(

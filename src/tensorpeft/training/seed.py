@@ -13,7 +13,6 @@ from tensorpeft.evaluation.evaluate import evaluate_task
 from tensorpeft.evaluation.options import EvaluationOptions
 from tensorpeft.reports.files import write_json_lines, write_lines
 from tensorpeft.reports.terminal import plain
-from tensorpeft.tasks.task import StructureTask
 from tensorpeft.training.checkpoints import last_whole_checkpoint, train_from
 from tensorpeft.training.models import load_tokenizer
 from tensorpeft.training.recipe import Recipe
@@ -78,7 +77,7 @@ def run_seed(
     folder = Path(str(arguments.output_dir))
     if resume and (folder / RESULTS).is_file():
         return read_result(folder / RESULTS)
-    tokenizer = _tokenizer(recipe, splits)
+    tokenizer = load_tokenizer(recipe, splits.task)
     trainer = make_trainer(recipe, splits, tokenizer, arguments)
     prepare_sharding(trainer, recipe, splits.task)
     if trainer.is_world_process_zero():
@@ -120,7 +119,7 @@ def score_seed(
     result = read_result(folder / RESULTS)
     if result.tests or not splits.test:
         return result
-    tokenizer = _tokenizer(recipe, splits)
+    tokenizer = load_tokenizer(recipe, splits.task)
     trainer = make_trainer(recipe, splits, tokenizer, arguments)
     saved = folder / kept_folder(recipe)
     trainer._load_from_checkpoint(str(saved))
@@ -139,7 +138,7 @@ def score_untrained(
 ) -> SeedResult:
     """The result of the recipe's model as it is before training, validated and tested; written to the folder."""
     recipe = dataclasses.replace(recipe, adapter=None, quantize=None)
-    folder, tokenizer = Path(str(arguments.output_dir)), _tokenizer(recipe, splits)
+    folder, tokenizer = Path(str(arguments.output_dir)), load_tokenizer(recipe, splits.task)
     trainer = make_trainer(recipe, splits, tokenizer, arguments)
     _silence(trainer)
     _claim(folder.parent, recipe)
@@ -155,10 +154,6 @@ def _silence(trainer: Trainer) -> None:
     """Take away what prints and draws by itself."""
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-
-
-def _tokenizer(recipe: Recipe, splits: Splits) -> Any:
-    return None if isinstance(splits.task, StructureTask) else load_tokenizer(recipe)
 
 
 def kept_folder(recipe: Recipe) -> str:

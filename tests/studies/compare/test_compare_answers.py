@@ -5,7 +5,7 @@ import json
 import pytest
 
 pytest.importorskip("omegaconf")
-from tensorpeft.studies.compare.answers import answer_cells, answer_lines, read_answers
+from tensorpeft.studies.compare.answers import answer_lines, answer_table, read_answers
 
 
 def write(path, answers, **more):
@@ -40,7 +40,7 @@ def test_the_first_questions_have_the_answers_of_all_models_that_were_tested(pre
 
 
 def test_a_row_per_question_and_a_column_per_model(predictions):
-    headers, rows = answer_cells(read_answers(predictions, 9))
+    _, headers, rows, _ = answer_table(read_answers(predictions, 9))
     assert headers == ["question", "expected", "before training", "LoRA"]
     assert rows[2] == ["Name a 2", "gold 2", "✗ no", "✓ gold 2"]
 
@@ -65,5 +65,4 @@ def test_where_nothing_was_generated_there_are_no_answers(tmp_path):
     path = tmp_path / "loss.jsonl"
     path.write_text(json.dumps({"key": "a", "loss": 1.0}) + "\n", encoding="utf-8")
     assert read_answers([("LoRA", path)], 3) == []
-    assert answer_cells([]) == ([], [])
     assert answer_lines([], 80) == []

@@ -19,6 +19,7 @@ from studies.compare.small_work import do, task, tries
 from tensorpeft.studies.compare.engine import Engine, check_engine, one_gpu, open_engine, visible_gpus
 from tensorpeft.studies.compare.slots import Here, LostCellError, StoppedError
 from tensorpeft.studies.compare.workers import make_workers
+from tensorpeft.training.progress import Progress
 
 TESTS = Path(__file__).parents[2]
 
@@ -29,11 +30,8 @@ class Bar:
     def __init__(self):
         self.told = []
 
-    def begin(self, name):
-        self.told.append((name, 0))
-
-    def share(self, name, share):
-        self.told.append((name, share))
+    def tell(self, name, progress):
+        self.told.append((name, progress))
 
     def end(self, name):
         self.told.append((name, 1))
@@ -91,7 +89,7 @@ def test_a_worker_that_dies_is_replaced_and_the_others_go_on(monkeypatch, tmp_pa
     log = Path(left.rpartition(" is in ")[2])
     assert "what it said last" in log.read_text()
     for answered in (tasks[0], tasks[2], tasks[3]):
-        assert [share for name, share in bar.told if name == answered.name] == [0, 0.5, 1]
+        assert [progress for name, progress in bar.told if name == answered.name] == [Progress(), 0.5, 1]
     assert all(is_gone(pid) for index in range(5) for pid in tries(tmp_path / str(index)))
 
 

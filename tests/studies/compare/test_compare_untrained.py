@@ -74,6 +74,6 @@ def test_called_again_it_is_not_tested_again(finished, asked, monkeypatch):
     from tensorpeft.studies.compare import cells
 
     results, _, output = finished
-    monkeypatch.setattr(cells, "_KINDS", {})
+    monkeypatch.setattr(cells, "_run", None)
     again = run_compare(load_entries(asked / "asked.yaml", output=output), 0, "", io.StringIO())
     assert [run.loss for run in again[0].final] == [run.loss for run in results[0].final]

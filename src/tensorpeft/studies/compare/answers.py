@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from tensorpeft.reports.tables import one_line
+from tensorpeft.reports.tables import Table, one_line
 
 _LONGEST = 160  # characters of a text that is shown; a model that does not find an end fills pages
 
@@ -68,15 +68,16 @@ def read_answers(
     ]
 
 
-def answer_cells(questions: Sequence[AnsweredQuestion]) -> tuple[list[str], list[list[str]]]:
-    """Headers, and a row per question: for Markdown and HTML."""
-    if not questions:
-        return [], []
+def answer_table(
+    questions: Sequence[AnsweredQuestion],  # at least one
+) -> Table:
+    """A row per question: for Markdown and HTML."""
     headers = ["question", "expected", *(answer.label for answer in questions[0].answers)]
-    return headers, [
+    rows = [
         [question.prompt, question.expected, *(f"{answer.mark} {answer.text}" for answer in question.answers)]
         for question in questions
     ]
+    return Table("Answers", headers, rows)
 
 
 def answer_lines(questions: Sequence[AnsweredQuestion], width: int) -> list[str]:

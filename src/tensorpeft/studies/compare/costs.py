@@ -4,6 +4,7 @@ import dataclasses
 import statistics
 import tempfile
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from tensorpeft.studies.catalogue import REFERENCE
 from tensorpeft.studies.compare.entries import Comparison, Entry
 from tensorpeft.studies.compare.results import EntryCosts
 from tensorpeft.studies.measure import median_step_times, peak_memory
-from tensorpeft.tasks.task import StructureTask
 from tensorpeft.training.arguments import make_arguments
 from tensorpeft.training.models import load_tokenizer
 from tensorpeft.training.splits import Splits
@@ -33,12 +33,11 @@ class TrainedStep:
 
     def __init__(self, entry: Entry, splits: Splits) -> None:
         rate = entry.rates[len(entry.rates) // 2]
-        recipe = dataclasses.replace(entry.recipe, trainer={**entry.recipe.trainer, "learning_rate": rate})
+        trainer = {**entry.recipe.trainer, "learning_rate": rate}
         self._folder = tempfile.TemporaryDirectory()
-        arguments = make_arguments(recipe.trainer, splits.task, Path(self._folder.name), seed=0)
-        recipe = dataclasses.replace(recipe, output=self._folder.name)
-        tokenizer = None if isinstance(splits.task, StructureTask) else load_tokenizer(recipe)
-        self.trainer: Trainer = make_trainer(recipe, splits, tokenizer, arguments)
+        arguments = make_arguments(trainer, splits.task, Path(self._folder.name), seed=0)
+        recipe = dataclasses.replace(entry.recipe, trainer=trainer, output=self._folder.name)
+        self.trainer: Trainer = make_trainer(recipe, splits, load_tokenizer(recipe, splits.task), arguments)
         self.model: Any = self.trainer.model
         self.optimizer = self.trainer.create_optimizer()
         self.batch = _typical_batch(self.trainer)
@@ -103,12 +102,8 @@ class CostMeter:
 
 def _typical_batch(trainer: Trainer) -> dict[str, Any]:
     """Of the first batches, one of the middle length."""
-    batches: list[Any] = []
-    for batch in trainer.get_train_dataloader():
-        batches.append(batch)
-        if len(batches) == _NUM_BATCHES:
-            break
-    return sorted(batches, key=_size)[len(batches) // 2]
+    batches = sorted(islice(trainer.get_train_dataloader(), _NUM_BATCHES), key=_size)
+    return batches[len(batches) // 2]
 
 
 def _size(batch: dict[str, Any]) -> int:

@@ -14,13 +14,14 @@ from tensorpeft.studies.compare.cells import Cell
 from tensorpeft.studies.compare.progress import CellsBar
 from tensorpeft.studies.compare.slots import Here, Slot, StoppedError, Work
 from tensorpeft.studies.compare.workers import make_workers
+from tensorpeft.training.progress import Progress
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
 class Engine:
-    """Runs cells in the first slot that is free; a context, stopped at its end.
+    """Runs cells in the first slot that is free.
 
     Args:
         slots: at least one.
@@ -31,12 +32,6 @@ class Engine:
         self._free: queue.Queue[Slot] = queue.Queue()
         for slot in slots:
             self._free.put(slot)
-
-    def __enter__(self) -> "Engine":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.stop()
 
     def each(self, function: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
         """A function of every item, in their order: one after the other, or as many at once as there are slots.
@@ -67,8 +62,8 @@ class Engine:
         """
         slot = self._free.get()
         try:
-            bar.begin(cell.name)
-            return slot.run(cell, lambda share: bar.share(cell.name, share))
+            bar.tell(cell.name, Progress())
+            return slot.run(cell, lambda progress: bar.tell(cell.name, progress))
         finally:
             bar.end(cell.name)
             self._free.put(slot)
@@ -98,7 +93,7 @@ def open_engine(
     workers: int | None = None,  # processes; None: this one
     ray: str | None = None,  # address of a cluster; "": one that runs on this machine, or else a new one; None: no Ray
 ) -> Iterator[Engine]:
-    """An engine that runs cells here, in several workers of this machine, or on a Ray cluster.
+    """An engine that runs cells here, in several workers of this machine, or on a Ray cluster; stopped at the end.
 
     Raises:
         ValueError: as `check_engine`; or no machine of the cluster has room for a cell.
@@ -106,14 +101,15 @@ def open_engine(
         ConnectionError: there is no cluster at the address.
     """
     check_engine(workers, ray)
-    if ray is not None:
-        from tensorpeft.studies.compare.on_ray import ray_slots
+    with contextlib.ExitStack() as stack:
+        if ray is not None:
+            from tensorpeft.studies.compare.on_ray import ray_slots
 
-        with ray_slots(work, ray) as slots, Engine(slots) as engine:
-            yield engine
-        return
-    slots = [Here(work)] if workers is None else make_workers(work, workers, visible_gpus(), logs)
-    with Engine(slots) as engine:
+            slots = stack.enter_context(ray_slots(work, ray))
+        else:
+            slots = [Here(work)] if workers is None else make_workers(work, workers, visible_gpus(), logs)
+        engine = Engine(slots)
+        stack.callback(engine.stop)
         yield engine
 
 

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from tensorpeft.studies.budget import parse_count
 from tensorpeft.studies.catalogue import DEFAULT_COMPARED, METHODS, Method, methods_by_key
@@ -103,15 +104,12 @@ def load_entries(
     if len(set(keys)) < len(keys):
         raise ValueError(f"methods={','.join(keys)}: one is there twice. Give each once.")
     rate = recipe.trainer.get("learning_rate")
-    if not isinstance(rate, int | float) or isinstance(rate, bool) or rate <= 0:
+    if not _is_rate(rate):
         raise ValueError(f"{path}: trainer.learning_rate={rate!r}: expected a number, for grids to begin from.")
     base_rate = rate * float(section.get("rate_scale", 1)) / _most_like(recipe.adapter).rate
     if missing := [key for key in keys if key not in catalogue and described.get(key) is None]:
         raise ValueError(f"{path}: compare.methods.{missing[0]} is empty, and the catalogue has no such method.")
-
-    def read(on_top: Mapping[str, Any]) -> Recipe:
-        return load_recipe(path, overrides, smoke, on_top)
-
+    read = partial(load_recipe, path, overrides, smoke)
     entries = tuple(_make_entry(key, described.get(key) or {}, recipe, base_rate, read) for key in keys)
     wanted = seeds if seeds is not None else section.get("seeds", 3)
     for name, value, least in (("seeds", wanted, 1), ("widenings", section.get("widenings", 2), 0)):
@@ -197,5 +195,5 @@ def _most_like(adapter: Mapping[str, Any] | None) -> Method:
     return max(alike, key=lambda method: len(_variant_fields(method)), default=unknown)
 
 
-def _is_rate(value: Any) -> bool:
+def _is_rate(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and value > 0

@@ -11,7 +11,7 @@ from torch import nn
 
 from tensorpeft.studies.budget import closest_value
 from tensorpeft.studies.compare.entries import Comparison, Entry
-from tensorpeft.tasks.task import StructureTask, Task
+from tensorpeft.tasks.task import Task
 from tensorpeft.training.models import adapter_config, load_base, load_tokenizer
 from tensorpeft.training.recipe import Recipe
 from tensorpeft.training.trainers import is_head
@@ -40,8 +40,7 @@ def fit_budget(
 def _skeleton(recipe: Recipe, task: Task) -> nn.Module:
     """The recipe's model without numbers."""
     plain = dataclasses.replace(recipe, quantize=None)
-    tokenizer = None if isinstance(task, StructureTask) else load_tokenizer(plain)
-    base: Any = load_base(plain, task, tokenizer, seed=0)
+    base: Any = load_base(plain, task, load_tokenizer(plain, task), seed=0)
     return base.to("meta")
 
 

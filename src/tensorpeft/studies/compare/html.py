@@ -2,16 +2,15 @@
 
 import base64
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 
-from jinja2 import Environment
+from jinja2 import Environment, PackageLoader
 
 from tensorpeft.reports.files import write_lines
-from tensorpeft.studies.compare.answers import AnsweredQuestion, answer_cells
+from tensorpeft.studies.compare.answers import AnsweredQuestion
 from tensorpeft.studies.compare.entries import Comparison
 from tensorpeft.studies.compare.results import EntryResult
-from tensorpeft.studies.compare.table import legend, make_cells, search_cells, seed_cells, title
+from tensorpeft.studies.compare.table import detail_tables, main_table
 
 
 def write_html(
@@ -24,20 +23,15 @@ def write_html(
     path: Path,
 ) -> None:
     """Write the report; pictures and style are inside, and every text is escaped."""
-    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
-        files("tensorpeft.studies.compare").joinpath("report.html.jinja").read_text(encoding="utf-8")
-    )
+    loader = PackageLoader("tensorpeft.studies", "compare")
+    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     pictures = [(heading, base64.b64encode(file.read_bytes()).decode()) for heading, file in plots]
-    page = template.render(
-        title=title(comparison),
+    page = environment.get_template("report.html.jinja").render(
         description=comparison.recipe.description.strip(),
         command=command,
-        table=make_cells(comparison, results),
-        legend=legend(comparison, results),
-        answers=answer_cells(answers),
+        table=main_table(comparison, results),
         pictures=pictures,
-        search=search_cells(results),
-        seeds=seed_cells(results),
+        details=detail_tables(results, answers),
         recipe=comparison.recipe.to_yaml().rstrip(),
         adapters=[(result.entry.label, _fields(result)) for result in results],
         versions=versions,

@@ -11,8 +11,9 @@ import ray
 from ray.exceptions import RayError
 from rich.text import Text
 
-from tensorpeft.studies.compare.cells import Cell, Share
+from tensorpeft.studies.compare.cells import Cell
 from tensorpeft.studies.compare.slots import ATTEMPTS, LostCellError, StoppedError, Work
+from tensorpeft.training.progress import Progress
 
 
 class RaySlot:
@@ -30,8 +31,8 @@ class RaySlot:
         self._is_stopped = False
         self._lock = threading.Lock()  # no task may start behind the back of stop
 
-    def run(self, cell: Cell, on_share: Callable[[Share], object]) -> str:
-        """What the work returns for a cell; see `Slot`. Shares are not told."""
+    def run(self, cell: Cell, on_progress: Callable[[Progress], object]) -> str:
+        """What the work returns for a cell; see `Slot`. Progress is not told."""
         with self._lock:
             if self._is_stopped:
                 raise StoppedError("the cluster's tasks were stopped")
@@ -103,4 +104,4 @@ def _run_on_node(folder: str, work: Work, cell: Cell) -> str:
     """The work for a cell, in the folder that the command was called in: a recipe's paths may begin there."""
     if os.path.isdir(folder):
         os.chdir(folder)
-    return work(cell, lambda share: None)
+    return work(cell, lambda progress: None)

@@ -32,9 +32,8 @@ def plot_curves(comparison: Comparison, results: Sequence[EntryResult], path: Pa
         label = f"{result.entry.label}, rate {result.rate:g}"
         plot_band(axes, *common_curves(result.finished, "eval_loss"), marker=marker, markersize=4, label=label)
     if (target := target_loss(comparison, results)) is not None:
-        axes.axhline(target, color="grey", linewidth=0.8, linestyle=":", label=f"loss {target:.3f}, reached by all")
-        if comparison.target_loss is not None:
-            axes.lines[-1].set_label(f"loss {target:.3f}, asked for")
+        label = f"loss {target:.3f}, {'reached by all' if comparison.target_loss is None else 'asked for'}"
+        axes.axhline(target, color="grey", linewidth=0.8, linestyle=":", label=label)
     starts = [result.mean_curve()[0][1] for result in drawn]
     axes.set_ylim(top=min(max(starts), 2 * statistics.median(starts)) * 1.03)
     axes.set(title=f"Validation loss: {title(comparison)}", xlabel="optimiser step", ylabel="validation loss (nats)")

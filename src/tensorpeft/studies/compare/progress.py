@@ -5,7 +5,7 @@ import threading
 from rich.console import Console
 
 from tensorpeft.reports.terminal import make_progress
-from tensorpeft.studies.compare.cells import Share
+from tensorpeft.training.progress import Progress
 
 
 class CellsBar:
@@ -19,7 +19,7 @@ class CellsBar:
     def __init__(self, console: Console, total: int) -> None:
         self._lock = threading.Lock()
         self._done, self._total = 0, total
-        self._shares: dict[str, Share] = {}  # of the cells that run, by name
+        self._running: dict[str, Progress] = {}  # cells by name
         self._progress = make_progress(console, width=52)
         self._task = self._progress.add_task("", total=total)
         self._draw()
@@ -31,20 +31,16 @@ class CellsBar:
     def __exit__(self, *error: object) -> None:
         self._progress.stop()
 
-    def begin(self, name: str) -> None:
-        """A cell runs."""
-        self.share(name, Share(0))
-
-    def share(self, name: str, share: Share) -> None:
-        """A cell is so far."""
+    def tell(self, name: str, progress: Progress) -> None:
+        """A cell runs, and is so far."""
         with self._lock:
-            self._shares[name] = share
+            self._running[name] = progress
             self._draw()
 
     def end(self, name: str) -> None:
         """A cell runs no more."""
         with self._lock:
-            self._shares.pop(name, None)
+            self._running.pop(name, None)
             self._draw()
 
     def count(self) -> None:
@@ -64,7 +60,7 @@ class CellsBar:
         self._progress.update(self._task, description=text)
 
     def _draw(self) -> None:
-        names = [name + ("" if s.loss is None else f", loss {s.loss:.3f}") for name, s in self._shares.items()]
+        names = [name + ("" if p.loss is None else f", loss {p.loss:.3f}") for name, p in self._running.items()]
         text = names[0] if len(names) == 1 else f"{len(names)} at once: {'; '.join(names)}" if names else ""
-        done = min(self._done + sum(share.done for share in self._shares.values()), self._total)
+        done = min(self._done + sum(progress.share for progress in self._running.values()), self._total)
         self._progress.update(self._task, description=text, completed=done, total=self._total)

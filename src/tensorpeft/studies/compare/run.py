@@ -12,6 +12,7 @@ import datasets
 from rich.console import Console
 
 from tensorpeft.evaluation.options import EvaluationOptions
+from tensorpeft.loading.quiet import quiet
 from tensorpeft.reports.files import to_json, write_json, write_lines
 from tensorpeft.reports.terminal import print_table, say
 from tensorpeft.reports.versions import find_versions
@@ -29,13 +30,14 @@ from tensorpeft.studies.compare.runner import Runner
 from tensorpeft.studies.compare.table import main_table, markdown_report
 from tensorpeft.tasks.task import QuestionTask, Task
 from tensorpeft.training.arguments import make_arguments
-from tensorpeft.training.run import check_recipe, quieten
+from tensorpeft.training.run import check_recipe
 from tensorpeft.training.seed import kept_folder
 
 _ANSWERS, _PRINTED_ANSWERS = 12, 4  # questions of a test whose answers the report has, and the terminal
 _NARROWEST = 100  # columns; a pipe counts as 80
 
 
+@quiet()
 def run_compare(
     comparison: Comparison,
     timing_rounds: int = 7,  # of training steps; 0: nothing is timed
@@ -59,7 +61,6 @@ def run_compare(
             both workers and Ray are asked for.
     """
     check_engine(workers, ray)
-    quieten()
     datasets.disable_progress_bars()
     console = Console(file=terminal)
     splits = load_rows(comparison.recipe, anew=True)
@@ -149,9 +150,8 @@ def _make_result(
         return EntryResult(entry, search, (), None, problem=next(run.problem for run in search if run.problem))
     kept = [runner.folder(entry, run.rate, run.seed) / kept_folder(entry.recipe) for run in final]
     costs, problem = _measure(entry, runner.comparison, meter)
-    failed = [run for run in final if run.result is None]
-    if len(failed) == len(final):
-        return EntryResult(entry, search, final, costs, problem=failed[0].problem)
+    if all(run.result is None for run in final):
+        problem = final[0].problem
     return EntryResult(entry, search, final, costs, saved_bytes(kept), problem)
 
 

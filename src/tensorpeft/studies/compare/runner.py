@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tensorpeft.evaluation.options import EvaluationOptions
 from tensorpeft.reports.files import write_lines
-from tensorpeft.studies.compare.cells import FAILURE, Cell
+from tensorpeft.studies.compare.cells import FAILURE, Cell, Kind
 from tensorpeft.studies.compare.engine import Engine
 from tensorpeft.studies.compare.entries import Comparison, Entry
 from tensorpeft.studies.compare.progress import CellsBar
@@ -89,7 +89,7 @@ class Runner:
         output = str(self.comparison.output / "entries" / entry.key)
         return dataclasses.replace(entry.recipe, trainer=trainer, output=output, seeds=(0,))
 
-    def _train(self, entry: Entry, rate: float, seed: int, kind: str = "train") -> Run:
+    def _train(self, entry: Entry, rate: float, seed: int, kind: Kind = "train") -> Run:
         folder, recipe = self.folder(entry, rate, seed), self._recipe(entry, rate)
         check_output(folder.parent, recipe, resume=True)
         try:

@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from typing import Protocol
 
-from tensorpeft.studies.compare.cells import Cell, Share
+from tensorpeft.studies.compare.cells import Cell
+from tensorpeft.training.progress import Progress
 
-Work = Callable[[Cell, Callable[[Share], object]], str]  # such as `run_cell`; other processes import it by its name
+Work = Callable[[Cell, Callable[[Progress], object]], str]  # such as `run_cell`; other processes import it by its name
 ATTEMPTS = 3  # at a cell whose process dies
 
 
@@ -20,7 +21,7 @@ class StoppedError(RuntimeError):
 class Slot(Protocol):
     """Room for one cell at a time."""
 
-    def run(self, cell: Cell, on_share: Callable[[Share], object]) -> str:
+    def run(self, cell: Cell, on_progress: Callable[[Progress], object]) -> str:
         """What the work returns for a cell.
 
         Raises:
@@ -44,9 +45,9 @@ class Here:
     def __init__(self, work: Work) -> None:
         self._work = work
 
-    def run(self, cell: Cell, on_share: Callable[[Share], object]) -> str:
+    def run(self, cell: Cell, on_progress: Callable[[Progress], object]) -> str:
         """What the work returns for a cell."""
-        return self._work(cell, on_share)
+        return self._work(cell, on_progress)
 
     def stop(self) -> None:
         """Nothing: what runs is the caller."""

@@ -1,19 +1,27 @@
-"""A comparison as a table for the terminal and as Markdown."""
+"""A comparison as tables, and as Markdown."""
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from tensorpeft.reports.tables import Table, markdown_document, markdown_list, markdown_table, mean_and_sd, model_title
-from tensorpeft.studies.compare.answers import AnsweredQuestion, answer_cells
+from tensorpeft.reports.tables import (
+    Table,
+    markdown_document,
+    markdown_list,
+    markdown_table,
+    markdown_tables,
+    mean_and_sd,
+    model_title,
+)
+from tensorpeft.studies.compare.answers import AnsweredQuestion, answer_table
 from tensorpeft.studies.compare.entries import Comparison
 from tensorpeft.studies.compare.results import EntryResult, Run, common_loss, find_metrics, steps_to
 
 _FAILED = "failed"
 
 
-def make_cells(comparison: Comparison, results: Sequence[EntryResult]) -> tuple[list[str], list[list[str]]]:
-    """Headers, of up to two lines each, and a row per entry."""
+def main_table(comparison: Comparison, results: Sequence[EntryResult]) -> Table:
+    """A row per entry, under headers of up to two lines each."""
     metrics = find_metrics(results)
     timed = any(result.costs is not None and result.costs.step_seconds for result in results)
     target = target_loss(comparison, results)
@@ -33,7 +41,7 @@ def make_cells(comparison: Comparison, results: Sequence[EntryResult]) -> tuple[
             continue
         row += [f"{result.rate:g}{'*' if result.chose_the_edge else ''}", f"{result.saved_bytes / 1e6:.2f}"]
         rows.append(row + (_costs(result, target) if timed else []))
-    return headers, rows
+    return Table(title(comparison), headers, rows, legend(comparison, results))
 
 
 def target_loss(comparison: Comparison, results: Sequence[EntryResult]) -> float | None:
@@ -90,13 +98,12 @@ def legend(comparison: Comparison, results: Sequence[EntryResult]) -> list[str]:
     return lines
 
 
-def main_table(comparison: Comparison, results: Sequence[EntryResult]) -> Table:
-    """The table for a terminal."""
-    return Table(title(comparison), *make_cells(comparison, results), legend(comparison, results))
+def detail_tables(results: Sequence[EntryResult], answers: Sequence[AnsweredQuestion]) -> list[Table]:
+    """What a report has below the main table: answers, if there are any, the rates that were tried, the final runs."""
+    return [*([answer_table(answers)] if answers else []), _search_table(results), _seed_table(results)]
 
 
-def search_cells(results: Sequence[EntryResult]) -> tuple[list[str], list[list[str]]]:
-    """A row per learning rate that was tried."""
+def _search_table(results: Sequence[EntryResult]) -> Table:
     rows = [
         [
             result.entry.label,
@@ -107,18 +114,19 @@ def search_cells(results: Sequence[EntryResult]) -> tuple[list[str], list[list[s
         for result in results
         for run in result.search
     ]
-    return ["method", "learning rate", "validation loss, first seed", ""], rows
+    headers = ["method", "learning rate", "validation loss, first seed", ""]
+    return Table("Choice of the learning rate", headers, rows)
 
 
-def seed_cells(results: Sequence[EntryResult]) -> tuple[list[str], list[list[str]]]:
-    """A row per final run."""
+def _seed_table(results: Sequence[EntryResult]) -> Table:
     metrics = find_metrics(results)
     rows = [
         [result.entry.label, str(run.seed), _loss(run), *(_score(run, *metric) for metric in metrics)]
         for result in results
         for run in result.final
     ]
-    return ["method", "seed", "validation loss", *(f"test {test}: {metric}" for test, metric in metrics)], rows
+    headers = ["method", "seed", "validation loss", *(f"test {test}: {metric}" for test, metric in metrics)]
+    return Table("Seeds", headers, rows)
 
 
 def _loss(run: Run) -> str:
@@ -140,16 +148,11 @@ def markdown_report(
     versions: dict[str, str],
 ) -> str:
     """The whole report."""
+    (heading, headers, rows, notes), recipe = main_table(comparison, results), comparison.recipe
     sections = [
-        markdown_table(*make_cells(comparison, results)),
-        markdown_list(legend(comparison, results)),
-        *(f"![{heading}]({path.name})" for heading, path in plots),
-        "## Answers" if answers else "",
-        markdown_table(*answer_cells(answers)) if answers else "",
-        "## Choice of the learning rate",
-        markdown_table(*search_cells(results)),
-        "## Seeds",
-        markdown_table(*seed_cells(results)),
+        markdown_table(headers, rows),
+        markdown_list(notes),
+        *(f"![{name}]({path.name})" for name, path in plots),
+        markdown_tables(detail_tables(results, answers)),
     ]
-    recipe = comparison.recipe
-    return markdown_document(title(comparison), recipe.description, command, sections, recipe.to_yaml(), versions)
+    return markdown_document(heading, recipe.description, command, sections, recipe.to_yaml(), versions)

@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 
-from tensorpeft.studies.compare.cells import Cell, Share
+from tensorpeft.studies.compare.cells import Cell
 from tensorpeft.studies.compare.slots import ATTEMPTS, LostCellError, StoppedError, Work
+from tensorpeft.training.progress import Progress
 
 # Not as a module of the package, whose import takes seconds: before it, the worker looks after its own end.
 _START = f"import runpy; runpy.run_path({str(Path(__file__).with_name('worker.py'))!r}, run_name='__main__')"
@@ -59,14 +60,14 @@ class Worker:
         self._is_stopped = False
         self._lock = threading.Lock()  # of process and connection, which stop ends from another thread
 
-    def run(self, cell: Cell, on_share: Callable[[Share], object]) -> str:
+    def run(self, cell: Cell, on_progress: Callable[[Progress], object]) -> str:
         """What the work returns for a cell; see `Slot`."""
         code = 0
         for _ in range(ATTEMPTS):
             process, connection = self._start()
             message = _ask(process, connection, (self._work, cell))
             while message is not None and not isinstance(message, str):
-                on_share(message)
+                on_progress(message)
                 message = _ask(process, connection)
             if message is not None:
                 return message
@@ -131,7 +132,7 @@ def _ask(
     process: "subprocess.Popen[bytes]",
     connection: Connection,
     question: object = None,  # sent before; None: nothing
-) -> Share | str | None:  # how far a cell is, or its end; None: the process died
+) -> Progress | str | None:  # how far a cell is, or its end; None: the process died
     """What a worker sends next."""
     try:
         if question is not None:
