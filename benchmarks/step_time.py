@@ -10,7 +10,7 @@ the targets q, k, v, up and down. `--vocabulary 5376` gives the output head the 
 of DoTA, at LoRA's rank; `--methods low-rank` FLoRA, NOLA and LoRETTA; `--methods others` QuanTA, with three and with
 four axes, and LoRETTA's adapters behind the blocks; `--methods quantised` QLoRA and QDoTA, whose linear layers are all
 in 4 bits. All adapters run in turn, the order reversed every second round; medians, and the ratio to LoRA (or to the
-bare model).
+bare model). Beside it, what the arithmetic alone would give: the floating-point operations of the step's products.
 Memory is what fine-tuning takes above the frozen model: the adapter, AdamW's two moments, and the peak that a step
 allocates, by torch's allocator.
 
@@ -47,6 +47,7 @@ from tensorpeft import (
     QuantaConfig,
 )
 from tensorpeft.quantization import quantize_residual
+from tensorpeft.studies.fake_step import count_step
 from tensorpeft.studies.measure import median_step_times, peak_memory, seconds
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
@@ -144,6 +145,13 @@ def evaluation(model: nn.Module, tokens: torch.Tensor) -> Callable[[], object]:
     return forward
 
 
+def count_flops(models: dict[str, nn.Module], batch: int, length: int) -> dict[str, int]:
+    """Of a step of each model."""
+    return {
+        name: count_step(copy.deepcopy(model).to("meta").train(), batch, length).flops for name, model in models.items()
+    }
+
+
 def duration(taken: float) -> str:
     """Seconds as the tables show them."""
     return f"{taken:8.3f} s " if taken >= 0.1 else f"{1e3 * taken:8.1f} ms"
@@ -179,6 +187,7 @@ def main() -> None:
     adapters = ADAPTERS[arguments.methods]
     reference = next(iter(adapters))
     models = {name: adapt(name, copy.deepcopy(base), make(arguments.rank)) for name, make in adapters.items()}
+    flops = {} if set(adapters) & set(BASES) else count_flops(models, arguments.batch, arguments.length)
     if arguments.compile:
         for model in models.values():
             model.compile()
@@ -194,10 +203,12 @@ def main() -> None:
     rows = []
     for name in adapters:
         ratio, share = times[name] / times[reference], memory[name] / memory[reference]
-        rows.append((name, f"{duration(times[name])} {ratio:6.2f} x {memory[name] / 2**20:9.0f} MiB {share:6.2f} x"))
+        arithmetic = f"{flops[name] / flops[reference]:10.2f} x" if flops else f"{'':12s}"
+        extra = f"{memory[name] / 2**20:9.0f} MiB {share:6.2f} x"
+        rows.append((name, f"{duration(times[name])} {ratio:6.2f} x {arithmetic} {extra}"))
     print_table(
         f"Training step, {arguments.batch} x {arguments.length} tokens, r = {arguments.rank}",
-        f"    median  /{reference:5s}    extra memory  /{reference}",
+        f"    median  /{reference:5s}  arithmetic    extra memory  /{reference}",
         rows,
     )
 

@@ -6,6 +6,8 @@ every operation is seen, with the storages that it makes and when they are freed
 """
 
 import weakref
+from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -66,6 +68,13 @@ def _make_fake(model: nn.Module) -> None:
                 tensors[name] = fakes[id(tensor)]  # type: ignore[assignment]
 
 
+@cache
+def _flop_formula(packet: Any) -> Callable[..., int] | None:
+    """Torch's; what works in place, as `addmm_`, has as many as what does not, but is not in its list."""
+    functional = getattr(torch.ops.aten, packet.__name__.removesuffix("_"), packet)
+    return flop_registry.get(packet) or flop_registry.get(functional)
+
+
 class _Counter(TorchDispatchMode):
     """Adds up the storages that operations make, until they are freed, and the operations of products.
 
@@ -85,7 +94,7 @@ class _Counter(TorchDispatchMode):
         if function is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
             return args[0].fake_device  # asked more often than all else; the other modes take long
         result = function(*args, **(kwargs or {}))
-        if (formula := flop_registry.get(function._overloadpacket)) is not None:
+        if (formula := _flop_formula(function._overloadpacket)) is not None:
             self.flops += formula(*args, **(kwargs or {}), out_val=result)
         given = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         for leaf in tree_leaves(result):
