@@ -6,6 +6,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from tensorpeft.networks import effective, kernels
 
@@ -18,7 +19,7 @@ SIZES = [
     (4, 6, 5, 4, 7),  # multiples of no block
     (3, 2, 70, 2, 16),  # a small right half; the pairs of one row in two blocks
     (2, 64, 3, 64, 17),  # a large right half, in many blocks
-    (128, 1, 130, 1, 2),  # pairs of several programs, several blocks each
+    (20, 3, 11, 5, 3),  # many pairs
     (2, 3, 2, 300, 65),  # a row of the right half, and the bond, in several blocks
 ]
 over_sizes = pytest.mark.parametrize("sizes", SIZES, ids=str)
@@ -121,6 +122,21 @@ def test_a_gradient_is_folded_onto_both_halves(run, sizes, dtype):
     assert all(map(torch.equal, results, run.fold(grad, left, right)))
 
 
+@over_dtypes
+def test_a_program_folds_several_blocks(dtype, monkeypatch):
+    pytest.importorskip("triton")
+    if DEVICE == "cpu":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    from tensorpeft.networks import triton_kernels
+
+    grad, left, right = operands((20, 3, 11, 5, 3), dtype)
+    one_each = triton_kernels.fold(grad, left, right)
+    monkeypatch.setattr(triton_kernels, "_PROGRAMS", 2)
+    several_each = triton_kernels.fold(grad, left, right)
+    assert torch.equal(one_each[0], several_each[0])
+    torch.testing.assert_close(one_each[1], several_each[1], rtol=2**-19, atol=1e-5)
+
+
 @over_sizes
 @over_dtypes
 def test_a_gradient_of_one_element_gives_the_halves_in_all_their_bits(run, sizes, dtype):
@@ -199,9 +215,9 @@ def test_their_operations_are_counted():
     _, left, right = operands(sizes := SIZES[1], torch.float32)
     weight = product(left, right).float()
     flops = 2 * sizes[0] * sizes[1] * sizes[2] * sizes[3] * sizes[4]
-    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter:
         kernels.build(weight, left, right)
     assert counter.get_total_flops() == flops
-    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter:
         kernels.fold(weight, left, right)
     assert counter.get_total_flops() == 2 * flops

@@ -3,6 +3,8 @@
 Operators of torch's dispatcher: a compiled model has one node for each. On a GPU with Triton each is one kernel, in
 which neither ΔW nor a sorted copy of the gradient ever lies in memory; elsewhere plain operators.
 """
+# Torch does not type how operators are registered.
+# pyright: reportUnknownVariableType=false, reportUnknownMemberType=false, reportUnknownLambdaType=false
 
 from __future__ import annotations
 
@@ -127,8 +129,9 @@ def _fold_on_gpu(grad: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Ten
 
 
 def _is_suitable(left: Tensor, right: Tensor, matrix: Tensor) -> bool:
-    is_float32 = left.dtype == right.dtype == torch.float32
-    return is_float32 and matrix.dtype != torch.float64 and _has_rows(matrix) and _has_rows(left)
+    is_float32 = left.dtype == right.dtype == torch.float32 and matrix.dtype != torch.float64
+    # The right half's blocks are counted on the second axis of a GPU's grid, which ends at 2**16.
+    return is_float32 and right[0].numel() <= 2**20 and _has_rows(matrix) and _has_rows(left)
 
 
 def _has_rows(tensor: Tensor) -> bool:
@@ -150,9 +153,11 @@ def _triton_kernels(device: torch.device) -> ModuleType | None:
 
     try:
         with _current(device):
-            one = torch.ones(1, 1, 1, device=device)
-            triton_kernels.build(one[0].bfloat16(), one, one, 0, 0, 16, one[0].bfloat16())
-            triton_kernels.fold(one[0].bfloat16(), one, one)
+            # As large as blocks are, for what they take of a GPU.
+            left, right = torch.ones(1, 1, 32, device=device), torch.ones(32, 16, 16, device=device)
+            for matrix in (right[0], right[0].bfloat16()):
+                triton_kernels.fold(matrix, left, right)
+            triton_kernels.build(right[0].bfloat16(), left, right, 0, 0, 16, right[0].bfloat16())
     except Exception as error:  # no C compiler, an old GPU, …: whatever Triton raises
         warnings.warn(f"Triton cannot build a kernel here, training will be slower: {error}", stacklevel=2)
         return None

@@ -15,6 +15,9 @@ from torch import Tensor
 
 _WARPS = 8
 _SHORTEST_SUM = 16  # of tl.dot
+# At which those of `fold` begin to take several blocks each: about one for each processor of a large GPU. Their number
+# follows from the shapes alone, so that the same sums have the same bits on every GPU.
+_PROGRAMS = 128
 
 
 @triton.jit(do_not_specialize=["first_row", "first_column"])
@@ -202,8 +205,7 @@ def fold(
     rows, columns = _tile(out_right, in_right, 256 if bonds <= 32 else 128 if is_bfloat16 else 64)
     slices = triton.cdiv(out_right, rows) * triton.cdiv(in_right, columns)
     num_tiles = triton.cdiv(out_left * in_left, pairs)
-    # A program sums over up to 512 pairs, over fewer where there would be less than a program for each processor.
-    tiles = min(max(num_tiles * slices // 128, 1), 512 // pairs)
+    tiles = min(max(num_tiles * slices // _PROGRAMS, 1), 512 // pairs)
     spans = triton.cdiv(num_tiles, tiles)
     left_parts = left.new_empty(slices, *left.shape)
     right_parts = right.new_empty(spans, *right.shape)
