@@ -32,14 +32,24 @@ class Operands(NamedTuple):
 
 
 def operands(sizes, dtype: torch.dtype, step: float = 0.0) -> Operands:
-    """A matrix and a left half that are parts of larger ones. With a `step` the halves are small multiples of it."""
+    """A matrix and halves that are parts of larger ones, of NaN. With a `step` the halves are small multiples of it."""
     torch.manual_seed(0)
     out_left, out_right, in_left, in_right, bond = sizes
-    matrix = torch.randn(out_left * out_right, in_left * in_right + 3)[:, : in_left * in_right].to(dtype)
-    matrix = torch.nn.functional.pad(matrix, (0, 3))[:, :-3]
-    halves = [torch.randn(out_left, in_left + 1, bond + 2), torch.randn(bond, out_right, in_right)]
+    matrix = torch.randn(out_left * out_right, in_left * in_right).to(dtype)
+    halves = [torch.randn(out_left, in_left, bond), torch.randn(bond, out_right, in_right)]
     left, right = [(half * 4).round() * step if step else half for half in halves]
-    return Operands(matrix.to(DEVICE), left.to(DEVICE)[:, 1:, :bond], right.to(DEVICE))
+    return Operands(
+        part_of_nan(matrix, (0, 3, 0, 1)), part_of_nan(left, (0, 2, 1, 0)), part_of_nan(right, (0,) * 5 + (1,))
+    )
+
+
+def part_of_nan(tensor: Tensor, margins: tuple[int, ...]) -> Tensor:
+    """The same, a view: as many NaN before and after it as `margins` say, of the last axis first."""
+    larger = torch.nn.functional.pad(tensor.to(DEVICE), margins, value=torch.nan)
+    for axis, size in enumerate(tensor.shape):
+        before = margins[2 * (tensor.ndim - 1 - axis)] if axis >= tensor.ndim - len(margins) // 2 else 0
+        larger = larger.narrow(axis, before, size)
+    return larger
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:  # (out_left · out_right, in_left · in_right), float64
