@@ -39,17 +39,17 @@ def operands(sizes, dtype: torch.dtype, step: float = 0.0) -> Operands:
     halves = [torch.randn(out_left, in_left, bond), torch.randn(bond, out_right, in_right)]
     left, right = [(half * 4).round() * step if step else half for half in halves]
     return Operands(
-        part_of_nan(matrix, (0, 3, 0, 1)), part_of_nan(left, (0, 2, 1, 0)), part_of_nan(right, (0,) * 5 + (1,))
+        inside_nan(matrix, (0, 1), (0, 3)),
+        inside_nan(left, (0, 1), (1, 0), (0, 2)),
+        inside_nan(right, (0, 1), (0, 0), (0, 0)),
     )
 
 
-def part_of_nan(tensor: Tensor, margins: tuple[int, ...]) -> Tensor:
-    """The same, a view: as many NaN before and after it as `margins` say, of the last axis first."""
-    larger = torch.nn.functional.pad(tensor.to(DEVICE), margins, value=torch.nan)
-    for axis, size in enumerate(tensor.shape):
-        before = margins[2 * (tensor.ndim - 1 - axis)] if axis >= tensor.ndim - len(margins) // 2 else 0
-        larger = larger.narrow(axis, before, size)
-    return larger
+def inside_nan(tensor: Tensor, *margins: tuple[int, int]) -> Tensor:  # before and after, of each axis
+    """The same, a part of a larger tensor."""
+    shape = [before + size + after for size, (before, after) in zip(tensor.shape, margins)]
+    larger = torch.full(shape, torch.nan, dtype=tensor.dtype, device=DEVICE)
+    return larger[tuple(slice(before, before + size) for size, (before, _) in zip(tensor.shape, margins))].copy_(tensor)
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:  # (out_left · out_right, in_left · in_right), float64
