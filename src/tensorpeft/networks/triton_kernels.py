@@ -15,8 +15,8 @@ from torch import Tensor
 
 _WARPS = 8
 _SHORTEST_SUM = 16  # of tl.dot
-# At which those of `fold` begin to take several blocks each: about one for each processor of a large GPU. Their number
-# follows from the shapes alone, so that the same sums have the same bits on every GPU.
+# From so many programs on those of `fold` take several blocks each: about one for each processor of a large GPU. Their
+# number follows from the shapes alone, so that the same gradient gives the same bits on every call.
 _PROGRAMS = 128
 
 
@@ -140,8 +140,8 @@ def _fold(
 def _add_product(total, grad, half, OPERAND: tl.constexpr):  # noqa: N803
     """`total + grad @ half` in float32."""
     if grad.dtype == tl.bfloat16:
-        # A float32 is the sum of three bfloat16, whose products tensor cores form exactly and sum in float32: six times
-        # as fast as float32's own units.
+        # A float32 is the sum of three bfloat16, and theirs are products that tensor cores form exactly and sum in
+        # float32; its own would take longer than reading the gradient does.
         for _ in tl.static_range(3):
             part = half.to(tl.bfloat16)
             total = tl.dot(grad.to(OPERAND), part.to(OPERAND), total, input_precision="ieee")
@@ -195,12 +195,13 @@ def fold(
 ) -> tuple[Tensor, Tensor]:  # as `left` and `right`
     """`kernels.fold`. Reads `grad` once for every 64 of the bond.
 
-    Sums of the programs lie in memory: of a large matrix `bond / 170` float32 for each of its elements.
+    What the programs have summed lies in memory: for each element of a large `grad` bond / 170 float32, of a bond over
+    32 bond / 100.
     """
     (out_left, in_left, bond), (_, out_right, in_right) = left.shape, right.shape
+    # Blocks of the largest sizes that leave no register in memory, as compiled for an H100; not yet timed.
     is_bfloat16 = grad.dtype == torch.bfloat16
     bonds = min(max(triton.next_power_of_2(bond), _SHORTEST_SUM), 64)
-    # The largest that leave no register in memory.
     pairs = 64 if is_bfloat16 else 32
     rows, columns = _tile(out_right, in_right, 256 if bonds <= 32 else 128 if is_bfloat16 else 64)
     slices = triton.cdiv(out_right, rows) * triton.cdiv(in_right, columns)
