@@ -99,7 +99,7 @@ def _build_into(
     if dropped_bits == 0:
         torch.add(weight.view(shape), update, out=out.view(shape))
         return
-    out.copy_(dither((weight.view(shape) + update).view(weight.shape), dropped_bits, first_row, first_column))
+    out.copy_(dither((weight.view(shape) + update).reshape(weight.shape), dropped_bits, first_row, first_column))
 
 
 def _fold(grad: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
