@@ -27,18 +27,18 @@ from transformers.utils import logging
 
 from minilm_runs import TARGETS, Schedule, build_model, load_rows, train
 from tensorpeft import DotaConfig
-from tensorpeft.networks import effective
+from tensorpeft.networks import kernels
 from tensorpeft.networks.effective import Cut, effective_weight
 from tensorpeft.networks.mpo import MPO, contract, random_cores
 from tensorpeft.plugin import layer
 
-dither = effective._dither
+dither = kernels.dither
 addable_weight = layer.addable_weight
 
 
-def round_to_nearest(part: Tensor, dtype: torch.dtype, first_row: int, first_column: int) -> Tensor:
+def round_to_nearest(part: Tensor, dropped_bits: int, first_row: int, first_column: int) -> Tensor:
     """What a plain cast does."""
-    return part.to(dtype)
+    return part.bfloat16().float()
 
 
 def never_addable(base: nn.Module) -> None:
@@ -68,7 +68,7 @@ class Float32Loss(nn.Module):
 
 def losses(name: str, schedule: Schedule, rate: float, rows: dict) -> list[tuple[int, float]]:
     """The validation losses along a run."""
-    dtype, effective._dither, layer.addable_weight = CASTS[name]
+    dtype, kernels.dither, layer.addable_weight = CASTS[name]
     config = DotaConfig(r=16, target_modules=TARGETS, task_type="SEQ_CLS")
     model = get_peft_model(build_model(None, seed=0).to(dtype), config)
     return train(Float32Loss(model), rows, schedule, rate, 0)
@@ -100,7 +100,7 @@ def main() -> None:
         scaled = [cores[0] * (share * weight.float().norm() / contract(cores).norm()), *cores[1:]]
         update, survivors = contract(scaled), []
         for cast in (round_to_nearest, dither):
-            effective._dither = cast
+            kernels.dither = cast
             survived = effective_weight(weight, [Cut(MPO, tuple(scaled))], torch.bfloat16).float() - weight.float()
             survivors.append(((survived * update).sum() / update.square().sum()).item())
         print(f"{share:<14g} {survivors[0]:9.1%} {survivors[1]:9.1%}")

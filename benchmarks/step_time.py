@@ -217,6 +217,11 @@ def main() -> None:
     rows = [(name, f"{duration(value)} {value / times['no adapter']:6.2f} x") for name, value in times.items()]
     print_table("Evaluation forward, unmerged", "    median  /no adapter", rows)
 
+    forwards = {name: evaluation(model, tokens[:1, :1]) for name, model in {"no adapter": base, **models}.items()}
+    times = {name: median(values) for name, values in median_step_times(forwards, arguments.rounds).items()}
+    rows = [(name, f"{duration(value)} {value / times[reference]:6.2f} x") for name, value in times.items()]
+    print_table("One token, as decoding has it, unmerged", f"    median  /{reference}", rows)
+
     if arguments.methods != "dota":
         return
     del models, steps, forwards

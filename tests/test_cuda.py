@@ -7,7 +7,7 @@ from torch import nn
 
 from cases import MODELS, Case, Model, logits, over_cases, over_identity_cases, over_merging_cases, perturb, tokens
 from tensorpeft import DotaConfig
-from tensorpeft.networks import effective
+from tensorpeft.networks.kernels import dither
 from tensorpeft.quantization import quantize_residual
 from tensorpeft.studies.measure import peak_memory
 
@@ -150,8 +150,8 @@ def test_a_compiled_weight_is_dithered_as_the_eager_one(dtype: torch.dtype):
     """A compiler that multiplies positions in another type than int32 gives other bits, or none."""
     torch.compiler.reset()
     total = torch.randn(64, 96, device="cuda")
-    arguments = total, dtype, 3, 70_000
-    assert torch.equal(torch.compile(effective._dither)(*arguments), effective._dither(*arguments))
+    arguments = total, {torch.bfloat16: 16, torch.float16: 13}[dtype], 3, 70_000
+    assert torch.equal(torch.compile(dither)(*arguments), dither(*arguments))
 
 
 @over_cases

@@ -9,6 +9,7 @@ from torch.nn.functional import linear
 
 from tensorpeft.networks import effective
 from tensorpeft.networks.effective import Cut, effective_linear, effective_weight
+from tensorpeft.networks.kernels import dither
 from tensorpeft.networks.mpo import MPO, MpoUpdate, contract, random_cores
 
 MODES = [((2, 3, 2), (3, 2, 2)), ((2, 2, 3, 1, 2), (1, 2, 2, 3, 1)), ((4, 3), (2, 6)), ((12, 1), (1, 12))]
@@ -164,5 +165,5 @@ def test_effective_weight_keeps_the_layout_of_the_weight(transposed):
 @pytest.mark.parametrize("first", [(0, 0), (3, 70_000)], ids=str)
 def test_a_compiled_program_dithers_with_the_same_bits(first):
     torch.compiler.reset()
-    arguments = torch.randn(64, 90), torch.bfloat16, *first
-    assert torch.equal(torch.compile(effective._dither)(*arguments), effective._dither(*arguments))
+    arguments = torch.randn(64, 90), 16, *first
+    assert torch.equal(torch.compile(dither)(*arguments), dither(*arguments))

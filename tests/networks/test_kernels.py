@@ -98,7 +98,7 @@ def test_the_exact_sum_is_dithered_bit_for_bit(run, sizes, dtype, first, has_out
     assert torch.equal(update.float().double(), update)  # so that every order of summation gives the same
     total = weight.float() + update.float()
     bits = DROPPED_BITS[dtype]
-    expected = effective._dither(total, dtype, *first) if bits else total
+    expected = kernels.dither(total, bits, *first).to(dtype) if bits else total
     # As a block of columns of a larger matrix.
     out = torch.full((len(weight), 2 * weight.shape[1]), 7.0, dtype=dtype, device=DEVICE) if has_out else None
     place = None if out is None else out[:, : weight.shape[1]]

@@ -53,7 +53,7 @@ def expected_gradients(case: Case, *seeds: int) -> dict[str, Tensor]:
 
 def assert_gradients(model: nn.Module, expected: dict[str, Tensor]) -> None:
     for name, parameter in trained(model).items():
-        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-9, atol=1e-12, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-9, atol=1e-12)
 
 
 def count_makes(monkeypatch) -> list[Group]:

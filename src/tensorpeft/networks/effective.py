@@ -8,11 +8,7 @@ its whole ΔW, and its gradient, while one layer is at work.) Measured by `bench
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cache
-from importlib.util import find_spec
 from itertools import accumulate, islice
 from math import lcm
 from typing import Any, NamedTuple
@@ -24,6 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from tensorpeft.networks.dtypes import product_dtype, without_autocast
+from tensorpeft.networks.kernels import build, dither
+from tensorpeft.networks.kernels import fold as fold_gradient
 
 # Elements of the weight that are rebuilt at once: bounds the memory; smaller blocks were slower on a CPU.
 _BLOCK_ELEMENTS = {"cpu": 2**22, "cuda": 2**25}
@@ -37,6 +35,16 @@ class Halves(NamedTuple):
     left: Tensor  # (out_left, in_left, bond)
     right: Tensor  # (bond, out_right, in_right)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.left.shape[0] * self.right.shape[1], self.left.shape[1] * self.right.shape[2]
+
+    def part(self, dim: int, start: int, stop: int) -> Halves:
+        """Those of rows (dim 0) or columns (dim 1) [start, stop): whole slices of the left half."""
+        slice_size = self.right.shape[1 + dim]
+        return Halves(self.left.narrow(dim, start // slice_size, (stop - start) // slice_size), self.right)
+
 
 class Network(NamedTuple):
     """How a kind of tensor network is cut in two. In float32 or float64, whatever the cores are in."""
@@ -48,10 +56,7 @@ class Ready(NamedTuple):
     """What was contracted for several weights together (`networks.group`)."""
 
     halves: Halves  # of the cores; they take the gradient
-    # Where there is a start: the halves of the difference, side by side along the bond, and 0 where it is exactly zero.
-    left: Tensor | None = None
-    right: Tensor | None = None
-    moved: Tensor | None = None
+    difference: Halves | None = None  # to the start, where there is one
 
 
 class Cut(NamedTuple):
@@ -93,6 +98,27 @@ def effective_linear(
 
 
 @torch.no_grad()
+def add_apart(
+    x: Tensor,  # (*batch, in)
+    cuts: Sequence[Cut],
+) -> Tensor | None:  # (*batch, out)
+    """`Σ x ΔWᵀ` in float32 (or float64), half by half, if for so few rows that is less work than making ΔW is.
+
+    Of the two products with halves each costs a row its share of ΔW's elements; making ΔW costs all of them, once.
+    """
+    rows, sums = x.reshape(-1, x.shape[-1]), list[Tensor]()
+    with without_autocast(x.device):
+        for _, (left, right) in _updates(*_flattened(cuts)):
+            if len(rows) * (1 / len(left) + 1 / right.shape[2]) >= 1:
+                return None
+            grouped = rows.to(left.dtype).view(-1, left.shape[1], right.shape[2])
+            inner = grouped @ right.permute(2, 0, 1).flatten(1)  # (rows, in_left, bond · out_right)
+            inner = inner.view(len(rows), left.shape[1], -1, right.shape[1]).permute(0, 3, 1, 2).flatten(2)
+            sums.append((inner @ left.flatten(1).t()).transpose(1, 2).reshape(*x.shape[:-1], -1))
+    return torch.stack(sums).sum(0) if len(sums) > 1 else sums[0]
+
+
+@torch.no_grad()
 def effective_weight(
     weight: Tensor | None,  # (out, in), floating point, any strides; None: zero
     cuts: Sequence[Cut],
@@ -100,7 +126,7 @@ def effective_weight(
 ) -> Tensor:  # (out, in), strides of `weight`
     """`weight + Σ ΔW` in `dtype`: summed in float32 (or float64) and cast once.
 
-    The cast to bfloat16 or float16 dithers (see `_dither`), so that no small update is lost.
+    The cast to bfloat16 or float16 dithers (see `kernels.dither`), so that no small update is lost.
     """
     return _effective_weight(weight, _updates(*_flattened(cuts)), dtype)
 
@@ -109,7 +135,7 @@ def _effective_weight(weight: Tensor | None, updates: Sequence[_Update], dtype: 
     blocks = list(_blocks(updates, dim=0))
     if len(blocks) == 1:
         return _effective_part(weight, updates, 0, *blocks[0], dtype)
-    result = torch.empty(updates[0].shape, dtype=dtype, device=updates[0].left.device)
+    result = torch.empty(updates[0].halves.shape, dtype=dtype, device=updates[0].halves.left.device)
     if weight is not None:
         result = torch.empty_like(weight, dtype=dtype)
     for start, stop in blocks:
@@ -128,38 +154,18 @@ def _flattened(cuts: Sequence[Cut]) -> tuple[Layout, list[Tensor]]:
     tensors: list[Tensor] = []
     for cut in cuts:
         network, trained, constant = cut.network, cut.cores, cut.start
-        if cut.ready is not None and (not cut.start or cut.ready.left is not None):
-            network, trained = None, cut.ready.halves
-            constant = tuple(part for part in cut.ready[1:] if part is not None)
+        if cut.ready is not None and (not cut.start or cut.ready.difference is not None):
+            network, trained, constant = None, cut.ready.halves, (cut.ready.difference if cut.start else None) or ()
         layout.append((network, len(trained), len(constant)))
         tensors += [*trained, *constant]
     return layout, tensors
 
 
-@dataclass(frozen=True)
-class _Update:
-    """An update, contracted to halves, for as long as one weight is being worked on."""
+class _Update(NamedTuple):
+    """An update, contracted, for as long as one weight is being worked on."""
 
     trained: Halves
-    left: Tensor  # the halves of ΔW
-    right: Tensor
-    moved: Tensor | None  # ΔW's factor: 0 as long as every core is at its start
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in)."""
-        return self.left.shape[0] * self.right.shape[1], self.left.shape[1] * self.right.shape[2]
-
-    def product(self, dim: int, start: int, stop: int) -> Tensor:  # (out_left · in_left, out_right · in_right)
-        """Rows (dim 0) or columns (dim 1) [start, stop) of ΔW, but for its factor, in the order of the two halves."""
-        slice_size = self.right.shape[1 + dim]
-        left = self.left.narrow(dim, start // slice_size, (stop - start) // slice_size)
-        return left.flatten(0, 1) @ self.right.flatten(1)
-
-    def part(self, dim: int, start: int, stop: int) -> Tensor:  # (out_left, out_right, in_left, in_right), a view
-        """The same with its axes as those of a matrix."""
-        rows = self.left.shape[0] if dim == 1 else (stop - start) // self.right.shape[1]
-        return self.product(dim, start, stop).view(rows, -1, *self.right.shape[1:]).transpose(1, 2)
+    halves: Halves  # of ΔW
 
 
 def _updates(layout: Layout, tensors: Sequence[Tensor]) -> list[_Update]:
@@ -169,26 +175,22 @@ def _updates(layout: Layout, tensors: Sequence[Tensor]) -> list[_Update]:
     for network, *counts in layout:
         trained, constant = (tuple(islice(rest, count)) for count in counts)
         now = Halves(*trained) if network is None else network.halves(trained)
-        left, right, moved = *now, None
-        if network is None and constant:
-            left, right, moved = constant
-        elif network is not None and constant:
-            left, right, moved = _difference(network, now, trained, constant)
-        updates.append(_Update(now, left, right, moved))
+        halves = now
+        if constant:
+            halves = Halves(*constant) if network is None else _difference(network, now, trained, constant)
+        updates.append(_Update(now, halves))
     return updates
 
 
-def _difference(
-    network: Network, now: Halves, cores: Sequence[Tensor], start: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The halves of MPO(cores) − MPO(start) as one network, and the factor of their product.
+def _difference(network: Network, now: Halves, cores: Sequence[Tensor], start: Sequence[Tensor]) -> Halves:
+    """The halves of both networks side by side along the bond.
 
-    One product over both costs half the memory traffic of two, but f(T) − f(T) then leaves a rounding error. So its
-    factor is zero as long as no core has moved: the start is exactly the base.
+    One product over both costs half the memory traffic of two, but f(T) − f(T) then leaves a rounding error. So a half
+    is zero as long as no core has moved: the start is exactly the base.
     """
     left, right = network.halves(start)
     moved = torch.cat([(core != other).flatten() for core, other in zip(cores, start)]).any()
-    return torch.cat([now.left, left], dim=-1), torch.cat([now.right, -right]), moved.to(right.dtype)
+    return Halves(torch.cat([now.left, left], dim=-1), torch.cat([now.right, -right]) * moved)
 
 
 class _EffectiveLinear(torch.autograd.Function):
@@ -250,10 +252,10 @@ def _pull_back(network: Network, cores: Sequence[Tensor], gradient: Halves) -> S
 
 def _blocks(updates: Sequence[_Update], dim: int) -> Iterator[tuple[int, int]]:
     """The blocks [start, stop) of rows (dim 0) or columns (dim 1) to work on: whole slices of every left half."""
-    size, other = updates[0].shape[dim], updates[0].shape[1 - dim]
-    slice_size = lcm(*(update.right.shape[1 + dim] for update in updates))
-    is_fake = isinstance(updates[0].left, FakeTensor)  # a step that is only counted counts for a GPU
-    limit = _BLOCK_ELEMENTS["cpu" if updates[0].left.device.type == "cpu" and not is_fake else "cuda"]
+    size, other = updates[0].halves.shape[dim], updates[0].halves.shape[1 - dim]
+    slice_size = lcm(*(update.halves.right.shape[1 + dim] for update in updates))
+    is_fake = isinstance(updates[0].halves.left, FakeTensor)  # a step that is only counted counts for a GPU
+    limit = _BLOCK_ELEMENTS["cpu" if updates[0].halves.left.device.type == "cpu" and not is_fake else "cuda"]
     if torch.compiler.is_compiling():
         limit = size * other  # the compiler fuses better than blocks do
     step = max(limit // (slice_size * other), 1) * slice_size
@@ -271,74 +273,22 @@ def _effective_part(
     out: Tensor | None = None,  # in `dtype`
 ) -> Tensor:  # (stop - start, in) for rows, (out, stop - start) for columns
     """Rows (dim 0) or columns (dim 1) [start, stop) of weight + Σ ΔW in `dtype`, written to `out` if it is given."""
-    total = None
     first = (start, 0) if dim == 0 else (0, start)
+    total, halves = None, [update.halves.part(dim, start, stop) for update in updates]
     if weight is not None:
-        # Rounded as the base layer itself would be (autocast), then widened: with no update, exactly the base's weight.
-        part = weight.narrow(dim, start, stop - start).to(dtype)
-        if len(updates) == 1 and (dithered_sum := _kernel_for(part, updates[0].left, out)) is not None:
-            product, sizes = updates[0].product(dim, start, stop), updates[0].right.shape[1:]
-            if updates[0].moved is not None:
-                product *= updates[0].moved
-            return dithered_sum(part, product, sizes, first, _DROPPED_BITS[dtype], out)
-        total = part.to(torch.promote_types(dtype, updates[0].left.dtype))
-    target = out if out is not None and dtype not in _DROPPED_BITS else None
-    for update in updates:
-        total = _sum(total, update.part(dim, start, stop), update.moved, target)
+        # Rounded as the base layer itself would be (autocast): with no update, exactly the base's weight.
+        total = weight.narrow(dim, start, stop - start).to(dtype)
+        if len(halves) == 1:
+            if out is None and not total.is_contiguous():
+                out = torch.empty_like(total)  # strides matter to the product that is to have the base's bits
+            return build(total, *halves[0], first, _DROPPED_BITS.get(dtype, 0), out)
+        total = total.to(torch.promote_types(dtype, updates[0].halves.left.dtype))
+    for part in halves:
+        total = fold(part) if total is None else build(total, *part)
     assert total is not None
     if dtype in _DROPPED_BITS:
-        total = _dither(total, dtype, *first)
-    return total.to(dtype) if out is None or target is not None else out.copy_(total)
-
-
-def _kernel_for(part: Tensor, left: Tensor, out: Tensor | None) -> Callable[..., Tensor] | None:
-    """The kernel that sums and dithers in one pass, if these can have it. A compiler writes its own."""
-    is_suitable = (
-        part.is_cuda
-        and part.dtype in _DROPPED_BITS
-        and left.dtype == torch.float32
-        and part.stride(1) == 1
-        and (out is None or out.stride(1) == 1)
-        and not torch.compiler.is_compiling()
-        and not isinstance(part, FakeTensor)
-    )
-    return _load_kernel(part.device) if is_suitable else None
-
-
-@cache
-def _load_kernel(device: torch.device) -> Callable[..., Tensor] | None:
-    """The kernel, if Triton is there and can build it."""
-    if find_spec("triton") is None:
-        return None
-    from tensorpeft.networks.kernels import dithered_sum
-
-    try:
-        one = torch.ones(1, 1, device=device)
-        dithered_sum(one.bfloat16(), one, (1, 1), (0, 0), _DROPPED_BITS[torch.bfloat16])
-    except Exception as error:  # no C compiler, an old GPU, …: whatever Triton raises
-        warnings.warn(f"Triton cannot build a kernel here, training will be slower: {error}", stacklevel=2)
-        return None
-    return dithered_sum
-
-
-def _sum(total: Tensor | None, update: Tensor, factor: Tensor | None, out: Tensor | None) -> Tensor:  # (m, n)
-    """(m, n) + factor · (a, b, c, d), the latter with a b = m and c d = n; written to `out` if it is given."""
-    if total is None:
-        update = update if factor is None else update * factor
-    else:
-        total, target = total.view(update.shape), None if out is None else out.view(update.shape)
-        # In one pass where the layout of the result is given; a compiler makes one pass of it anyway.
-        if torch.compiler.is_compiling():
-            target = None
-        if factor is None:
-            update = torch.add(total, update, out=target)
-        else:
-            update = torch.addcmul(total, update, factor, out=target)
-        if target is not None:
-            assert out is not None
-            return out
-    update = update.reshape(update.shape[0] * update.shape[1], -1)
-    return update if out is None else out.copy_(update)
+        total = dither(total, _DROPPED_BITS[dtype], *first)
+    return total.to(dtype) if out is None else out.copy_(total)
 
 
 def _block_gradients(
@@ -374,57 +324,14 @@ def _block_gradients(
             grad_weight[start:stop] = block
         for k, update in enumerate(updates):
             if needs_cores[k]:
-                left, rights[k] = _fold_gradient(block, update.trained, start, rights[k])
+                left, right = fold_gradient(block, *update.trained.part(0, start, stop))
                 lefts[k].append(left)
+                rights[k] = right if (sum_before := rights[k]) is None else sum_before.add_(right)
     grad_halves: list[Halves | None] = []
-    for update, left, right in zip(updates, lefts, rights):
+    for left, right in zip(lefts, rights):
         if right is None:
             grad_halves.append(None)
         else:
             grad_left = left[0] if len(left) == 1 else torch.cat(left)
-            shapes = (half.shape for half in update.trained)
-            grad_halves.append(Halves(*(grad.view(shape) for grad, shape in zip((grad_left, right), shapes))))
+            grad_halves.append(Halves(grad_left, right))
     return grad_x, grad_weight, grad_halves
-
-
-def _fold_gradient(
-    block: Tensor,  # (n, in): gradient of n rows of the effective weight
-    halves: Halves,
-    first_row: int,
-    grad_right: Tensor | None,  # (bond, out_right · in_right): of the blocks before, changed in place
-) -> tuple[Tensor, Tensor]:  # (rows of out_left · in_left, bond), (bond, out_right · in_right)
-    """A block's rows of the gradient of the left half, and the gradient of the right half with the block's part."""
-    left, right = halves
-    first = first_row // right.shape[1]
-    block = block.view(-1, right.shape[1], left.shape[1], right.shape[2]).transpose(1, 2)
-    # Sorted and widened in one pass.
-    pairs = block.to(left.dtype, memory_format=torch.contiguous_format).contiguous().view(-1, right[0].numel())
-    rows = left[first : first + len(block)].flatten(0, 1)  # (rows of out_left · in_left, bond)
-    grad_right = rows.t() @ pairs if grad_right is None else grad_right.addmm_(rows.t(), pairs)
-    return pairs @ right.flatten(1).t(), grad_right
-
-
-def _dither(part: Tensor, dtype: torch.dtype, first_row: int, first_column: int) -> Tensor:
-    """A float32 part of a matrix in bfloat16 or float16, with a fixed dither instead of rounding to nearest.
-
-    Rounding W0 + ΔW to nearest loses updates below half a unit in the last place, which is most of a small learning
-    rate's steps. Here a hash of each element's position is added to the bits that are then cut off: the expected value
-    is the float32 sum, a weight that was representable comes back exactly, and the same weight gives the same bits on
-    every call and machine. Compared in `benchmarks/bf16_loss.py`.
-    """
-    dropped = _DROPPED_BITS[dtype]
-    row = _multiples(0x2C1B3C6D, first_row, part.shape[0], part.device)
-    column = _multiples(0x297A2D39, first_column, part.shape[1], part.device)
-    noise = row[:, None] ^ column
-    noise = ((noise ^ (noise >> 15)) * 0x1B873593) >> (32 - dropped)
-    bits = part.contiguous().view(torch.int32) + (noise & ((1 << dropped) - 1))
-    return (bits & -(1 << dropped)).view(torch.float32).to(dtype)
-
-
-def _multiples(factor: int, first: int, count: int, device: torch.device) -> Tensor:  # (count,), int32
-    """The lowest 32 bits of factor · [first, first + count).
-
-    In int64, where nothing overflows: what int32's overflow does in C++, to which inductor compiles this, is undefined.
-    And through `&`: an affine function of positions inductor computes in the type of the kernel's indices, int32 again.
-    """
-    return ((torch.arange(first, first + count, device=device) & 0x7FFFFFFF) * factor).to(torch.int32)

@@ -102,7 +102,8 @@ class MpoUpdate(AbstractFusedUpdate):
         """Both networks, to be cut at the bond that makes the halves smallest."""
         start = tuple(self.start())
         left, right, *difference = parts_of(self)
-        return Cut(MPO, tuple(self.cores()), start, Ready(Halves(left, right), *difference))
+        ready = Ready(Halves(left, right), Halves(*difference) if difference else None)
+        return Cut(MPO, tuple(self.cores()), start, ready)
 
     def group_key(self) -> Hashable:
         """Equal for networks of equal shapes that start alike."""
@@ -111,7 +112,7 @@ class MpoUpdate(AbstractFusedUpdate):
     def make_parts(
         self, members: Sequence[MpoUpdate], own: Sequence[Tensors], shared: Tensors, dtype: torch.dtype | None
     ) -> list[Parts]:
-        """The two halves; where there is a start, also those of the difference to it, and whether there is one.
+        """The two halves; where there is a start, also those of the difference to it.
 
         Not of a start that is the base layer's own: that layer puts the cores' network in its place.
         """
@@ -298,37 +299,50 @@ def _difference(
     start: Tensor,  # flat
     shapes: tuple[torch.Size, ...],
 ) -> tuple[Tensor, ...]:  # each with a leading axis of networks
-    """The halves of the cores; those of MPO(cores) − MPO(start), side by side along the bond; 0 where it is zero."""
+    """The halves of the cores, and those of MPO(cores) − MPO(start), zero where all cores are at their start."""
     position, *modes = _plan(shapes)
     with torch.no_grad():
         moved = (cores != start).any(1).to(cores.dtype)
         left, right = _sorted_halves(start, shapes)
-        right = right.neg_()
-    return *_SideBySide.apply(*_chains(cores, shapes, position), left, right, modes), moved
+    return _SideBySide.apply(*_chains(cores, shapes, position), left, right.neg_(), moved, modes)  # type: ignore
 
 
 class _SideBySide(torch.autograd.Function):
-    """Two chains sorted to halves, and beside each, along the bond, a constant one. The first are views of those."""
+    """Two chains sorted to halves; and, along the bond beside constant ones, times a factor, those of the difference.
+
+    A half is a view of the difference's, so that it is not there twice; but for the smaller one, which has the factor.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, left: Tensor, right: Tensor, more_left: Tensor, more_right: Tensor, modes: Sequence[_Modes]
+        ctx: Any,
+        left: Tensor,
+        right: Tensor,
+        more_left: Tensor,
+        more_right: Tensor,
+        factor: Tensor,  # (networks,)
+        modes: Sequence[_Modes],
     ) -> tuple[Tensor, ...]:
         ctx.modes, bond = modes, left.shape[2]
         chains, more = (left, right), (more_left, more_right)
         views = [(m.sort(chain), other.view(-1, *m.sorted)) for chain, other, m in zip(chains, more, modes)]
-        both = torch.cat(views[0], -1), torch.cat(views[1], 1)
-        both_left = both[0].view(*more_left.shape[:3], 2 * bond)
-        both_right = both[1].view(len(right), 2 * bond, *more_right.shape[2:])
+        both_left = torch.cat(views[0], -1).view(*more_left.shape[:3], 2 * bond)
+        both_right = torch.cat(views[1], 1).view(len(right), 2 * bond, *more_right.shape[2:])
+        halves = both_left[..., :bond], both_right[:, :bond]
+        factor = factor.view(-1, 1, 1, 1)
+        if left.numel() < right.numel():
+            both_left = both_left * factor
+        else:
+            both_right = both_right * factor
         ctx.mark_non_differentiable(both_left, both_right)
         ctx.set_materialize_grads(False)
-        return both_left[..., :bond], both_right[:, :bond], both_left, both_right
+        return *halves, both_left, both_right
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         left, right = (None if grad is None else m.join_again(grad) for grad, m in zip(grads, ctx.modes))
         left = None if left is None else left.flatten(1, -2)
-        return left, None if right is None else right.flatten(2), None, None, None
+        return left, None if right is None else right.flatten(2), None, None, None, None
 
 
 class _Modes(NamedTuple):

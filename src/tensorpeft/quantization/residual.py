@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
+from bitsandbytes import matmul_4bit
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn.modules import Linear4bit, Params4bit, fix_4bit_weight_quant_state_from_module
 from torch import Tensor, nn
 
-from tensorpeft.networks.dtypes import at_least_float32
-from tensorpeft.networks.effective import Cut, effective_linear, effective_weight
+from tensorpeft.networks.dtypes import at_least_float32, product_dtype
+from tensorpeft.networks.effective import Cut, add_apart, effective_linear, effective_weight
 from tensorpeft.networks.mpo import MPO, FrozenCores, contract, decompose
 from tensorpeft.networks.update import AbstractUpdatableLinear
 from tensorpeft.plugin.base_weight import plain_layer, restore_row_order
@@ -170,15 +171,27 @@ class ResidualLinear4bit(Linear4bit, AbstractUpdatableLinear):
 
     def forward_with(self, x: Tensor, cuts: Sequence[Cut]) -> Tensor:
         """`x (deNF4(Q) + MPO(T_start) + Σ ΔW)ᵀ + b`."""
-        dtype = x.dtype
+        dtype, cuts = x.dtype, self._with_start(cuts)
         if self.compute_dtype is not None:
             x = x.to(self.compute_dtype)
-        return effective_linear(x, self._dequantised, self.bias, self._with_start(cuts)).to(dtype)
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # Decoding: for a few tokens the sum of both parts of the weight is not worth making.
+            added = add_apart(x, cuts)
+            if added is not None:
+                return self._residual_product(x.to(product_dtype(x))).add(added).to(dtype)
+        return effective_linear(x, self._dequantised, self.bias, cuts).to(dtype)
 
     def weight_with(self, cuts: Sequence[Cut], dtype: torch.dtype | None = None) -> Tensor:
         """`deNF4(Q) + MPO(T_start) + Σ ΔW`, by default in the dtype of the model."""
         dtype = self.dtype_of_model.dtype if dtype is None else dtype
         return effective_weight(self._dequantised(), self._with_start(cuts), dtype)
+
+    def _residual_product(self, x: Tensor) -> Tensor:
+        """`x deNF4(Q)ᵀ + b`, by the kernel that does not dequantise the whole weight where there is one."""
+        restore_row_order(self)
+        fix_4bit_weight_quant_state_from_module(self)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return matmul_4bit(x, self.weight, self.weight.quant_state, bias=bias)  # type: ignore
 
     def _dequantised(self) -> Tensor:
         restore_row_order(self)
