@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from tensorpeft.networks import effective, kernels
+from tensorpeft.networks import kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}

@@ -15,7 +15,8 @@ from tensorpeft import DotaConfig, LortaConfig
 from tensorpeft.plugin.layer import TensorLayer
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
-from tensorpeft.quantization.residual import ResidualLinear4bit, Split, split  # noqa: E402  # needs bitsandbytes
+from tensorpeft.quantization import residual  # noqa: E402  # needs bitsandbytes
+from tensorpeft.quantization.residual import ResidualLinear4bit, Split, split  # noqa: E402
 
 FORMULA_TOLERANCE = 2e-6  # of the largest entry: sums of some 50 float32 products
 # QLoRA, appendix E: the quantiles of a normal distribution that NF4 rounds to.
@@ -128,6 +129,22 @@ def test_start_is_the_base(model: Model, arguments: dict):
         torch.manual_seed(0)  # of the model's dropout
         outputs.append(module(input_ids=tokens()).logits)
     assert torch.equal(*outputs)
+
+
+@over_models
+@pytest.mark.parametrize("arguments", [{}, {"compute_dtype": torch.bfloat16}])
+def test_one_token_is_decoded_without_the_sum_of_the_weight_s_parts(model: Model, arguments: dict, monkeypatch):
+    """Apart: the same numbers up to rounding, the base's own bits at the start, and no weight is made."""
+    one, base, peft_model = tokens(1, 1), base_of(model, **arguments), adapted(model, **arguments)
+    assert torch.equal(logits(peft_model, one), logits(base, one))
+    perturb(peft_model)
+    monkeypatch.setattr(residual, "effective_linear", None)
+    found = logits(peft_model, one)
+    monkeypatch.undo()
+    monkeypatch.setattr(residual, "add_apart", lambda x, cuts: None)
+    tolerance = 3e-2 if arguments else 1e-5
+    torch.testing.assert_close(found, logits(peft_model, one), rtol=tolerance, atol=tolerance)
+    assert not torch.equal(found, logits(base, one))
 
 
 @over_models

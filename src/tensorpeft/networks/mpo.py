@@ -21,6 +21,7 @@ from tensorpeft.networks.effective import Cut, Halves, Network, Ready, effective
 from tensorpeft.networks.group import Parts, Tensors, parts_of
 from tensorpeft.networks.subspace import leading_subspace
 from tensorpeft.networks.update import BASE_DIGEST, AbstractFusedUpdate, keeping_dtype
+from tensorpeft.networks.versions import Kept
 
 
 class FrozenCores(nn.Module):
@@ -39,14 +40,22 @@ class FrozenCores(nn.Module):
         for k, core in enumerate(cores, 1):
             self.register_buffer(f"core_{k}", core.contiguous())
         self.register_buffer("digest", digest)
+        self._kept: Kept[Halves] = Kept()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenCores:
         """As torch's, but the dtype stays: the residual is that of these very numbers."""
+        self._kept.clear()
         return super()._apply(keeping_dtype(fn), recurse)  # pyright: ignore[reportUnknownMemberType]
 
     def cores(self) -> tuple[Tensor, ...]:
         """First to last."""
         return tuple(getattr(self, f"core_{k}") for k in range(1, self.num_cores + 1))
+
+    @torch.no_grad()
+    def halves(self) -> Halves:
+        """The cores contracted; kept, as they never change."""
+        cores = self.cores()
+        return _halves(cores) if torch.compiler.is_compiling() else self._kept.get(lambda: _halves(cores), cores)
 
 
 class MpoUpdate(AbstractFusedUpdate):
@@ -114,12 +123,19 @@ class MpoUpdate(AbstractFusedUpdate):
     ) -> list[Parts]:
         """The two halves; where there is a start, also those of the difference to it.
 
-        Not of a start that is the base layer's own: that layer puts the cores' network in its place.
+        Not of a start that is the base layer's own: that layer puts the cores' network in its place. There the halves
+        have the start's very bits as long as no core has moved.
         """
         shapes = tuple(core.shape for core in self.cores())
         cores = _flat([tensors[f"core_{k}"] for tensors in own for k in range(1, self.num_cores + 1)], len(own))
-        if not self.has_start or self.base_start is not None:
-            parts: Sequence[Tensor] = _sorted_halves(cores, shapes)
+        parts: Sequence[Tensor]
+        if not self.has_start:
+            parts = _sorted_halves(cores, shapes)
+        elif self.base_start is not None:
+            bases = [member.base_start for member in members if member.base_start is not None]
+            start = _flat([core for base in bases for core in base.cores()], len(own)).to(cores)
+            halves = (torch.stack(half).to(cores) for half in zip(*(base.halves() for base in bases)))
+            parts = _AtStart.apply(*_sorted_halves(cores, shapes), *halves, (cores != start).any(1))  # type: ignore
         else:
             start = _flat([tensors[f"start_{k}"] for tensors in own for k in range(1, self.num_cores + 1)], len(own))
             parts = _difference(cores, start.to(cores.dtype), shapes)
@@ -305,6 +321,21 @@ def _difference(
         moved = (cores != start).any(1).to(cores.dtype)
         left, right = _sorted_halves(start, shapes)
     return _SideBySide.apply(*_chains(cores, shapes, position), left, right.neg_(), moved, modes)  # type: ignore
+
+
+class _AtStart(torch.autograd.Function):
+    """The halves, with the bits of those of the start where no core has moved: batched products may round otherwise."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, left: Tensor, right: Tensor, start_left: Tensor, start_right: Tensor, moved: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        moved = moved.view(-1, 1, 1, 1)
+        return torch.where(moved, left, start_left), torch.where(moved, right, start_right)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return *grads, None, None, None
 
 
 class _SideBySide(torch.autograd.Function):

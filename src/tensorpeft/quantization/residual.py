@@ -13,7 +13,7 @@ from bitsandbytes.nn.modules import Linear4bit, Params4bit, fix_4bit_weight_quan
 from torch import Tensor, nn
 
 from tensorpeft.networks.dtypes import at_least_float32, product_dtype
-from tensorpeft.networks.effective import Cut, add_apart, effective_linear, effective_weight
+from tensorpeft.networks.effective import Cut, Ready, add_apart, effective_linear, effective_weight
 from tensorpeft.networks.mpo import MPO, FrozenCores, contract, decompose
 from tensorpeft.networks.update import AbstractUpdatableLinear
 from tensorpeft.plugin.base_weight import plain_layer, restore_row_order
@@ -204,7 +204,7 @@ class ResidualLinear4bit(Linear4bit, AbstractUpdatableLinear):
         for k, cut in enumerate(cuts):
             if len(cut.start) == len(start) and all(a is b for a, b in zip(cut.start, start)):
                 return [cut._replace(start=()), *cuts[:k], *cuts[k + 1 :]]
-        return [Cut(MPO, start), *cuts]
+        return [Cut(MPO, start, ready=Ready(self.start.halves())), *cuts]
 
     def extra_repr(self) -> str:
         """As `nn.Linear`'s, and the bonds of the start."""
