@@ -18,6 +18,7 @@ from tensorpeft.loading.names import resolve
 from tensorpeft.networks.update import BASE_DIGEST
 from tensorpeft.plugin.config import TensorConfig
 from tensorpeft.quantization import dequantize
+from tensorpeft.reports.folders import replace_files, sole_writer
 
 _HEADS = ("classifier.weight", "score.weight", "classifier.out_proj.weight")
 
@@ -40,23 +41,26 @@ def to_dense(
         base: name of the base model (`tensorpeft.loading.names.resolve`); None: what the adapter's configuration names.
 
     Raises:
+        BlockingIOError: another process writes to `out_dir`.
         ValueError: the adapter names no base, or one that is gone, or does not belong to it.
     """
     adapter = Path(adapter)
-    config = PeftConfig.from_pretrained(str(adapter))
-    base = base or base_of(config, adapter)
-    names = _tensor_shapes(adapter)
-    labels = next((shape[0] for name, shape in names.items() if name.endswith(_HEADS)), None)
-    model = load_base(base, config, dtype="auto", **({} if labels is None else {"num_labels": labels}))
-    if not any(name.endswith(BASE_DIGEST) for name in names):
-        # Merging into a 4-bit layer would quantise the sum. An adapter that starts from its residual base needs the
-        # layer as it is, and merges into a plain one by itself.
-        model = dequantize(model, dtype)
-    merge: Any = put_adapter(model, str(adapter), base).merge_and_unload
-    merged = dequantize(merge(dtype=dtype) if isinstance(config, TensorConfig) else merge(), dtype)
-    merged.save_pretrained(out_dir)  # type: ignore
-    _copy_tokenizer((str(adapter), resolve(base)), out_dir)
-    return merged  # type: ignore
+    with sole_writer(Path(out_dir)):
+        config = PeftConfig.from_pretrained(str(adapter))
+        base = base or base_of(config, adapter)
+        names = _tensor_shapes(adapter)
+        labels = next((shape[0] for name, shape in names.items() if name.endswith(_HEADS)), None)
+        model = load_base(base, config, dtype="auto", **({} if labels is None else {"num_labels": labels}))
+        if not any(name.endswith(BASE_DIGEST) for name in names):
+            # Merging into a 4-bit layer would quantise the sum. An adapter that starts from its residual base needs the
+            # layer as it is, and merges into a plain one by itself.
+            model = dequantize(model, dtype)
+        merge: Any = put_adapter(model, str(adapter), base).merge_and_unload
+        merged = dequantize(merge(dtype=dtype) if isinstance(config, TensorConfig) else merge(), dtype)
+        with replace_files(Path(out_dir), last="config.json", stale="model*.safetensors*") as unfinished:
+            merged.save_pretrained(unfinished)  # type: ignore
+            _copy_tokenizer((str(adapter), resolve(base)), unfinished)
+        return merged  # type: ignore
 
 
 def _tensor_shapes(adapter: Path) -> dict[str, Sequence[int]]:
