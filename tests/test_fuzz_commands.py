@@ -1,0 +1,203 @@
+"""Command lines, recipes and model files that were damaged at random: one line on stderr and exit code 2, always.
+
+Every case has a seed, and runs in this process. What a command prints, and whether it succeeds, is not looked at:
+only that it neither raises, nor hangs, nor says more than a line.
+"""
+
+import io
+import json
+import random
+import shutil
+import signal
+import sys
+from contextlib import contextmanager
+
+import pytest
+
+pytest.importorskip("omegaconf")
+pytest.importorskip("trl")
+pytest.importorskip("rich")
+from peft import get_peft_model
+
+from cases import tiny_llama
+from tensorpeft import LortaConfig
+from tensorpeft_cli import main
+
+NUM_CASES, NUM_THOROUGH = 75, 500  # of each kind
+SECONDS = 60  # of a case; those that pass take less than one
+HOSTILE_WORDS = ["", " ", "-1", "0", "1e309", "nan", "9" * 30, "9" * 5000, "[", "]", "(", "*", "\\", "{a", "[/b]", "=", "a=b"]
+HOSTILE_WORDS += ["../../x", "/dev/null", "/dev/null/x", ".", "..", "~", "ü😀", "\x1b[31m", "x" * 300, "--", "--rank", "-h=", "@x"]
+HOSTILE_WORDS += ["rows.jsonl", "base", "damaged", "None", "null", "true", "1.5", "+3", "0x10", "1_000", "²", "a,b", "a,,b", "%s", "$HOME", "hub:x", "package:x"]
+HOSTILE_VALUES = [None, True, False, -1, 0, 1, 3, 1.5, -1e300, 10**12, 10**30, "", "x", "no", "[", "(", "1", [], [1], ["["], {}, {"a": 1}, [None], [[1]]]
+HOSTILE_VALUES += [float("inf"), float("nan"), "a|b", "../x", "\x1b[31m", "[/b]", "x" * 300, "\0"]
+LINES = [
+    "plan base --methods lora --length 8",
+    "plan base --methods lora,lorta --length 8 --rank 2 --batch 1 --json plan.json",
+    "plan base --methods lotr --length 8 --budget 1k --gpu 24GB --target-modules q_proj v_proj",
+    "plan base --methods lora --length 8 --maps --target-modules .*q_proj",
+    "train recipe.yaml output=out trainer.max_steps=1 --smoke",
+    "train recipe.yaml output=out seeds=[0,1] --resume",
+    "compare recipe.yaml --methods lora,lotr --seeds 1 --output out --timing-rounds 0 --budget 1k",
+    "quantize base out --r 2 --num-cores 3 --rounds 1 --target-modules q_proj",
+    "export lora adapter out",
+    "export dense adapter out --dtype float32 --base base",
+    "inspect base --r 2 --output out --target-modules q_proj --budget 1k",
+    "inspect quantization base --r 2 --rounds 1 --output out",
+    "evaluate base --task instructions --data rows.jsonl --rows 1 --output out",
+    "evaluate adapter --base base --task instructions --data rows.jsonl --max-length 8 --batch-size 1",
+    "chat adapter --base base --max-new-tokens 1 --sample 0.5",
+    "recipes small/stories_sft",
+    "demo --quick --methods lora --seeds 1 --output out",
+]
+RECIPE = {
+    "model": "base",
+    "task": "instructions",
+    "description": "of a test",
+    "adapter": {"method": "lorta", "r": 2, "target_modules": ["q_proj", "v_proj"]},
+    "data": {"train": "rows.jsonl", "validation": 2, "test": "rows.jsonl", "test_rows": 1, "train_rows": 4, "seed": 0},
+    "trainer": {"max_steps": 1, "learning_rate": 1e-3, "bf16": False, "per_device_train_batch_size": 1},
+    "evaluate": {"batch_size": 1},
+    "model_arguments": {"dtype": "float32"},
+    "seeds": [0],
+    "output": "out",
+    "smoke": {"trainer": {"max_steps": 1}},
+    "compare": {"seeds": 1, "methods": {"lora": {"rates": [1e-3], "adapter": {"r": 2}}}},
+}
+
+
+class HungError(BaseException):
+    """A case took too long."""
+
+
+@contextmanager
+def limited(seconds):
+    def stop(number, frame):
+        raise HungError(f"after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a model, an adapter, rows and a recipe."""
+    from evaluation.evaluated import word_tokenizer
+
+    folder = tmp_path_factory.mktemp("fuzzed")
+    tiny_llama().save_pretrained(folder / "base")
+    word_tokenizer(bos=True).save_pretrained(folder / "base")
+    adapted = get_peft_model(tiny_llama(), LortaConfig(r=2))
+    adapted.peft_config["default"].base_model_name_or_path = "base"
+    adapted.save_pretrained(folder / "adapter")
+    rows = [{"prompt": f"w{k} w5 ", "response": f"w6 w{k}"} for k in range(8)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (folder / "recipe.yaml").write_text(json.dumps(RECIPE), encoding="utf-8")
+    return folder
+
+
+def leaves(tree, path=()):
+    """Paths to everything within a tree of JSON."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, value in items:
+        yield (*path, key)
+        yield from leaves(value, (*path, key))
+
+
+def damage_tree(draw, tree):
+    """A tree of JSON with something in it replaced, removed or added."""
+    tree = json.loads(json.dumps(tree))
+    for _ in range(draw.choice([1, 1, 2])):
+        *path, last = draw.choice(list(leaves(tree)))
+        node = tree
+        for key in path:
+            node = node[key]
+        match draw.randrange(4):
+            case 0 if isinstance(node, dict):
+                del node[last]
+            case 1 if isinstance(node, dict):
+                node[draw.choice(["", "x", "[b]", "../../x", "rates", "quantize", "inherits"])] = draw.choice(HOSTILE_VALUES)
+            case _:
+                node[last] = draw.choice(HOSTILE_VALUES)
+    return tree
+
+
+def damage_text(draw, text):
+    """Bytes with some cut off, changed or put in."""
+    data, at = bytearray(text), draw.randrange(len(text))
+    match draw.randrange(4):
+        case 0:
+            return bytes(data[:at])
+        case 1:
+            data[at] = draw.randrange(256)
+        case 2:
+            data[at:at] = draw.randbytes(draw.choice([1, 8]))
+        case 3:
+            data[at : at + draw.choice([1, 8, 100])] = b""
+    return bytes(data)
+
+
+def damage_line(draw, place):
+    words = draw.choice(LINES).split()
+    for _ in range(draw.choice([1, 1, 2, 3])):
+        at = draw.randrange(1, len(words))
+        match draw.randrange(5):
+            case 0:
+                words[at:at] = [draw.choice(HOSTILE_WORDS)]
+            case 1 if len(words) > 2:
+                del words[at]
+            case 2:
+                words[at:at] = draw.choice(LINES).split()[-2:]
+            case _:
+                words[at] = draw.choice(["", words[at].partition("=")[0] + "="]) + draw.choice(HOSTILE_WORDS)
+    return words
+
+
+def damage_recipe(draw, place):
+    text = json.dumps(damage_tree(draw, RECIPE))
+    if draw.random() < 0.2:
+        text = damage_text(draw, json.dumps(RECIPE).encode()).decode(errors="replace")
+    (place / "damaged.yaml").write_text(text, encoding="utf-8")
+    line = draw.choice(
+        ["train damaged.yaml", "train damaged.yaml --smoke", "compare damaged.yaml --timing-rounds 0 --methods lora"]
+    )
+    return line.split()
+
+
+def damage_files(draw, place):
+    """A command on a model or an adapter with a file that is damaged."""
+    name = draw.choice(["base/config.json", "base/config.json", "base/model.safetensors", "adapter/adapter_config.json"])
+    name = draw.choice([name, name, "adapter/adapter_model.safetensors", "base/tokenizer.json", "rows.jsonl"])
+    if name.endswith("config.json") and draw.random() < 0.8:
+        damaged = json.dumps(damage_tree(draw, json.loads((place / name).read_text(encoding="utf-8")))).encode()
+    else:
+        damaged = damage_text(draw, (place / name).read_bytes())
+    (place / name).write_bytes(damaged)
+    of_base, of_adapter = [k for k, line in enumerate(LINES) if " base" in line], [8, 9, 13, 14]
+    return LINES[draw.choice(of_base if name.startswith("base") else of_adapter)].split()
+
+
+def run_case(kind, seed, place, folder, monkeypatch, capsys):
+    draw = random.Random(f"{kind.__name__} {seed}")
+    for path in place.iterdir():
+        (shutil.copytree if path.is_dir() else shutil.copy)(path, folder / path.name)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("w5 w6\n"))
+    words = kind(draw, folder)
+    capsys.readouterr()
+    with limited(SECONDS):
+        try:
+            code = main(words)
+        except SystemExit as exit:  # --help
+            code = exit.code
+    error = capsys.readouterr().err
+    assert code in (0, 1, 2), words
+    if code == 2:
+        said = [line for line in error.splitlines() if line.startswith("tensorpeft: ")]
+        assert len(said) == 1, error
+        assert error.splitlines()[-1] == said[0], error
+    assert "Traceback" not in error
