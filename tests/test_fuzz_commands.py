@@ -25,11 +25,14 @@ from tensorpeft_cli import main
 
 NUM_CASES, NUM_THOROUGH = 75, 500  # of each kind
 SECONDS = 60  # of a case; those that pass take less than one
-HOSTILE_WORDS = ["", " ", "-1", "0", "1e309", "nan", "9" * 30, "9" * 5000, "[", "]", "(", "*", "\\", "{a", "[/b]", "=", "a=b"]
-HOSTILE_WORDS += ["../../x", "/dev/null", "/dev/null/x", ".", "..", "~", "ü😀", "\x1b[31m", "x" * 300, "--", "--rank", "-h=", "@x"]
-HOSTILE_WORDS += ["rows.jsonl", "base", "damaged", "None", "null", "true", "1.5", "+3", "0x10", "1_000", "²", "a,b", "a,,b", "%s", "$HOME", "hub:x", "package:x"]
-HOSTILE_VALUES = [None, True, False, -1, 0, 1, 3, 1.5, -1e300, 10**12, 10**30, "", "x", "no", "[", "(", "1", [], [1], ["["], {}, {"a": 1}, [None], [[1]]]
-HOSTILE_VALUES += [float("inf"), float("nan"), "a|b", "../x", "\x1b[31m", "[/b]", "x" * 300, "\0"]
+HOSTILE_WORDS = ["", " ", "-1", "0", "1e309", "nan", "9" * 30, "9" * 5000, "+3", "0x10", "1_000", "²", "1.5", "None"]
+HOSTILE_WORDS += ["[", "]", "(", "*", "\\", "{a", "[/b]", "=", "a=b", "@x", "%s", "$HOME", "ü😀", "\x1b[31m", "x" * 300]
+HOSTILE_WORDS += ["../../x", "/dev/null", "/dev/null/x", ".", "..", "~", "--", "--rank", "-h=", "a,b", "a,,b", "true"]
+HOSTILE_WORDS += ["rows.jsonl", "base", "damaged", "hub:x", "package:x", "null"]
+HOSTILE_VALUES = [None, True, False, -1, 0, 1, 3, 1.5, -1e300, 10**12, 10**30, float("inf"), float("nan")]
+HOSTILE_VALUES += ["", "x", "no", "[", "(", "1", "a|b", "../x", "\x1b[31m", "[/b]", "x" * 300, "\0"]
+HOSTILE_VALUES += [[], [1], ["["], {}, {"a": 1}, [None], [[1]]]
+HOSTILE_KEYS = ["", "x", "[b]", "../../x", "rates", "quantize", "inherits"]
 LINES = [
     "plan base --methods lora --length 8",
     "plan base --methods lora,lorta --length 8 --rank 2 --batch 1 --json plan.json",
@@ -42,7 +45,7 @@ LINES = [
     "export lora adapter out",
     "export dense adapter out --dtype float32 --base base",
     "inspect base --r 2 --output out --target-modules q_proj --budget 1k",
-    "inspect quantization base --r 2 --rounds 1 --output out",
+    "inspect quantization base --r 2 --rounds 1 --output out --text rows.jsonl --target-modules q_proj",
     "evaluate base --task instructions --data rows.jsonl --rows 1 --output out",
     "evaluate adapter --base base --task instructions --data rows.jsonl --max-length 8 --batch-size 1",
     "chat adapter --base base --max-new-tokens 1 --sample 0.5",
@@ -120,7 +123,7 @@ def damage_tree(draw, tree):
             case 0 if isinstance(node, dict):
                 del node[last]
             case 1 if isinstance(node, dict):
-                node[draw.choice(["", "x", "[b]", "../../x", "rates", "quantize", "inherits"])] = draw.choice(HOSTILE_VALUES)
+                node[draw.choice(HOSTILE_KEYS)] = draw.choice(HOSTILE_VALUES)
             case _:
                 node[last] = draw.choice(HOSTILE_VALUES)
     return tree
@@ -170,7 +173,9 @@ def damage_recipe(draw, place):
 
 def damage_files(draw, place):
     """A command on a model or an adapter with a file that is damaged."""
-    name = draw.choice(["base/config.json", "base/config.json", "base/model.safetensors", "adapter/adapter_config.json"])
+    name = draw.choice(
+        ["base/config.json", "base/config.json", "base/model.safetensors", "adapter/adapter_config.json"]
+    )
     name = draw.choice([name, name, "adapter/adapter_model.safetensors", "base/tokenizer.json", "rows.jsonl"])
     if name.endswith("config.json") and draw.random() < 0.8:
         damaged = json.dumps(damage_tree(draw, json.loads((place / name).read_text(encoding="utf-8")))).encode()
@@ -181,23 +186,32 @@ def damage_files(draw, place):
     return LINES[draw.choice(of_base if name.startswith("base") else of_adapter)].split()
 
 
-def run_case(kind, seed, place, folder, monkeypatch, capsys):
-    draw = random.Random(f"{kind.__name__} {seed}")
-    for path in place.iterdir():
-        (shutil.copytree if path.is_dir() else shutil.copy)(path, folder / path.name)
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("w5 w6\n"))
-    words = kind(draw, folder)
-    capsys.readouterr()
-    with limited(SECONDS):
+@pytest.mark.parametrize(
+    "seeds",
+    [
+        pytest.param(range(50), marks=pytest.mark.slow, id="some"),
+        *(pytest.param(range(k, k + 100), marks=pytest.mark.thorough, id=f"from {k}") for k in range(50, 1050, 100)),
+    ],
+)
+@pytest.mark.parametrize("damage", [damage_line, damage_recipe, damage_files])
+def test_what_is_damaged_is_told_in_one_line(damage, seeds, place, tmp_path, monkeypatch, capsys):
+    for seed in seeds:
+        draw, folder = random.Random(f"{damage.__name__} {seed}"), tmp_path / str(seed)
+        shutil.copytree(place, folder)
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "stdin", io.StringIO("w5 w6\n"))
+        words = damage(draw, folder)
+        capsys.readouterr()
         try:
-            code = main(words)
-        except SystemExit as exit:  # --help
-            code = exit.code
-    error = capsys.readouterr().err
-    assert code in (0, 1, 2), words
-    if code == 2:
-        said = [line for line in error.splitlines() if line.startswith("tensorpeft: ")]
-        assert len(said) == 1, error
-        assert error.splitlines()[-1] == said[0], error
-    assert "Traceback" not in error
+            with limited(SECONDS):
+                code = main(words)
+        except SystemExit as ended:  # --help
+            code = ended.code
+        error = capsys.readouterr().err
+        assert code in (0, 1, 2), (seed, words)
+        if code == 2:
+            said = [line for line in error.splitlines() if line.startswith("tensorpeft: ")]
+            assert len(said) == 1, (seed, words, error)
+            assert error.splitlines()[-1] == said[0], (seed, words, error)
+        assert "Traceback" not in error, (seed, words)
+        shutil.rmtree(folder)

@@ -78,7 +78,12 @@ def test_a_kill_between_two_files_leaves_no_result(tmp_path, monkeypatch):
         moved.append(os.rename(source, target))
 
     monkeypatch.setattr(os, "replace", replace)
-    with pytest.raises(KeyboardInterrupt), replace_files(tmp_path, "config.json") as unfinished:
-        for name in ("config.json", "model.safetensors"):
-            (unfinished / name).write_text("new")
+
+    def write():
+        with replace_files(tmp_path, "config.json") as unfinished:
+            for name in ("config.json", "model.safetensors"):
+                (unfinished / name).write_text("new")
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
     assert os.listdir(tmp_path) == ["model.safetensors"]

@@ -149,13 +149,22 @@ def test_what_a_recipe_says_elsewhere_is_refused(tmp_path, name, instead):
         ("preferences", {"packing": True}, r"DPOConfig\): unknown key 'packing'"),
         ("rte", {3: 4}, "unknown key 3"),
         ("rte", {"eval_strategy": "epochs"}, "epochs is not a valid"),
-        ("rte", {"eval_strategy": True}, "True is not a valid"),
+        ("rte", {"eval_strategy": True}, "eval_strategy=True: expected a text"),
         ("rte", {"optim": "adamw_foo"}, "adamw_foo is not a valid"),
         ("rte", {"eval_steps": 20, "save_steps": 30}, "30, which is not a round multiple of 20"),
         ("rte", {"learning_rate": "fast"}, "learning_rate='fast': expected a number"),
         ("rte", {"num_train_epochs": "3"}, "num_train_epochs='3': expected a number"),
         ("squad", {"packing": "false"}, "packing='false': expected true or false"),
         ("preferences", {"beta": "0,1"}, "beta='0,1': expected a number"),
+        # Where the default is None, too: a text is true, and would train in bfloat16.
+        *(("rte", {"bf16": text}, f"bf16='{text}': expected true or false") for text in ("no", "false", "off", "0")),
+        ("squad", {"bf16": 0}, "bf16=0: expected true or false"),
+        ("squad", {"gradient_checkpointing": "no"}, "gradient_checkpointing='no': expected true or false"),
+        ("rte", {"use_cpu": "no"}, "use_cpu='no': expected true or false"),
+        ("rte", {"max_grad_norm": True}, "max_grad_norm=True: expected a number"),
+        ("rte", {"per_device_train_batch_size": 1.5}, "expected a whole number"),
+        ("rte", {"save_total_limit": "1"}, "save_total_limit='1': expected a whole number, null"),
+        ("rte", {"lr_scheduler_kwargs": 3}, "lr_scheduler_kwargs=3: expected a mapping, a text, null"),
     ],
 )
 def test_unknown_names_and_wrong_values(tmp_path, task, trainer, message):

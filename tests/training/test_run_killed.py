@@ -75,7 +75,8 @@ def _train_until(name, number, place, output):
 
 def left(output):
     """What a run leaves, but for the times that it took."""
-    kept = {path.relative_to(output): path for path in output.rglob("*") if path.is_file() and "checkpoint" not in str(path)}
+    paths = [path for path in output.rglob("*") if path.is_file() and "checkpoint" not in str(path)]
+    kept = {path.relative_to(output): path for path in paths}
     found = {name: path.read_bytes() for name, path in kept.items() if name.name in _SAME or name.suffix == ".jsonl"}
     for result in (read_result(output / f"seed-{k}" / "results.json") for k in (0, 1)):
         curves = {key: result.curve(key) for key in ("loss", "eval_loss", "learning_rate")}

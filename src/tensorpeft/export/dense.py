@@ -14,6 +14,7 @@ from safetensors import safe_open
 from transformers import AutoTokenizer, PreTrainedModel
 
 from tensorpeft.loading.adapters import base_of, load_base, put_adapter
+from tensorpeft.loading.errors import explained
 from tensorpeft.loading.names import resolve
 from tensorpeft.networks.update import BASE_DIGEST
 from tensorpeft.plugin.config import TensorConfig
@@ -46,7 +47,8 @@ def to_dense(
     """
     adapter = Path(adapter)
     with sole_writer(Path(out_dir)):
-        config = PeftConfig.from_pretrained(str(adapter))
+        with explained(adapter):
+            config = PeftConfig.from_pretrained(str(adapter))
         base = base or base_of(config, adapter)
         names = _tensor_shapes(adapter)
         labels = next((shape[0] for name, shape in names.items() if name.endswith(_HEADS)), None)
@@ -64,7 +66,7 @@ def to_dense(
 
 
 def _tensor_shapes(adapter: Path) -> dict[str, Sequence[int]]:
-    with safe_open(adapter / SAFETENSORS_WEIGHTS_NAME, framework="pt") as opened:
+    with explained(adapter), safe_open(adapter / SAFETENSORS_WEIGHTS_NAME, framework="pt") as opened:
         return {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118  # not a dictionary
 
 
@@ -76,3 +78,5 @@ def _copy_tokenizer(sources: Iterable[str], out_dir: str | os.PathLike[str]) -> 
             return
         except (OSError, ValueError, KeyError):
             continue
+        except Exception as error:  # tokenizers raises no class of its own
+            raise ValueError(f"{source}: its tokenizer cannot be loaded: {error}") from error

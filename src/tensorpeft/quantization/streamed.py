@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from tensorpeft.loading.architectures import build_empty, find_class
-from tensorpeft.loading.errors import explained
+from tensorpeft.loading.errors import explained, require_config
 from tensorpeft.loading.names import resolve
 from tensorpeft.plugin.config import TensorConfig
 from tensorpeft.plugin.tensor_map import settle
@@ -128,7 +128,9 @@ def _empty_model(source: Path) -> tuple[Any, torch.nn.Module]:
     """The model's configuration, and the model on the meta device."""
     if not (source / "config.json").exists():
         raise FileNotFoundError(f"{source}: no config.json, expected the folder of a transformers model.")
-    config = AutoConfig.from_pretrained(source)
+    require_config(source)
+    with explained(source):
+        config = AutoConfig.from_pretrained(source)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{source}: quantised already. Pass the checkpoint in full or half precision.")
     return config, build_empty(find_class(config, str(source)), config)

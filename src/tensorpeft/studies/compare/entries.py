@@ -139,6 +139,10 @@ def _make_entry(
         raise ValueError(f"compare.methods.{key}={described!r}: expected a mapping of fields, or nothing.")
     check_keys(described, _ENTRY, f"compare.methods.{key}")
     method = methods_by_key().get(key)
+    if not isinstance(described.get("adapter"), Mapping | None):
+        raise ValueError(
+            f"compare.methods.{key}.adapter={described['adapter']!r}: expected a mapping of fields, or null."
+        )
     on_top = {name: described[name] for name in _ON_TOP if name in described}
     if method is not None and method.quantize is not None:
         on_top.setdefault("quantize", method.quantize)
