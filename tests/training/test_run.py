@@ -1,5 +1,6 @@
 """`tensorpeft train` from the recipe to the report, on tiny models; on real data: tests/recipes."""
 
+import dataclasses
 import json
 import shutil
 
@@ -109,6 +110,17 @@ def test_a_run_is_not_written_over(place, tmp_path):
     with pytest.raises(ValueError, match=r"the run has trainer.*max_steps': 2.*the recipe.*max_steps': 3"):
         train(place, "labels", tmp_path / "run", "trainer.max_steps=3", resume=True)
     assert sorted(path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")) == before
+
+
+def test_names_that_are_markup_or_move_a_terminal_are_shown_as_they_are(place, tmp_path, capsys):
+    odd = tmp_path / "[/b] [red]a|b \x1b[31mc"
+    shutil.copytree(place / "bert", odd / "a|b[/i]")
+    recipe = load_recipe(place / "labels.yaml", ["trainer.max_steps=1", "trainer.eval_steps=1", "data.test=null"])
+    run_training(dataclasses.replace(recipe, model=str(odd / "a|b[/i]"), output=str(odd / "run")))
+    printed = capsys.readouterr().out
+    assert "[/b] [red]a|b c" in printed
+    assert "\x1b" not in printed
+    assert "a|b[/i]" in (odd / "run" / "report.md").read_text(encoding="utf-8").splitlines()[0]
 
 
 def test_the_head_has_its_own_rate(place, tmp_path):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from tensorpeft.loading.architectures import build_empty, find_class
+from tensorpeft.loading.errors import explained
 from tensorpeft.loading.models import load_config
 from tensorpeft.quantization.model import plan_layers
 from tensorpeft.studies.budget import closest_value
@@ -213,7 +214,8 @@ class _Skeleton:
         model: Any = self.adapt(config, depth).train()
         if self.gradient_checkpointing:
             enable_checkpointing(model)
-        return count_step(model.get_base_model(), self.batch, self.length)
+        with explained(type(self.config).__name__):
+            return count_step(model.get_base_model(), self.batch, self.length)
 
     def measure_adapter(self, config: PeftConfig) -> _AdapterSizes:
         """At the full depth."""

@@ -104,7 +104,8 @@ def _load_classifier(name: str, arguments: dict[str, Any]) -> PreTrainedModel:
             raise
         raise ValueError(
             f"{name}: it cannot be loaded with a head of {arguments['num_labels']} outputs: {error.__cause__}. If its "
-            "head is of another task, write model_arguments: {ignore_mismatched_sizes: true}; it then starts from noise."
+            "head is of another task, write model_arguments: {ignore_mismatched_sizes: true}; it then starts from "
+            "noise."
         ) from None
 
 

@@ -1,5 +1,6 @@
 """What is compared: entries that are each the recipe with something put on top, and a grid of learning rates."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -97,6 +98,9 @@ def load_entries(
     described = section.get("methods") or {}
     if not isinstance(described, dict):
         raise ValueError(f"{path}: compare.methods={described!r}: expected a mapping from a name to its fields.")
+    # Each is the name of a folder.
+    if wrong := [key for key in described if not re.fullmatch(r"[\w+-][\w.+-]*", str(key))]:
+        raise ValueError(f"{path}: compare.methods.{wrong[0]}: expected a name of letters, digits and - . _ +.")
     keys = [key.strip() for key in methods.split(",")] if methods is not None else list(described or DEFAULT_COMPARED)
     catalogue = methods_by_key()
     check_keys(keys, {**described, **catalogue}, "methods")
