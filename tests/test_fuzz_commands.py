@@ -17,10 +17,7 @@ import pytest
 pytest.importorskip("omegaconf")
 pytest.importorskip("trl")
 pytest.importorskip("rich")
-from peft import get_peft_model
-
-from cases import tiny_llama
-from tensorpeft import LortaConfig
+from commanded import RECIPE, fill
 from tensorpeft_cli import main
 
 NUM_CASES, NUM_THOROUGH = 75, 500  # of each kind
@@ -52,20 +49,6 @@ LINES = [
     "recipes small/stories_sft",
     "demo --quick --methods lora --seeds 1 --output out",
 ]
-RECIPE = {
-    "model": "base",
-    "task": "instructions",
-    "description": "of a test",
-    "adapter": {"method": "lorta", "r": 2, "target_modules": ["q_proj", "v_proj"]},
-    "data": {"train": "rows.jsonl", "validation": 2, "test": "rows.jsonl", "test_rows": 1, "train_rows": 4, "seed": 0},
-    "trainer": {"max_steps": 1, "learning_rate": 1e-3, "bf16": False, "per_device_train_batch_size": 1},
-    "evaluate": {"batch_size": 1},
-    "model_arguments": {"dtype": "float32"},
-    "seeds": [0],
-    "output": "out",
-    "smoke": {"trainer": {"max_steps": 1}},
-    "compare": {"seeds": 1, "methods": {"lora": {"rates": [1e-3], "adapter": {"r": 2}}}},
-}
 
 
 class HungError(BaseException):
@@ -89,18 +72,7 @@ def limited(seconds):
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with a model, an adapter, rows and a recipe."""
-    from evaluation.evaluated import word_tokenizer
-
-    folder = tmp_path_factory.mktemp("fuzzed")
-    tiny_llama().save_pretrained(folder / "base")
-    word_tokenizer(bos=True).save_pretrained(folder / "base")
-    adapted = get_peft_model(tiny_llama(), LortaConfig(r=2))
-    adapted.peft_config["default"].base_model_name_or_path = "base"
-    adapted.save_pretrained(folder / "adapter")
-    rows = [{"prompt": f"w{k} w5 ", "response": f"w6 w{k}"} for k in range(8)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    (folder / "recipe.yaml").write_text(json.dumps(RECIPE), encoding="utf-8")
-    return folder
+    return fill(tmp_path_factory.mktemp("fuzzed"))
 
 
 def leaves(tree, path=()):

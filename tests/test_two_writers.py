@@ -7,10 +7,7 @@ import pytest
 
 pytest.importorskip("omegaconf")
 pytest.importorskip("trl")
-from peft import get_peft_model
-
-from cases import tiny_llama
-from tensorpeft import LortaConfig
+from commanded import fill
 from tensorpeft.reports.folders import sole_writer
 from tensorpeft_cli import main
 
@@ -28,18 +25,7 @@ COMMANDS = {
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with a model, an adapter and a recipe."""
-    folder = tmp_path_factory.mktemp("written")
-    tiny_llama().save_pretrained(folder / "base")
-    (folder / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n' * 9, encoding="utf-8")
-    (folder / "recipe.yaml").write_text(
-        "model: base\ntask: instructions\nadapter: {method: lorta, r: 4}\ntrainer: {learning_rate: 1e-3, bf16: false}\n"
-        "data: {train: rows.jsonl, validation: 2}\n",
-        encoding="utf-8",
-    )
-    adapted = get_peft_model(tiny_llama(), LortaConfig(r=2))
-    adapted.peft_config["default"].base_model_name_or_path = str(folder / "base")
-    adapted.save_pretrained(folder / "adapter")
-    return folder
+    return fill(tmp_path_factory.mktemp("written"))
 
 
 @pytest.mark.parametrize("words", COMMANDS.values(), ids=COMMANDS)
