@@ -111,6 +111,10 @@ def test_what_a_user_names_moves_no_terminal(capsys):
         (MemoryError("8 TB"), "the memory does not suffice: 8 TB"),
         (RuntimeError("[enforce fail at alloc_cpu.cpp] can't allocate memory"), "the memory does not suffice"),
         (RuntimeError("[enforce fail] PytorchStreamWriter failed writing file data/0"), "PytorchStreamWriter failed"),
+        (
+            RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 8384 vs 8278"),
+            "the disk is not full",
+        ),
         (SafetensorError("I/O error: No space left on device"), "No space left on device"),
         (re.error("missing )", "a(", 2), "'a(': no regular expression: missing ) at position 2"),
     ],

@@ -9,7 +9,7 @@ _EXTRAS = {"bitsandbytes": "4bit", "lm_eval": "eval", "ray": "ray"}
 # What libraries raise where memory ends, in classes of their own or RuntimeErrors.
 _NO_MEMORY = ("can't allocate memory", "out of memory", "invalid buffer size")
 # What they raise where a file cannot be written or read: of safetensors, and of torch.save on a full disk.
-_OF_FILES = ("SafetensorError", "PytorchStreamWriter failed")
+_OF_FILES = ("SafetensorError", "inline_container.cc", "PytorchStreamWriter failed")
 # What talks to the Hub, and raises.
 _HUB = {"huggingface_hub", "httpx", "httpcore", "requests"}
 
@@ -25,8 +25,10 @@ def explain(error: Exception, arguments: argparse.Namespace) -> str | None:
         return f"{error.pattern!r}: no regular expression: {error}. A layer's name or its ending needs none."
     if isinstance(error, MemoryError) or any(text in str(error) for text in _NO_MEMORY):
         return f"the memory does not suffice: {error}. Take smaller batches, lengths or ranks, or a smaller model."
-    if not isinstance(error, ValueError | ImportError | OSError) and not any(map(_is_of_the_disk, _chain(error))):
-        return None
+    if not isinstance(error, ValueError | ImportError | OSError):
+        if not any(map(_is_of_the_disk, _chain(error))):
+            return None
+        return f"a file cannot be read or written: {error}. See that the disk is not full, and the file not damaged."
     message = str(error).strip()
     # What is ours says what to do; the Hub's libraries, which know nothing of folders, do not.
     if "Pass " in message or not any(map(_is_from_the_hub, _chain(error))):
