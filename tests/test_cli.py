@@ -128,6 +128,14 @@ def test_the_ends_of_memory_and_disk_are_no_bugs(planned, capsys, error, message
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "words", [["compare", "demo", "--seeds"], ["compare", "demo", "--workers"], ["demo", "--seeds"]]
+)
+def test_numbers_that_no_machine_could_do_are_refused_at_once(words, capsys):
+    assert main([*words, "9" * 30]) == 2
+    assert "expected a whole number of at most 1000" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("field", ["hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads"])
 def test_sizes_that_no_model_has_are_refused_at_once(tmp_path, capsys, field):
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], field: 10**12}

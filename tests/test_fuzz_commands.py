@@ -47,7 +47,6 @@ LINES = [
     "evaluate adapter --base base --task instructions --data rows.jsonl --max-length 8 --batch-size 1",
     "chat adapter --base base --max-new-tokens 1 --sample 0.5",
     "recipes small/stories_sft",
-    "demo --quick --methods lora --seeds 1 --output out",
 ]
 
 

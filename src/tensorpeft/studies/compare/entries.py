@@ -119,8 +119,8 @@ def load_entries(
     entries = tuple(_make_entry(key, described.get(key) or {}, recipe, base_rate, read) for key in keys)
     wanted = seeds if seeds is not None else section.get("seeds", 3)
     for name, value, least in (("seeds", wanted, 1), ("widenings", section.get("widenings", 2), 0)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name}={value!r}: expected a whole number of at least {least}.")
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= 1000:
+            raise ValueError(f"{name}={value!r}: expected a whole number of at least {least}, and at most 1000.")
     return Comparison(
         recipe=recipe,
         entries=entries,
