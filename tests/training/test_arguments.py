@@ -149,7 +149,7 @@ def test_what_a_recipe_says_elsewhere_is_refused(tmp_path, name, instead):
         ("preferences", {"packing": True}, r"DPOConfig\): unknown key 'packing'"),
         ("rte", {3: 4}, "unknown key 3"),
         ("rte", {"eval_strategy": "epochs"}, "epochs is not a valid"),
-        ("rte", {"eval_strategy": True}, "eval_strategy=True: expected a text"),
+        ("rte", {"eval_strategy": True}, "True is not a valid"),
         ("rte", {"optim": "adamw_foo"}, "adamw_foo is not a valid"),
         ("rte", {"eval_steps": 20, "save_steps": 30}, "30, which is not a round multiple of 20"),
         ("rte", {"learning_rate": "fast"}, "learning_rate='fast': expected a number"),
@@ -197,3 +197,7 @@ def test_null_is_a_value_where_the_library_gives_it_a_meaning(tmp_path):
     assert make(tmp_path, "squad").max_length == SFTConfig(output_dir=str(tmp_path), use_cpu=True).max_length
     assert make(tmp_path, "squad", max_length=None).max_length is None  # TRL: cut nothing
     assert make(tmp_path, warmup_steps=None).warmup_steps == TrainingArguments(output_dir=str(tmp_path)).warmup_steps
+
+
+def test_true_is_left_to_the_library_where_it_declares_a_text(tmp_path):
+    assert make_arguments({"fsdp": True}, find_task("rte"), tmp_path, seed=0).fsdp

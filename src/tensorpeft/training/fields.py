@@ -46,8 +46,10 @@ def _fits_one(value: Any, hint: Any) -> bool:
         whole = isinstance(value, int) or (isinstance(value, float) and (origin is float or value.is_integer()))
         return whole and not isinstance(value, bool)
     if isinstance(origin, type) and issubclass(origin, Enum):
-        return isinstance(value, str | origin)
-    return isinstance(value, origin) if origin in (bool, str, types.NoneType) else True
+        return isinstance(value, str | bool | origin)  # what it makes of true it says itself
+    if origin is str:
+        return isinstance(value, str | bool)  # of such a field some libraries take true, and do not declare it: fsdp
+    return isinstance(value, origin) if origin in (bool, types.NoneType) else True
 
 
 def _say(hint: Any) -> str:
