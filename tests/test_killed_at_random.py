@@ -48,7 +48,6 @@ def test_a_command_killed_at_random_moments_leaves_the_same_bytes_at_last(words,
     while killed < NUM_KILLED:
         code = run(words, tmp_path / "killed", draw.uniform(0, seconds))
         killed += code == -signal.SIGKILL
-        print(code, "after", killed, "kills")
         assert code in (0, -signal.SIGKILL)
         if code == 0:
             assert left(tmp_path / "killed" / "out") == left(tmp_path / "whole" / "out")
