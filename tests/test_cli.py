@@ -1,6 +1,8 @@
 """What the command does with its words, around what its commands do: exit codes, errors, the words themselves."""
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors import SafetensorError
 
 pytest.importorskip("rich")
 import tensorpeft_cli
@@ -95,6 +98,50 @@ def test_a_user_error_is_one_line_and_exit_code_2(planned, capsys, error):
     planned(fail)
     assert main(["plan", "model"]) == 2
     assert capsys.readouterr().err == "tensorpeft: two lines\n"
+
+
+def test_what_a_user_names_moves_no_terminal(capsys):
+    assert main(["train", "\x1b[31mnowhere\x1b]0;title\x07[/b].yaml"]) == 2
+    assert capsys.readouterr().err.startswith("tensorpeft: no recipe nowhere[/b].yaml")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError("8 TB"), "the memory does not suffice: 8 TB"),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp] can't allocate memory"), "the memory does not suffice"),
+        (RuntimeError("[enforce fail] PytorchStreamWriter failed writing file data/0"), "PytorchStreamWriter failed"),
+        (
+            RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 8384 vs 8278"),
+            "the disk is not full",
+        ),
+        (SafetensorError("I/O error: No space left on device"), "No space left on device"),
+        (re.error("missing )", "a(", 2), "'a(': no regular expression: missing ) at position 2"),
+    ],
+)
+def test_the_ends_of_memory_and_disk_are_no_bugs(planned, capsys, error, message):
+    def fail(arguments):
+        raise error
+
+    planned(fail)
+    assert main(["plan", "model"]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words", [["compare", "demo", "--seeds"], ["compare", "demo", "--workers"], ["demo", "--seeds"]]
+)
+def test_numbers_that_no_machine_could_do_are_refused_at_once(words, capsys):
+    assert main([*words, "9" * 30]) == 2
+    assert "expected a whole number of at most 1000" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("field", ["hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads"])
+def test_sizes_that_no_model_has_are_refused_at_once(tmp_path, capsys, field):
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], field: 10**12}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert main(["plan", str(tmp_path)]) == 2
+    assert f"{field}=1e+12 in its configuration: expected at most" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error", [TypeError("x"), RuntimeError("x"), ModuleNotFoundError("x", name="tensorpeft.x")])

@@ -5,6 +5,7 @@ imported here is the standard library; the package is imported within a command,
 """
 
 import argparse
+import io
 import os
 import re
 import shlex
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 from tensorpeft_cli import chat, compare, demo, evaluate, export, inspect, plan, quantize, recipes, train
 from tensorpeft_cli.errors import explain
 from tensorpeft_cli.options import Parser
+from tensorpeft_cli.package import one_line
 
 # Each has a HELP, and add_options(parser), which sets run: a function of the arguments and the command line, that
 # returns an exit code other than 0, or None.
@@ -33,6 +35,10 @@ COMMANDS = {
 
 def run() -> int:
     """`main` of this process's command line."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A character that the terminal does not have must not end a command whose work is done.
+            stream.reconfigure(errors="backslashreplace")
     return main(sys.argv[1:])
 
 
@@ -63,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    print("tensorpeft:", " ".join(message.split()), file=sys.stderr)
+    print("tensorpeft:", one_line(message), file=sys.stderr)
     return code
 
 

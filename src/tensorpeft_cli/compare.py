@@ -35,7 +35,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help=f"of the recipe's, or {', '.join(defaults)} (these by default), {', '.join(others)}",
     )
     parser.add_argument(
-        "--seeds", type=whole(1), metavar="N", help="final runs per method (default: the recipe's, or 3)"
+        "--seeds", type=whole(1, at_most=1000), metavar="N", help="final runs per method (default: the recipe's, or 3)"
     )
     parser.add_argument("--budget", metavar="N", help="equal size: ranks that come closest to it, such as 50k")
     parser.add_argument(
@@ -49,7 +49,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="timed steps; 0: time nothing (default: %(default)s)",
     )
     places = parser.add_mutually_exclusive_group()
-    places.add_argument("--workers", type=whole(1), metavar="N", help="processes to run in, a GPU or some cores each")
+    places.add_argument(
+        "--workers", type=whole(1, at_most=1000), metavar="N", help="processes to run in, a GPU or some cores each"
+    )
     places.add_argument(
         "--ray",
         nargs="?",

@@ -20,7 +20,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--methods", type=method_keys, metavar="A,B", help=f"of the recipe's, or {', '.join(known_methods())}"
     )
     parser.add_argument("--quick", action="store_true", help="few steps, rows and seeds: shows that it runs, no more")
-    parser.add_argument("--seeds", type=whole(1), metavar="N", help="final runs per method (default: the recipe's)")
+    parser.add_argument(
+        "--seeds", type=whole(1, at_most=1000), metavar="N", help="final runs per method (default: the recipe's)"
+    )
     parser.add_argument(
         "--output",
         type=Path,

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from tensorpeft_cli.options import DTYPES, add_cache, existing, model_name, whole
-from tensorpeft_cli.package import import_package
+from tensorpeft_cli.package import import_package, one_line
 
 HELP = "write an adapter in a form that other libraries read"
 
@@ -50,7 +50,7 @@ def _lora(arguments: argparse.Namespace, command: str) -> None:
         print(f"{'layer':{width}s}  |ΔW - BA| / |ΔW|")
         for layer in layers:
             print(f"{layer.name:{width}s}  {layer.error:.1%}")
-    print(f"{len(layers)} layers written to {arguments.out}")
+    print(f"{len(layers)} layers written to {one_line(arguments.out)}")
 
 
 def _dense(arguments: argparse.Namespace, command: str) -> None:
@@ -60,4 +60,4 @@ def _dense(arguments: argparse.Namespace, command: str) -> None:
     from tensorpeft.export import to_dense
 
     to_dense(arguments.adapter, arguments.out, getattr(torch, arguments.dtype), arguments.base)
-    print(f"Merged model in {arguments.dtype} written to {arguments.out}")
+    print(f"Merged model in {arguments.dtype} written to {one_line(arguments.out)}")

@@ -25,12 +25,14 @@ class Parser(argparse.ArgumentParser):
         raise argparse.ArgumentError(None, message)
 
 
-def whole(at_least: int) -> Callable[[str], int]:
-    """What argparse takes as `type`: a whole number that is large enough."""
+def whole(at_least: int, at_most: int = 2**31 - 1) -> Callable[[str], int]:
+    """What argparse takes as `type`: a whole number that is large enough, and none that no machine could do."""
 
     def parse(text: str) -> int:
         if not re.fullmatch(r"[+-]?\d+", text) or int(text) < at_least:
             raise argparse.ArgumentTypeError(f"{text}: expected a whole number of at least {at_least}.")
+        if int(text) > at_most:
+            raise argparse.ArgumentTypeError(f"{text}: expected a whole number of at most {at_most}.")
         return int(text)
 
     return parse
@@ -120,7 +122,9 @@ def add_network(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--r", type=whole(1), default=16, metavar="R", help="largest bond dimension (default: %(default)s)"
     )
-    parser.add_argument("--num-cores", type=whole(2), default=5, metavar="N", help="cores (default: %(default)s)")
+    parser.add_argument(
+        "--num-cores", type=whole(2, at_most=1000), default=5, metavar="N", help="cores (default: %(default)s)"
+    )
     add_targets(parser)
 
 

@@ -23,6 +23,11 @@ def read_plain(name: str) -> dict[str, Any]:
     return runpy.run_path(str(Path(spec.origin).parent / name))
 
 
+def one_line(text: object) -> str:
+    """A text that a person has named, or that quotes one, as it is printed: on one line, and no terminal obeys it."""
+    return read_plain("reports/tables.py")["one_line"](str(text))
+
+
 def import_package() -> None:
     """Import `tensorpeft`, which takes seconds, and keep out of the terminal what libraries say to their own callers.
 

@@ -13,7 +13,7 @@ from tensorpeft_cli.options import (
     network_of,
     whole,
 )
-from tensorpeft_cli.package import import_package
+from tensorpeft_cli.package import import_package, one_line
 
 HELP = "write QDoTA's base: a checkpoint in 4 bits, with the start of the adapter kept apart"
 
@@ -58,7 +58,8 @@ def _run(arguments: argparse.Namespace, command: str) -> None:
         progress=True,
     )
     print(
-        f"Residual base written to {arguments.out}. After `import tensorpeft`, from_pretrained loads it; adapt it with"
+        f"Residual base written to {one_line(arguments.out)}. After `import tensorpeft`, from_pretrained loads it; "
+        "adapt it with"
     )
     targets = sorted(config.target_modules) if isinstance(config.target_modules, set) else config.target_modules
     print(f"DotaConfig(r={config.r}, num_cores={config.num_cores}, target_modules={targets!r})")

@@ -156,6 +156,15 @@ def test_what_a_recipe_says_elsewhere_is_refused(tmp_path, name, instead):
         ("rte", {"num_train_epochs": "3"}, "num_train_epochs='3': expected a number"),
         ("squad", {"packing": "false"}, "packing='false': expected true or false"),
         ("preferences", {"beta": "0,1"}, "beta='0,1': expected a number"),
+        # Where the default is None, too: a text is true, and would train in bfloat16.
+        *(("rte", {"bf16": text}, f"bf16='{text}': expected true or false") for text in ("no", "false", "off", "0")),
+        ("squad", {"bf16": 0}, "bf16=0: expected true or false"),
+        ("squad", {"gradient_checkpointing": "no"}, "gradient_checkpointing='no': expected true or false"),
+        ("rte", {"use_cpu": "no"}, "use_cpu='no': expected true or false"),
+        ("rte", {"max_grad_norm": True}, "max_grad_norm=True: expected a number"),
+        ("rte", {"per_device_train_batch_size": 1.5}, "expected a whole number"),
+        ("rte", {"save_total_limit": "1"}, "save_total_limit='1': expected a whole number, null"),
+        ("rte", {"lr_scheduler_kwargs": 3}, "lr_scheduler_kwargs=3: expected a mapping, a text, null"),
     ],
 )
 def test_unknown_names_and_wrong_values(tmp_path, task, trainer, message):
@@ -188,3 +197,7 @@ def test_null_is_a_value_where_the_library_gives_it_a_meaning(tmp_path):
     assert make(tmp_path, "squad").max_length == SFTConfig(output_dir=str(tmp_path), use_cpu=True).max_length
     assert make(tmp_path, "squad", max_length=None).max_length is None  # TRL: cut nothing
     assert make(tmp_path, warmup_steps=None).warmup_steps == TrainingArguments(output_dir=str(tmp_path)).warmup_steps
+
+
+def test_true_is_left_to_the_library_where_it_declares_a_text(tmp_path):
+    assert make_arguments({"fsdp": True}, find_task("rte"), tmp_path, seed=0).fsdp

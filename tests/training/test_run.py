@@ -1,5 +1,6 @@
 """`tensorpeft train` from the recipe to the report, on tiny models; on real data: tests/recipes."""
 
+import dataclasses
 import json
 import shutil
 
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 pytest.importorskip("omegaconf")
 pytest.importorskip("trl")
-from evaluation.evaluated import LLAMA, WORDS, tiny_bert, word_tokenizer
+from evaluation.evaluated import WORDS, tiny_bert
 from tensorpeft.evaluation.options import EvaluationOptions
 from tensorpeft.evaluation.run import run_evaluate
 from tensorpeft.training.recipe import load_recipe
@@ -21,35 +22,6 @@ from tensorpeft_cli import main
 
 long = pytest.mark.recipes
 RATES = {"trainer.learning_rate": "1e-2", "trainer.bf16": "false", "trainer.gradient_checkpointing": "false"}
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with models, data and recipes."""
-    folder = tmp_path_factory.mktemp("recipes")
-    LLAMA.fresh().save_pretrained(folder / "llama")
-    word_tokenizer(bos=True).save_pretrained(folder / "llama")
-    tiny_bert().bert.save_pretrained(folder / "bert")
-    word_tokenizer(pairs=True).save_pretrained(folder / "bert")
-    rows = [{"prompt": " ".join(WORDS[k : k + 4]) + " ", "response": " ".join(WORDS[k + 4 : k + 7])} for k in range(40)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    pairs = [{"prompt": r["prompt"], "chosen": r["response"], "rejected": r["response"][::-1]} for r in rows]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
-    lines = [f"{' '.join(WORDS[k : k + 3])}\t{k % 2}\n" for k in range(60)]
-    (folder / "labels.tsv").write_text("sentence\tlabel\n" + "".join(lines), encoding="utf-8")
-    write(folder, "sft", "llama", "instructions", "rows.jsonl", "{method: dota, r: 4, num_cores: 3}")
-    write(folder, "dpo", "llama", "preferences", "pairs.jsonl", "{method: lorta, r: 4}")
-    write(folder, "labels", "bert", "sst2", "labels.tsv", "{method: lorta, r: 4, target_modules: [query, key, value]}")
-    return folder
-
-
-def write(folder, name, model, task, data, adapter):
-    (folder / f"{name}.yaml").write_text(
-        f"model: {folder / model}\ntask: {task}\nadapter: {adapter}\n"
-        f"data: {{train: {folder / data}, validation: 8, test: {folder / data}, test_rows: 6}}\n"
-        "trainer: {max_steps: 6, eval_steps: 2, logging_steps: 1, per_device_train_batch_size: 4}\n",
-        encoding="utf-8",
-    )
 
 
 def train(place, name, output, *overrides, resume=False):
@@ -138,6 +110,17 @@ def test_a_run_is_not_written_over(place, tmp_path):
     with pytest.raises(ValueError, match=r"the run has trainer.*max_steps': 2.*the recipe.*max_steps': 3"):
         train(place, "labels", tmp_path / "run", "trainer.max_steps=3", resume=True)
     assert sorted(path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")) == before
+
+
+def test_names_that_are_markup_or_move_a_terminal_are_shown_as_they_are(place, tmp_path, capsys):
+    odd = tmp_path / "[/b] [red]a|b \x1b[31mc"
+    shutil.copytree(place / "bert", odd / "a|b[/i]")
+    recipe = load_recipe(place / "labels.yaml", ["trainer.max_steps=1", "trainer.eval_steps=1", "data.test=null"])
+    run_training(dataclasses.replace(recipe, model=str(odd / "a|b[/i]"), output=str(odd / "run")))
+    printed = capsys.readouterr().out
+    assert "[/b] [red]a|b c" in printed
+    assert "\x1b" not in printed
+    assert "a|b[/i]" in (odd / "run" / "report.md").read_text(encoding="utf-8").splitlines()[0]
 
 
 def test_the_head_has_its_own_rate(place, tmp_path):

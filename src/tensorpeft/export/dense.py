@@ -14,11 +14,13 @@ from safetensors import safe_open
 from transformers import AutoTokenizer, PreTrainedModel
 
 from tensorpeft.loading.adapters import base_of, put_adapter
+from tensorpeft.loading.errors import explained
 from tensorpeft.loading.models import load_as_saved
 from tensorpeft.loading.names import resolve
 from tensorpeft.networks.update import BASE_DIGEST
 from tensorpeft.plugin.config import TensorConfig
 from tensorpeft.quantization import dequantize
+from tensorpeft.reports.folders import replace_files, sole_writer
 
 _HEADS = ("classifier.weight", "score.weight", "classifier.out_proj.weight")
 
@@ -41,27 +43,31 @@ def to_dense(
         base: name of the base model (`tensorpeft.loading.names.resolve`); None: what the adapter's configuration names.
 
     Raises:
+        BlockingIOError: another process writes to `out_dir`.
         ValueError: the adapter names no base, or one that is gone, or does not belong to it.
     """
     adapter = Path(adapter)
-    config = PeftConfig.from_pretrained(str(adapter))
-    base = base or base_of(config, adapter)
-    names = _tensor_shapes(adapter)
-    labels = next((shape[0] for name, shape in names.items() if name.endswith(_HEADS)), None)
-    model = load_as_saved(base, config, dtype="auto", **({} if labels is None else {"num_labels": labels}))
-    if not any(name.endswith(BASE_DIGEST) for name in names):
-        # Merging into a 4-bit layer would quantise the sum. An adapter that starts from its residual base needs the
-        # layer as it is, and merges into a plain one by itself.
-        model = dequantize(model, dtype)
-    merge: Any = put_adapter(model, str(adapter), base).merge_and_unload
-    merged = dequantize(merge(dtype=dtype) if isinstance(config, TensorConfig) else merge(), dtype)
-    merged.save_pretrained(out_dir)  # type: ignore
-    _copy_tokenizer((str(adapter), resolve(base)), out_dir)
-    return merged  # type: ignore
+    with sole_writer(Path(out_dir)):
+        with explained(adapter):
+            config = PeftConfig.from_pretrained(str(adapter))
+        base = base or base_of(config, adapter)
+        names = _tensor_shapes(adapter)
+        labels = next((shape[0] for name, shape in names.items() if name.endswith(_HEADS)), None)
+        model = load_as_saved(base, config, dtype="auto", **({} if labels is None else {"num_labels": labels}))
+        if not any(name.endswith(BASE_DIGEST) for name in names):
+            # Merging into a 4-bit layer would quantise the sum. An adapter that starts from its residual base needs the
+            # layer as it is, and merges into a plain one by itself.
+            model = dequantize(model, dtype)
+        merge: Any = put_adapter(model, str(adapter), base).merge_and_unload
+        merged = dequantize(merge(dtype=dtype) if isinstance(config, TensorConfig) else merge(), dtype)
+        with replace_files(Path(out_dir), last="config.json", stale="model*.safetensors*") as unfinished:
+            merged.save_pretrained(unfinished)  # type: ignore
+            _copy_tokenizer((str(adapter), resolve(base)), unfinished)
+        return merged  # type: ignore
 
 
 def _tensor_shapes(adapter: Path) -> dict[str, Sequence[int]]:
-    with safe_open(adapter / SAFETENSORS_WEIGHTS_NAME, framework="pt") as opened:
+    with explained(adapter), safe_open(adapter / SAFETENSORS_WEIGHTS_NAME, framework="pt") as opened:
         return {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118  # not a dictionary
 
 
@@ -73,3 +79,5 @@ def _copy_tokenizer(sources: Iterable[str], out_dir: str | os.PathLike[str]) -> 
             return
         except (OSError, ValueError, KeyError):
             continue
+        except Exception as error:  # tokenizers raises no class of its own
+            raise ValueError(f"{source}: its tokenizer cannot be loaded: {error}") from error

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -22,7 +22,7 @@ from tensorpeft.loading.adapters import load_on_skeleton
 from tensorpeft.networks.update import AbstractFactoredUpdate, AbstractUpdate
 from tensorpeft.plugin.config import TensorConfig
 from tensorpeft.plugin.layer import TensorLayer, check_weight_update
-from tensorpeft.reports.files import write_whole
+from tensorpeft.reports.folders import replace_files, sole_writer
 
 # vLLM compiles its kernels for these ranks.
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -71,11 +71,23 @@ def to_lora(
         The layers, in the model's order.
 
     Raises:
+        BlockingIOError: another process writes to `out_dir`.
         ValueError: no adapter of ours in the model, one that is not linear, a convolution that PEFT's LoRA does not
             match (groups, dilation, padding mode), a rank missing, unneeded, or above 512.
 
     >>> to_lora("runs/my-lorta", "runs/my-lora")  # doctest: +SKIP
     """
+    with sole_writer(Path(out_dir)):
+        return _write_lora(model_or_path, Path(out_dir), rank, adapter_name, progress)
+
+
+def _write_lora(
+    model_or_path: PeftModel | str | os.PathLike[str],
+    out_dir: Path,
+    rank: int | None,
+    adapter_name: str | None,
+    progress: bool,
+) -> list[ExportedLayer]:
     model = load_on_skeleton(model_or_path) if isinstance(model_or_path, (str, os.PathLike)) else model_or_path
     name = adapter_name or _active_adapter(model)
     layers = {key: module for key, module in model.get_base_model().named_modules() if isinstance(module, TensorLayer)}
@@ -103,7 +115,7 @@ def to_lora(
     tensors = {f"base_model.model.{key}": _pad(tensor, key, padded) for key, tensor in tensors.items()}
     prefix = next(iter(layers.values())).adapter_layer_names[0]
     others = {k: v for k, v in get_peft_model_state_dict(model, adapter_name=name).items() if f".{prefix}." not in k}
-    _save(Path(out_dir), tensors | others, _config(model, name, layers, padded))
+    _save(out_dir, tensors | others, _config(model, name, layers, padded))
     return exported
 
 
@@ -203,7 +215,6 @@ def _target_names(model: nn.Module, adapted: Iterable[str]) -> list[str]:
 
 
 def _save(folder: Path, tensors: dict[str, Tensor], config: LoraConfig) -> None:
-    """Both files, the weights first under another name: an interrupted export is not taken for a whole one."""
-    with write_whole(folder / SAFETENSORS_WEIGHTS_NAME) as unfinished:
-        save_file(tensors, unfinished, metadata={"format": "pt"})
-    config.save_pretrained(str(folder))
+    with replace_files(folder, last=CONFIG_NAME) as unfinished:
+        save_file(tensors, unfinished / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        config.save_pretrained(str(unfinished))

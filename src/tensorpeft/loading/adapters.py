@@ -43,7 +43,9 @@ def find_base(
         return model, None if adapter is None else str(adapter)
     if adapter is not None:
         raise ValueError(f"{model} is a saved adapter itself. Pass its base, or leave out {adapter}.")
-    return base_of(PeftConfig.from_pretrained(model), model), model
+    with explained(model):
+        config = PeftConfig.from_pretrained(model)
+    return base_of(config, model), model
 
 
 def base_of(
@@ -95,11 +97,13 @@ def load_on_skeleton(
     Raises:
         ValueError: the adapter does not say what its base model is, or that has no configuration to be found.
     """
-    config = PeftConfig.from_pretrained(str(adapter))
+    with explained(adapter):
+        config = PeftConfig.from_pretrained(str(adapter))
     base = base_of(config, adapter, "Load the adapter on its model, and pass that PeftModel.")
     model_config = load_config(base)
     model = build_empty(find_class(model_config, base, config), model_config)
-    return PeftModel.from_pretrained(model, str(adapter), low_cpu_mem_usage=True)  # pyright: ignore[reportArgumentType]
+    with explained(adapter):
+        return PeftModel.from_pretrained(model, str(adapter), low_cpu_mem_usage=True)  # pyright: ignore[reportArgumentType]
 
 
 def put_adapter(model: nn.Module, adapter: str, base: str) -> PeftModel:
@@ -111,7 +115,8 @@ def put_adapter(model: nn.Module, adapter: str, base: str) -> PeftModel:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*missing adapter keys.*")
         try:
-            return PeftModel.from_pretrained(model, adapter)  # pyright: ignore[reportArgumentType]
+            with explained(adapter):
+                return PeftModel.from_pretrained(model, adapter)  # pyright: ignore[reportArgumentType]
         except UserWarning as error:
             raise ValueError(
                 f"{adapter}: not all of its layers are in {type(model).__name__} of {base}. Pass the base that it was "
@@ -142,7 +147,8 @@ def _load_base(
 
 def _check_head(base: str, adapter: str | None, missing: set[str]) -> None:
     """Refuse a model with weights that started from noise."""
-    saved = set() if adapter is None else set(load_peft_weights(adapter, device="cpu"))
+    with explained(str(adapter)):
+        saved = set() if adapter is None else set(load_peft_weights(adapter, device="cpu"))
     if lacking := sorted(key for key in missing if f"base_model.model.{key}" not in saved):
         where = base if adapter is None else f"{base} and {adapter}"
         raise ValueError(

@@ -9,6 +9,9 @@ from peft import PeftConfig
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
+from tensorpeft.loading.errors import explained
+from tensorpeft.loading.sizes import check_sizes
+
 # By PEFT's task type.
 _TASK_CLASSES = {
     "CAUSAL_LM": transformers.AutoModelForCausalLM,
@@ -31,12 +34,18 @@ def find_class(
     Raises:
         ValueError: transformers registers no model class of that name.
     """
-    name = (config.architectures or [None])[0]
+    architectures = config.architectures or [None]
+    if not isinstance(architectures, list):
+        raise ValueError(f"{model}: architectures={architectures!r} in its configuration: expected a list of names.")
+    name = architectures[0]
     if adapter is not None:
         task = str(getattr(adapter.task_type, "value", adapter.task_type))
         if task in _TASK_CLASSES:
             return _TASK_CLASSES[task]
-        name = (adapter.auto_mapping or {}).get("base_model_class") or name
+        mapping = adapter.auto_mapping or {}
+        if not isinstance(mapping, dict):
+            raise ValueError(f"{model}: auto_mapping={mapping!r} in the adapter's configuration: expected a mapping.")
+        name = mapping.get("base_model_class") or name
     if name is None:
         return transformers.AutoModel
     # A file must not choose among all that transformers has, nor name a module to import.
@@ -52,8 +61,14 @@ def build_empty(
     model_cls: Any,  # as `find_class` gives it
     config: PretrainedConfig,
 ) -> PreTrainedModel:
-    """The model on the meta device: shapes, and no numbers."""
-    with torch.device("meta"):
+    """The model on the meta device: shapes, and no numbers.
+
+    Raises:
+        ValueError: the configuration's values fit no such model.
+    """
+    name = type(config).__name__
+    check_sizes(config.to_dict(), name)
+    with explained(name), torch.device("meta"):
         return model_cls.from_config(config) if hasattr(model_cls, "from_config") else model_cls(config)
 
 

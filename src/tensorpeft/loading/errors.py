@@ -1,5 +1,6 @@
 """What is wrong with the name of a model, said once for all commands."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,28 +10,46 @@ from huggingface_hub import is_offline_mode
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from tensorpeft.loading.sizes import check_sizes
+
 
 @contextmanager
 def explained(
     name: str | os.PathLike[str],  # folder or Hub name of what is loaded within
 ) -> Iterator[None]:
-    """Errors of files and of the Hub as one ValueError, which says what was looked for and what to do."""
+    """Errors of files and of the Hub as one ValueError, which says what was looked for and what to do.
+
+    What a library makes of a damaged or foreign file, which may be any error, is one, too.
+    """
     try:
         yield
     except (OSError, HFValidationError) as error:
         raise ValueError(_explain(os.fspath(name), str(error).strip().partition("\n")[0])) from error
+    except (ValueError, ImportError, MemoryError, AssertionError, Warning):
+        raise
+    except Exception as error:
+        raise ValueError(f"{os.fspath(name)}: it cannot be loaded: {type(error).__name__}: {error}") from error
 
 
 def require_config(folder: Path) -> None:
     """Refuse a folder that holds no model.
 
     Raises:
-        ValueError: there is no config.json in it.
+        ValueError: there is no config.json in it, or one that no model has.
     """
-    if folder.is_dir() and not (folder / "config.json").is_file():
+    file = folder / "config.json"
+    if folder.is_dir() and not file.is_file():
         raise ValueError(
             f"{folder}: no config.json in this folder, and not one .gguf file. Pass the folder of a transformers model."
         )
+    if file.is_file():
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{file}: not JSON: {error}") from error
+        if not isinstance(found, dict):
+            raise ValueError(f"{file}: expected a model's configuration, a mapping of fields.")
+        check_sizes(found, str(folder))
 
 
 def _explain(name: str, reason: str) -> str:

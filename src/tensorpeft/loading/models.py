@@ -55,8 +55,8 @@ def load_pretrained(
     """What the class's `from_pretrained` gives for this model.
 
     Raises:
-        TypeError: an argument that neither transformers nor the model knows.
-        ValueError: there is no such model.
+        ValueError: there is no such model, its files are damaged, or an argument is one that neither transformers nor
+            the model knows; the error of the library is its cause.
     """
     folder = resolve(name)
     require_config(Path(folder, arguments.get("subfolder", "")))

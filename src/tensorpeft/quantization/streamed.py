@@ -23,13 +23,14 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from tensorpeft.loading.architectures import build_empty, find_class
-from tensorpeft.loading.errors import explained
+from tensorpeft.loading.errors import explained, require_config
 from tensorpeft.loading.names import resolve
 from tensorpeft.plugin.config import TensorConfig
 from tensorpeft.plugin.tensor_map import settle
 from tensorpeft.quantization.model import Shapes, network_of, plan_layers
 from tensorpeft.quantization.quantizer import ResidualConfig
 from tensorpeft.reports.files import UNFINISHED, write_json, write_lines, write_whole
+from tensorpeft.reports.folders import LOCK, sole_writer
 from tensorpeft.sites import Site
 
 # What a shard of the output holds, about: a part of the work that an interruption can cost, and memory that is needed.
@@ -81,33 +82,35 @@ def quantize_checkpoint(
         progress: whether to show a progress bar.
 
     Raises:
+        BlockingIOError: another call writes to `out`.
         FileNotFoundError: `source` has no config.json or no safetensors.
         ValueError: `out` holds something else, the model is quantised already, weights are missing or damaged, or
             `config` does not fit, or there is no such model (see `quantize_residual`).
     """
     source, out = _find_source(source), Path(out)
-    model_config, model = _empty_model(source)
-    if config is not None:
-        settle(model, config, lambda sites: _StoredBases(source, model, sites))
-    shapes, plain = plan_layers(model, config, skip_modules)
-    jobs = _plan_jobs(source, model, {*shapes, *plain})
-    dtype = None if compute_dtype is None else str(compute_dtype).removeprefix("torch.")
-    residual_config = ResidualConfig(shapes, plain, dtype, double_quant, rounds)
-    shards = list(_cut_into_shards(jobs))
-    _claim(out, _fingerprint(jobs, residual_config))
-    with tqdm(total=len(jobs), desc="quantising", unit="tensor", disable=not progress) as bar:
-        for number, shard in enumerate(shards, 1):
-            path = out / f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            if path.exists():
-                bar.update(len(shard))
-                continue
-            tensors: dict[str, Tensor] = {}
-            for job in shard:
-                tensors.update(_convert(job, shapes, residual_config))
-                bar.update()
-            with write_whole(path) as unfinished:
-                save_file(tensors, unfinished, metadata={"format": "pt"})
-    _finish(source, out, model_config, residual_config)
+    with sole_writer(out):
+        model_config, model = _empty_model(source)
+        if config is not None:
+            settle(model, config, lambda sites: _StoredBases(source, model, sites))
+        shapes, plain = plan_layers(model, config, skip_modules)
+        jobs = _plan_jobs(source, model, {*shapes, *plain})
+        dtype = None if compute_dtype is None else str(compute_dtype).removeprefix("torch.")
+        residual_config = ResidualConfig(shapes, plain, dtype, double_quant, rounds)
+        shards = list(_cut_into_shards(jobs))
+        _claim(out, _fingerprint(jobs, residual_config))
+        with tqdm(total=len(jobs), desc="quantising", unit="tensor", disable=not progress) as bar:
+            for number, shard in enumerate(shards, 1):
+                path = out / f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+                if path.exists():
+                    bar.update(len(shard))
+                    continue
+                tensors: dict[str, Tensor] = {}
+                for job in shard:
+                    tensors.update(_convert(job, shapes, residual_config))
+                    bar.update()
+                with write_whole(path) as unfinished:
+                    save_file(tensors, unfinished, metadata={"format": "pt"})
+        _finish(source, out, model_config, residual_config)
     return out
 
 
@@ -125,7 +128,9 @@ def _empty_model(source: Path) -> tuple[Any, torch.nn.Module]:
     """The model's configuration, and the model on the meta device."""
     if not (source / "config.json").exists():
         raise FileNotFoundError(f"{source}: no config.json, expected the folder of a transformers model.")
-    config = AutoConfig.from_pretrained(source)
+    require_config(source)
+    with explained(source):
+        config = AutoConfig.from_pretrained(source)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{source}: quantised already. Pass the checkpoint in full or half precision.")
     return config, build_empty(find_class(config, str(source)), config)
@@ -209,8 +214,7 @@ def _fingerprint(jobs: Sequence[_Job], config: ResidualConfig) -> str:
 
 
 def _claim(out: Path, fingerprint: str) -> None:
-    """Make the folder, or take over what an interrupted call of the same kind left in it."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Make the folder this call's, or take over what an interrupted call of the same kind left in it."""
     state = out / _STATE
     if state.exists():
         if json.loads(state.read_text(encoding="utf-8"))["fingerprint"] != fingerprint:
@@ -218,7 +222,7 @@ def _claim(out: Path, fingerprint: str) -> None:
                 f"{out}: holds part of a quantisation with other arguments, or of a checkpoint that has changed since. "
                 "Repeat that call, or remove the folder."
             )
-    elif any(path.suffix != UNFINISHED for path in out.iterdir()):
+    elif any(path.suffix != UNFINISHED and path.name != LOCK for path in out.iterdir()):
         raise ValueError(f"{out}: the folder is not empty. Name a new one, or remove what is in it.")
     else:
         write_json(state, {"fingerprint": fingerprint})

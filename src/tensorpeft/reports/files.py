@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.utils import WeakFileLock
+from filelock import FileLock
 
 UNFINISHED = ".unfinished"
 
@@ -35,7 +35,7 @@ def write_whole(path: Path) -> Iterator[Path]:  # where to write
 def make_once(folder: Path, make: Callable[[Path], object]) -> None:
     """Let a folder be made, under another name, unless it is there; whoever wants it at once waits for the first."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with WeakFileLock(folder.with_name(f".{folder.name}.lock")):
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
         if not folder.is_dir():
             with write_whole(folder) as unfinished:
                 unfinished.mkdir()

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from tensorpeft.loading.architectures import build_empty, find_class
+from tensorpeft.loading.errors import explained
 from tensorpeft.loading.models import load_config
 from tensorpeft.quantization.model import plan_layers
 from tensorpeft.studies.budget import closest_value
@@ -234,7 +235,8 @@ class _Planner:
             model = self.adapt(plan, depth).train()
             if self.gradient_checkpointing:
                 enable_checkpointing(model)
-            return count_step(model.get_base_model(), self.batch, self.length)
+            with explained(type(self.config).__name__):
+                return count_step(model.get_base_model(), self.batch, self.length)
 
         return StepCosts(*self._at_full_depth(count, self.depth > _MAX_LAYERS))
 

@@ -1,6 +1,7 @@
 """A recipe's ``adapter`` as the configuration it names, of ours or of PEFT's."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,6 +9,7 @@ from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 import tensorpeft  # noqa: F401  # registers our methods
+from tensorpeft.training.fields import check_types
 from tensorpeft.training.recipe import check_keys
 
 
@@ -29,6 +31,9 @@ def make_config(
     check_keys(arguments, known, f"adapter, method {name}")
     if "task_type" in known:
         arguments.setdefault("task_type", task_type)
+    # PEFT means any number where it says int: lora_alpha.
+    whole = {k: int(v) if isinstance(v, float) and math.isfinite(v) else v for k, v in arguments.items()}
+    check_types(whole, config_class, "adapter")
     try:
         return config_class(**arguments)
     except TypeError as error:

@@ -9,6 +9,7 @@ import torch
 from transformers import TrainingArguments
 
 from tensorpeft.tasks.task import PreferenceTask, QuestionTask, Task
+from tensorpeft.training.fields import check_types
 from tensorpeft.training.recipe import check_keys
 
 # What a recipe has other names for.
@@ -44,10 +45,7 @@ def make_arguments(
         for key, value in trainer.items()
         if value is not None or _may_be_none(values[key])
     }
-    for field in dataclasses.fields(arguments_class):
-        if isinstance(given.get(field.name), str) and isinstance(field.default, int | float):
-            kind = "true or false" if isinstance(field.default, bool) else "a number"
-            raise ValueError(f"trainer.{field.name}={given[field.name]!r}: expected {kind}.")
+    check_types(given, arguments_class, "trainer")
     _choose_checkpoints(given)
     given.setdefault("logging_steps", _TENTH / 4)
     given.setdefault("report_to", "none")

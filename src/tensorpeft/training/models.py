@@ -91,17 +91,22 @@ def _keep_base(model: Any, tokenizer: PreTrainedTokenizerBase | None, folder: Pa
 def _load(auto: Any, name: str, arguments: dict[str, Any]) -> Any:
     try:
         return loading.load_pretrained(auto, name, **arguments)
-    except TypeError as error:  # an argument that neither transformers nor the model knows
-        raise ValueError(f"{name}: model_arguments {sorted(arguments)}: {error}") from None
+    except ValueError as error:
+        if isinstance(error.__cause__, TypeError):  # an argument that neither transformers nor the model knows
+            raise ValueError(f"{name}: model_arguments {sorted(arguments)}: {error.__cause__}") from error.__cause__
+        raise
 
 
 def _load_classifier(name: str, arguments: dict[str, Any]) -> PreTrainedModel:
     try:
         return _load(AutoModelForSequenceClassification, name, arguments)
-    except RuntimeError as error:
+    except ValueError as error:
+        if not isinstance(error.__cause__, RuntimeError):
+            raise
         raise ValueError(
-            f"{name}: it cannot be loaded with a head of {arguments['num_labels']} outputs: {error}. If its head is of "
-            "another task, write model_arguments: {ignore_mismatched_sizes: true}; it then starts from noise."
+            f"{name}: it cannot be loaded with a head of {arguments['num_labels']} outputs: {error.__cause__}. If its "
+            "head is of another task, write model_arguments: {ignore_mismatched_sizes: true}; it then starts from "
+            "noise."
         ) from None
 
 

@@ -1,7 +1,8 @@
 """The report of a training run: a summary for the terminal, Markdown, and the curves."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 
@@ -14,12 +15,13 @@ from tensorpeft.training.results import SeedResult, common_curves
 from tensorpeft.training.splits import Splits, describe_source
 
 # What TRL logs for diagnosis.
-_UNREPORTED = ("entropy", "num_tokens", "logps", "logits")
+_UNREPORTED = ("entropy", "num_tokens", "logps", "logits", "preparation_time")
 
 
 def summary(recipe: Recipe, results: Sequence[SeedResult]) -> Table:
     """The mean ± standard deviation over the seeds of everything measured, a row each."""
-    reported = [key for key in results[0].validation if not any(part in key for part in _UNREPORTED)]
+    reported = _common([result.validation for result in results])
+    reported = [key for key in reported if not any(part in key for part in _UNREPORTED)]
     found = [(f"validation {key}", [result.validation[key] for result in results]) for key in reported]
     found += [(f"test {name}: {key}", [result.tests[name][key] for result in results]) for name, key in _tests(results)]
     rows = [(name, mean_and_sd(values, digits=4)) for name, values in found]
@@ -85,7 +87,13 @@ def _title(recipe: Recipe, results: Sequence[SeedResult]) -> str:
 
 def _tests(results: Sequence[SeedResult]) -> list[tuple[str, str]]:
     """(test, metric) of everything tested."""
-    return [(name, key) for name, metrics in results[0].tests.items() for key in metrics]
+    names = _common([result.tests for result in results])
+    return [(name, key) for name in names for key in _common([result.tests[name] for result in results])]
+
+
+def _common(mappings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The keys that all have: a seed that was resumed after its training may have measured something else, too."""
+    return [key for key in mappings[0] if all(key in other for other in mappings)]
 
 
 def _seed_table(results: Sequence[SeedResult]) -> str:

@@ -1,5 +1,6 @@
 """``tensorpeft train``: a recipe from its rows to its report; killed at any moment, it goes on where it stood."""
 
+import contextlib
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -10,6 +11,7 @@ from transformers import TrainingArguments
 from tensorpeft.evaluation.evaluate import check_mode
 from tensorpeft.evaluation.options import EvaluationOptions
 from tensorpeft.loading.quiet import quiet
+from tensorpeft.reports.folders import sole_writer
 from tensorpeft.reports.terminal import print_table, say
 from tensorpeft.tasks.registry import find_task
 from tensorpeft.tasks.task import LabelTask, PreferenceTask, QuestionTask, StructureTask, Task
@@ -43,6 +45,7 @@ def run_training(
         terminal: what is written to.
 
     Raises:
+        BlockingIOError: another run writes to the output folder.
         FileExistsError: the output folder holds a run and ``resume`` is False.
         FileNotFoundError: a file is missing.
         ValueError: the recipe, a row or a value is wrong, or the folder's run has another recipe.
@@ -53,25 +56,27 @@ def run_training(
     options = check_recipe(recipe, first)
     is_main = first.process_index == 0
     console = Console(file=terminal, quiet=not is_main)
-    if is_main:
-        check_output(output, recipe, resume)
-    splits = load_splits(recipe)
-    for test, examples in splits.test.values():
-        check_mode(test, examples, options)
-    for leak in splits.leaks:
-        say(console, f"Leak: {leak}.")
-    if len(splits.train) < _MANY_ROWS:
-        datasets.disable_progress_bars()
-    results = []
-    for seed in recipe.seeds:
-        with steps_bar(console, f"seed {seed}") as bar:
-            teller = ProgressTeller(bar)
-            results.append(run_seed(recipe, splits, arguments[seed], options, resume, console, teller))
-    if is_main:
-        write_report(recipe, splits, results, command, output)
-        print_table(console, summary(recipe, results))
-        say(console, f"Report, curves, adapters: {output}")
-    return results
+    # The other processes of a launch write to the folder too; they are this one's.
+    with sole_writer(output) if is_main else contextlib.nullcontext():
+        if is_main:
+            check_output(output, recipe, resume)
+        splits = load_splits(recipe)
+        for test, examples in splits.test.values():
+            check_mode(test, examples, options)
+        for leak in splits.leaks:
+            say(console, f"Leak: {leak}.")
+        if len(splits.train) < _MANY_ROWS:
+            datasets.disable_progress_bars()
+        results = []
+        for seed in recipe.seeds:
+            with steps_bar(console, f"seed {seed}") as bar:
+                teller = ProgressTeller(bar)
+                results.append(run_seed(recipe, splits, arguments[seed], options, resume, console, teller))
+        if is_main:
+            write_report(recipe, splits, results, command, output)
+            print_table(console, summary(recipe, results))
+            say(console, f"Report, curves, adapters: {output}")
+        return results
 
 
 def check_recipe(

@@ -169,7 +169,8 @@ def _save(trainer: Trainer, folder: Path) -> None:
 
 
 def _only_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    timings = ("runtime", "samples_per_second", "steps_per_second", "epoch")
+    # TRL counts the tokens that this process has trained on, which are fewer after a resumption.
+    timings = ("runtime", "samples_per_second", "steps_per_second", "epoch", "model_preparation_time", "num_tokens")
     return {key: float(value) for key, value in metrics.items() if key not in timings and value is not None}
 
 

@@ -1,5 +1,6 @@
 """The trainer of a recipe: `transformers.Trainer` for labels, TRL's `SFTTrainer` and `DPOTrainer` for language."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,7 +68,23 @@ def make_trainer(
     tokenizer: PreTrainedTokenizerBase | None,  # None: the task is no text
     arguments: TrainingArguments,
 ) -> Trainer:
-    """A trainer with the recipe's model, adapted, that has not run yet."""
+    """A trainer with the recipe's model, adapted, that has not run yet.
+
+    Raises:
+        ValueError: a value of the recipe is one that PEFT, transformers or TRL cannot use.
+    """
+    try:
+        return _make_trainer(recipe, splits, tokenizer, arguments)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, re.error) as error:
+        # These libraries check few values; what they do with a wrong one is any of these errors.
+        raise ValueError(
+            f"adapter or trainer of the recipe: a value that the libraries cannot use: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _make_trainer(
+    recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBase | None, arguments: TrainingArguments
+) -> Trainer:
     base = load_base(recipe, splits.task, tokenizer, arguments.seed)
     set_seed(arguments.seed)
     match splits.task:

@@ -1,5 +1,6 @@
 """What is compared: entries that are each the recipe with something put on top, and a grid of learning rates."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -98,6 +99,9 @@ def load_entries(
     described = section.get("methods") or {}
     if not isinstance(described, dict):
         raise ValueError(f"{path}: compare.methods={described!r}: expected a mapping from a name to its fields.")
+    # Each is the name of a folder.
+    if wrong := [key for key in described if not re.fullmatch(r"[\w+-][\w.+-]*", str(key))]:
+        raise ValueError(f"{path}: compare.methods.{wrong[0]}: expected a name of letters, digits and - . _ +.")
     keys = [key.strip() for key in methods.split(",")] if methods is not None else list(described or DEFAULT_COMPARED)
     catalogue = methods_by_key()
     check_keys(keys, {**described, **catalogue}, "methods")
@@ -113,8 +117,8 @@ def load_entries(
     entries = tuple(_make_entry(key, described.get(key) or {}, recipe, base_rate, read) for key in keys)
     wanted = seeds if seeds is not None else section.get("seeds", 3)
     for name, value, least in (("seeds", wanted, 1), ("widenings", section.get("widenings", 2), 0)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name}={value!r}: expected a whole number of at least {least}.")
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= 1000:
+            raise ValueError(f"{name}={value!r}: expected a whole number of at least {least}, and at most 1000.")
     return Comparison(
         recipe=recipe,
         entries=entries,
@@ -137,6 +141,10 @@ def _make_entry(
         raise ValueError(f"compare.methods.{key}={described!r}: expected a mapping of fields, or nothing.")
     check_keys(described, _ENTRY, f"compare.methods.{key}")
     method = methods_by_key().get(key)
+    if not isinstance(described.get("adapter"), Mapping | None):
+        raise ValueError(
+            f"compare.methods.{key}.adapter={described['adapter']!r}: expected a mapping of fields, or null."
+        )
     on_top = {name: described[name] for name in _ON_TOP if name in described}
     if method is not None and method.quantize is not None:
         on_top.setdefault("quantize", method.quantize)

@@ -164,7 +164,8 @@ def _entry_tree(result: EntryResult) -> dict[str, Any]:
         "problem": result.problem,
         "chosen_rate": result.rate if result.final else None,
         "chosen_rate_is_at_the_edge": result.chose_the_edge,
-        "search": [_run_tree(run) for run in result.search],
+        # Not what is tested later: after an interruption the chosen run is found tested already.
+        "search": [{**_run_tree(run), "tests": {}} for run in result.search],
         "final": [_run_tree(run) for run in result.final],
         "costs": None if result.costs is None else vars(result.costs),
         "saved_bytes": result.saved_bytes,

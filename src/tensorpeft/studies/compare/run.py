@@ -14,6 +14,7 @@ from rich.console import Console
 from tensorpeft.evaluation.options import EvaluationOptions
 from tensorpeft.loading.quiet import quiet
 from tensorpeft.reports.files import to_json, write_json, write_lines
+from tensorpeft.reports.folders import sole_writer
 from tensorpeft.reports.terminal import print_table, say
 from tensorpeft.reports.versions import find_versions
 from tensorpeft.studies.compare.answers import AnsweredQuestion, answer_lines, read_answers
@@ -54,6 +55,7 @@ def run_compare(
     when all cells are done.
 
     Raises:
+        BlockingIOError: another comparison writes to the output folder.
         ConnectionError: there is no Ray cluster at the address.
         FileNotFoundError: a file of the recipe's data is missing.
         ModuleNotFoundError: Ray is asked for and not installed.
@@ -63,39 +65,42 @@ def run_compare(
     check_engine(workers, ray)
     datasets.disable_progress_bars()
     console = Console(file=terminal)
-    splits = load_rows(comparison.recipe, anew=True)
-    with contextlib.ExitStack() as until_written:
-        with open_engine(run_cell, comparison.output / "workers", workers, ray) as engine:
-            if workers is not None or ray is not None:
-                until_written.enter_context(one_gpu())
-            options = _check_entries(comparison, splits.task)
-            if comparison.budget is not None:
-                comparison = fit_budget(comparison, splits.task, comparison.budget)
-            if isinstance(splits.task, QuestionTask) and splits.test:  # other tasks need a head that is trained first
-                comparison = with_untrained(comparison)
-            for leak in splits.leaks:
-                say(console, f"Leak: {leak}.")
-            num_cells = sum(_count_cells(entry, comparison.seeds) for entry in comparison.entries)
-            bar = until_written.enter_context(CellsBar(console, num_cells))
-            runner = Runner(comparison, bool(splits.test), options, engine, bar)
-            runner.check_folders()
-            runs = engine.each(runner.run, comparison.entries)
-        meter = CostMeter(comparison, splits, timing_rounds)
-        results = []
-        for entry, (search, final) in zip(comparison.entries, runs):
-            bar.describe(f"{entry.label}, costs of a step")
-            results.append(_make_result(entry, search, final, runner, meter))
-    folders = {r.entry.key: runner.folder(r.entry, r.rate, r.final[0].seed) for r in results if r.finished}
-    answers = _read_answers(results, folders)
-    _write(comparison, results, answers, command)
-    for line in answer_lines(answers[:_PRINTED_ANSWERS], max(console.width, _NARROWEST)):
-        say(console, line)
-    say(console, "")
-    print_table(console, main_table(comparison, results))
-    say(console, f"Report, plots, raw results: {comparison.output}")
-    for line in _next_commands(results, folders) if isinstance(splits.task, QuestionTask) else ():
-        say(console, line)
-    return results
+    with sole_writer(comparison.output):
+        splits = load_rows(comparison.recipe, anew=True)
+        with contextlib.ExitStack() as until_written:
+            with open_engine(run_cell, comparison.output / "workers", workers, ray) as engine:
+                if workers is not None or ray is not None:
+                    until_written.enter_context(one_gpu())
+                options = _check_entries(comparison, splits.task)
+                if comparison.budget is not None:
+                    comparison = fit_budget(comparison, splits.task, comparison.budget)
+                if (
+                    isinstance(splits.task, QuestionTask) and splits.test
+                ):  # other tasks need a head that is trained first
+                    comparison = with_untrained(comparison)
+                for leak in splits.leaks:
+                    say(console, f"Leak: {leak}.")
+                num_cells = sum(_count_cells(entry, comparison.seeds) for entry in comparison.entries)
+                bar = until_written.enter_context(CellsBar(console, num_cells))
+                runner = Runner(comparison, bool(splits.test), options, engine, bar)
+                runner.check_folders()
+                runs = engine.each(runner.run, comparison.entries)
+            meter = CostMeter(comparison, splits, timing_rounds)
+            results = []
+            for entry, (search, final) in zip(comparison.entries, runs):
+                bar.describe(f"{entry.label}, costs of a step")
+                results.append(_make_result(entry, search, final, runner, meter))
+        folders = {r.entry.key: runner.folder(r.entry, r.rate, r.final[0].seed) for r in results if r.finished}
+        answers = _read_answers(results, folders)
+        _write(comparison, results, answers, command)
+        for line in answer_lines(answers[:_PRINTED_ANSWERS], max(console.width, _NARROWEST)):
+            say(console, line)
+        say(console, "")
+        print_table(console, main_table(comparison, results))
+        say(console, f"Report, plots, raw results: {comparison.output}")
+        for line in _next_commands(results, folders) if isinstance(splits.task, QuestionTask) else ():
+            say(console, line)
+        return results
 
 
 def _count_cells(entry: Entry, seeds: int) -> int:
