@@ -41,7 +41,7 @@ class Place(NamedTuple):
     """Where in which group an update is."""
 
     group: Group
-    index: int
+    number: int
 
 
 M = TypeVar("M", bound=Member)
@@ -70,7 +70,7 @@ def parts_of(
     """The parts of an update: read from its group, if it has one. Differentiable."""
     if member.place is None or torch.compiler.is_compiling():  # a compiler fuses what lies in its graph
         return _make([member], dtype)[0]
-    return member.place.group.parts(member.place.index, member, dtype)
+    return member.place.group.parts(member.place.number, member, dtype)
 
 
 class Group:
@@ -155,14 +155,15 @@ def _nobody() -> None:
 def tensors_of(module: Any) -> dict[str, Tensor]:
     """A module's own parameters and buffers by name."""
     # A replica that nn.DataParallel makes has its parameters' copies elsewhere. No generators: this is asked often.
-    parameters = vars(module).get("_former_parameters") or vars(module)["_parameters"]
-    named = {**parameters, **vars(module)["_buffers"]}
-    return {name: tensor for name, tensor in named.items() if tensor is not None}
+    attributes: dict[str, Any] = vars(module)
+    parameters: dict[str, Tensor | None] = attributes.get("_former_parameters") or attributes["_parameters"]
+    buffers: dict[str, Tensor | None] = attributes["_buffers"]
+    return {name: tensor for name, tensor in {**parameters, **buffers}.items() if tensor is not None}
 
 
 def _all_tensors(member: Member) -> list[Tensor]:
-    shared = [] if member.shared is None else tensors_of(member.shared).values()
-    return [*tensors_of(member).values(), *shared]
+    shared = {} if member.shared is None else tensors_of(member.shared)
+    return [*tensors_of(member).values(), *shared.values()]
 
 
 def _version(member: Member, dtype: torch.dtype | None) -> object | None:
@@ -195,9 +196,8 @@ def _make(members: Sequence[Member], dtype: torch.dtype | None) -> list[Parts]:
         return first.make_parts(members, mine, {name: next(rest) for name in shared}, dtype)
 
     tensors = [*(tensor for named in own for tensor in named.values()), *shared.values()]
-    flat: Any = _Together.apply(make, len(members), len(own[0]), *tensors)
-    count = len(flat) // len(members)
-    return [tuple(flat[k : k + count]) for k in range(0, len(flat), count)]
+    flat: Any = _Together.apply(make, len(members), len(own[0]), *tensors)  # pyright: ignore[reportUnknownMemberType]
+    return list(zip(*[iter(flat)] * (len(flat) // len(members))))
 
 
 class _Together(torch.autograd.Function):

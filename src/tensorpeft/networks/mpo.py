@@ -128,14 +128,12 @@ class MpoUpdate(AbstractFusedUpdate):
         """
         shapes = tuple(core.shape for core in self.cores())
         cores = _flat([tensors[f"core_{k}"] for tensors in own for k in range(1, self.num_cores + 1)], len(own))
-        parts: Sequence[Tensor]
+        parts: tuple[Tensor, ...]
         if not self.has_start:
             parts = _sorted_halves(cores, shapes)
         elif self.base_start is not None:
             bases = [member.base_start for member in members if member.base_start is not None]
-            start = _flat([core for base in bases for core in base.cores()], len(own)).to(cores)
-            halves = (torch.stack(half).to(cores) for half in zip(*(base.halves() for base in bases)))
-            parts = _AtStart.apply(*_sorted_halves(cores, shapes), *halves, (cores != start).any(1))  # type: ignore
+            parts = _halves_at(bases, cores, shapes)
         else:
             start = _flat([tensors[f"start_{k}"] for tensors in own for k in range(1, self.num_cores + 1)], len(own))
             parts = _difference(cores, start.to(cores.dtype), shapes)
@@ -294,7 +292,7 @@ def _flat(cores: Sequence[Tensor], num_networks: int) -> Tensor:  # (networks, e
 
 def _chains(flat: Tensor, shapes: Sequence[torch.Size], position: int) -> tuple[Tensor, Tensor]:
     """The contractions of the cores on both sides of a bond: (networks, modes, bond) and (networks, bond, modes)."""
-    parts = flat.split([shape.numel() for shape in shapes], dim=1)
+    parts: Sequence[Tensor] = torch.split(flat, [shape.numel() for shape in shapes], dim=1)  # pyright: ignore
     cores = [part.view(-1, *shape) for part, shape in zip(parts, shapes)]
     left, right = cores[0].flatten(1, 3), cores[-1].flatten(2)
     with without_autocast(flat.device):
@@ -323,8 +321,15 @@ def _difference(
     return _SideBySide.apply(*_chains(cores, shapes, position), left, right.neg_(), moved, modes)  # type: ignore
 
 
+def _halves_at(starts: Sequence[FrozenCores], cores: Tensor, shapes: tuple[torch.Size, ...]) -> tuple[Tensor, Tensor]:
+    """The halves of the cores; with the bits of the start's own where no core has moved."""
+    flat = _flat([core for start in starts for core in start.cores()], len(starts)).to(cores)
+    halves = (torch.stack(half).to(cores) for half in zip(*(start.halves() for start in starts)))
+    return _AtStart.apply(*_sorted_halves(cores, shapes), *halves, (cores != flat).any(1))  # type: ignore
+
+
 class _AtStart(torch.autograd.Function):
-    """The halves, with the bits of those of the start where no core has moved: batched products may round otherwise."""
+    """The first two, but the others where nothing has moved: batched products may round otherwise."""
 
     @staticmethod
     def forward(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,12 +49,12 @@ class AbstractUpdate(nn.Module, ABC):
         super().__init__()
         object.__setattr__(self, "shared", shared)
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self, mode: bool = True) -> AbstractUpdate:
         """As torch's; what a group keeps goes."""
         self._forget()
         return super().train(mode)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AbstractUpdate:
         """As torch's; what a group keeps goes."""
         self._forget()
         return super()._apply(fn, recurse)  # pyright: ignore[reportUnknownMemberType]  # torch's own has no types
@@ -211,7 +211,7 @@ class AbstractLowRankUpdate(AbstractFactoredUpdate):
         return None
 
     def make_parts(
-        self, members: Sequence[Self], own: Sequence[Tensors], shared: Tensors, dtype: torch.dtype | None
+        self, members: Sequence[Any], own: Sequence[Tensors], shared: Tensors, dtype: torch.dtype | None
     ) -> list[Parts]:
         """The pairs of factors: of tensors that are stacked, where there are several with no shared ones."""
         if len(members) == 1:
