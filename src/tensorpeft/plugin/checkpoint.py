@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HFValidationError
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 LOADING_HINT = """
 ## How to load
@@ -23,27 +33,82 @@ model = AutoPeftModel.from_pretrained("<this adapter>")
 """
 
 
-def check_file(folder: Path) -> None:
-    """Refuse a local checkpoint whose weights cannot be loaded safely and in full.
+@dataclass(frozen=True)
+class Source:
+    """Where an adapter is loaded from.
+
+    Args:
+        model_id: a folder, or a name on the Hub.
+        download: of `hf_hub_download`.
+    """
+
+    model_id: str
+    download: Mapping[str, Any]
+
+    def read_shapes(self) -> dict[str, Tensor] | None:
+        """The checkpoint's tensors on the meta device, all float32; None if there is no file to be had: as PEFT says.
+
+        Raises:
+            ValueError: the weights are a pickle, or a safetensors file that is truncated, empty or not one at all.
+        """
+        folder = Path(self.model_id, self.download.get("subfolder") or "")
+        safe, pickled = folder / SAFETENSORS_WEIGHTS_NAME, folder / WEIGHTS_NAME
+        if not folder.is_dir():
+            safe = self._download()
+        elif not os.path.lexists(safe) and pickled.exists():
+            raise ValueError(
+                f"{pickled} is a pickle, which can run any code when it is loaded; expected {SAFETENSORS_WEIGHTS_NAME}. "
+                "Save the adapter again with save_pretrained (safe_serialization=True, the default)."
+            )
+        return None if safe is None else _read_shapes(safe)
+
+    def _download(self) -> Path | None:
+        """The file that PEFT is going to download, where it will look for it."""
+        download = dict(self.download)
+        subfolder = download.pop("subfolder", None)
+        name = SAFETENSORS_WEIGHTS_NAME if subfolder is None else f"{subfolder}/{SAFETENSORS_WEIGHTS_NAME}"
+        try:
+            return Path(hf_hub_download(self.model_id, name, **download))
+        except (OSError, HFValidationError):
+            return None
+
+
+def _read_shapes(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118  # no dictionary
+    except (SafetensorError, OSError) as error:
+        size = f"{path.stat().st_size} bytes; " if path.is_file() else ""
+        raise ValueError(
+            f"{path}: not a complete safetensors file ({size}{error}). Download or save the adapter again."
+        ) from error
+    if not shapes:
+        raise ValueError(f"{path}: there is no tensor in this file. Download or save the adapter again.")
+    return {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+
+
+# What is being loaded: PEFT tells the tuner, which builds the adapter, nothing of the file.
+_source: ContextVar[Source | None] = ContextVar("source", default=None)
+
+
+@contextmanager
+def loading_from(source: Source | None) -> Iterator[None]:
+    """An adapter that is built inside is one of this checkpoint."""
+    token = _source.set(source)
+    try:
+        yield
+    finally:
+        _source.reset(token)
+
+
+def shapes_to_load() -> dict[str, Tensor] | None:
+    """The tensors of the checkpoint that an adapter is being built for; None if for none.
 
     Raises:
-        ValueError: the weights are a pickle, or a safetensors file that is truncated or not one at all.
+        ValueError: see `Source.read_shapes`.
     """
-    safe, pickled = folder / SAFETENSORS_WEIGHTS_NAME, folder / WEIGHTS_NAME
-    if safe.exists():
-        try:
-            with safe_open(safe, framework="pt") as file:
-                file.keys()
-        except SafetensorError as error:
-            raise ValueError(
-                f"{safe}: not a complete safetensors file ({safe.stat().st_size} bytes; {error}). "
-                "Download or save the adapter again."
-            ) from error
-    elif pickled.exists():
-        raise ValueError(
-            f"{pickled} is a pickle, which can run any code when it is loaded; expected {SAFETENSORS_WEIGHTS_NAME}. "
-            "Save the adapter again with save_pretrained (safe_serialization=True, the default)."
-        )
+    source = _source.get()
+    return None if source is None else source.read_shapes()
 
 
 def add_loading_hint(folder: Path) -> None:

@@ -14,7 +14,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, PeftT
 from torch import Tensor, nn
 
 from tensorpeft.networks.update import AbstractUpdate
-from tensorpeft.plugin.checkpoint import add_loading_hint, check_file
+from tensorpeft.plugin.checkpoint import add_loading_hint
 from tensorpeft.sites import Site
 
 
@@ -106,21 +106,6 @@ class TensorConfig(PeftConfig, ABC):
         Raises:
             ValueError: a site that the method cannot serve; nothing has been changed by then.
         """
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
-    ) -> PeftConfig:
-        """As PEFT's; a damaged or pickled weights file beside the configuration is refused before a model is touched.
-
-        Raises:
-            ValueError: see `plugin.checkpoint.check_file`.
-        """
-        check_file(Path(pretrained_model_name_or_path) / (subfolder or ""))
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        if isinstance(config, TensorConfig):
-            config.is_from_checkpoint = True  # type: ignore[attr-defined]  # not a field: not saved
-        return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As PEFT's, and tells the model card's readers to `import tensorpeft`."""
