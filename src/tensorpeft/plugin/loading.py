@@ -50,10 +50,17 @@ def check_checkpoint(
             not finite; or there is a tensor that is not the adapter's, and would go into the base model or into
             another adapter. Nothing has been changed.
     """
-    updates = updates_of(model, adapter_name)
+    holders = {
+        f"{own_key(key_of(name))}.{holder.adapter_layer_names[0]}.": holder
+        for name, holder in _holders_of(model, adapter_name)
+    }
     found = {own_key(key): tensor for key, tensor in state_dict.items()}
-    check_tensors(updates, found, config)
-    expected = {f"{stem}{key}": tensor for stem, update in updates.items() for key, tensor in _saved(update).items()}
+    check_tensors({stem: holder.updates[adapter_name] for stem, holder in holders.items()}, found, config)
+    expected = {
+        f"{stem}{key}": _as_on_device(tensor, holder)
+        for stem, holder in holders.items()
+        for key, tensor in _saved(holder.updates[adapter_name]).items()
+    }
     others = [key for key in state_dict if own_key(key) not in expected]
     allowed = _trained_in_full(model, adapter_name)
     if not allowed.keys() >= set(others):
@@ -78,14 +85,6 @@ def check_starts(model: nn.Module, adapter_name: str, state_dict: Mapping[str, T
         if isinstance(layer, TensorLayer):
             name = own_key(key_of(name))
             _check_start(model, name, layer, adapter_name, _part(found, f"{name}.{layer.adapter_layer_names[0]}."))
-
-
-def updates_of(model: nn.Module, adapter_name: str) -> dict[str, nn.Module]:
-    """What layers, and owners of shared factors, hold of an adapter, by the beginning of its keys in a checkpoint."""
-    return {
-        f"{own_key(key_of(name))}.{holder.adapter_layer_names[0]}.": holder.updates[adapter_name]
-        for name, holder in _holders_of(model, adapter_name)
-    }
 
 
 def check_tensors(
@@ -127,6 +126,14 @@ def _saved(update: nn.Module) -> dict[str, Tensor]:
     return update.state_dict(keep_vars=True)
 
 
+def _as_on_device(tensor: Tensor, holder: UpdateHolder) -> Tensor:
+    """The tensor or, for one that was allocated on the meta device, in the dtype that it had been built in."""
+    if not tensor.is_meta or tensor.dtype != torch.float32:
+        return tensor
+    _, dtype = holder._get_base_layer_device_and_dtype(holder.get_base_layer())
+    return tensor.double() if dtype == torch.float64 else tensor
+
+
 def _as_held(key: str, tensor: Tensor, held: Tensor) -> Tensor:
     """A tensor of a checkpoint, widened to the dtype it will be held in.
 
@@ -154,7 +161,7 @@ def _as_held(key: str, tensor: Tensor, held: Tensor) -> Tensor:
             f"{key}: not all numbers in the checkpoint are finite. The training has diverged, or the file is damaged: "
             "load an earlier checkpoint."
         )
-    if tensor.dtype == torch.float64 and held.dtype == torch.float32 and not held.is_meta:
+    if tensor.dtype == torch.float64 and held.dtype == torch.float32:
         if not torch.equal(narrow := tensor.float(), tensor):
             raise ValueError(
                 f"{key} is float64 in the checkpoint, with numbers that float32, in which this model holds the adapter, "
