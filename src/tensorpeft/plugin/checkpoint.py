@@ -40,10 +40,12 @@ class Source:
     Args:
         model_id: a folder, or a name on the Hub.
         download: of `hf_hub_download`.
+        verifies_base: whether the digests of a base that holds an update's start itself are made again.
     """
 
     model_id: str
     download: Mapping[str, Any]
+    verifies_base: bool = True
 
     def read_shapes(self) -> dict[str, Tensor] | None:
         """The checkpoint's tensors on the meta device, all float32; None if there is no file to be had: as PEFT says.
@@ -99,6 +101,12 @@ def loading_from(source: Source | None) -> Iterator[None]:
         yield
     finally:
         _source.reset(token)
+
+
+def verifies_base() -> bool:
+    """Whether what is being loaded is compared with the base's own digest made anew."""
+    source = _source.get()
+    return source is None or source.verifies_base
 
 
 def shapes_to_load() -> dict[str, Tensor] | None:

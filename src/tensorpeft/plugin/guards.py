@@ -21,7 +21,8 @@ _DOWNLOAD = frozenset(inspect.signature(hf_hub_download).parameters)
 def guarded_load(load: Callable[..., Any]) -> Callable[..., Any]:
     """PEFT's `from_pretrained` or `load_adapter`; if it fails with one of our adapters, the model is as before.
 
-    The adapter is compared with the file before anything is allocated.
+    The adapter is compared with the file before anything is allocated. PEFT passes over keywords that it does not know,
+    so that there is one more, `verify_base=False`: the digests of a residual base are not made again.
 
     Raises:
         ValueError: also where PEFT raises the bare `KeyError` of a tensor that the file lacks.
@@ -33,7 +34,8 @@ def guarded_load(load: Callable[..., Any]) -> Callable[..., Any]:
         arguments = signature.bind(*args, **kwargs).arguments
         model: nn.Module = arguments.get("model", arguments.get("self"))
         model_id, more = str(arguments["model_id"]), {**arguments, **arguments.get("kwargs", {})}
-        source = Source(model_id, {key: value for key, value in more.items() if key in _DOWNLOAD})
+        download = {key: value for key, value in more.items() if key in _DOWNLOAD}
+        source = Source(model_id, download, more.get("verify_base", True))
         ours = False
 
         def is_ours() -> bool:

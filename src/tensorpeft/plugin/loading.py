@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tensorpeft.networks.effective import fold
-from tensorpeft.networks.update import BASE_DIGEST, AbstractWeightUpdate
+from tensorpeft.networks.update import BASE_DIGEST, AbstractUpdatableLinear, AbstractWeightUpdate
 from tensorpeft.plugin.base_weight import as_matrix
+from tensorpeft.plugin.checkpoint import verifies_base
 from tensorpeft.plugin.config import TensorConfig, own_fields
 from tensorpeft.plugin.holder import UpdateHolder
 from tensorpeft.plugin.layer import TensorLayer
@@ -75,7 +76,24 @@ def check_checkpoint(
                 "the tensor out of the file."
             )
         checked[key] = _as_held(key, tensor, held)
+    if verifies_base():
+        _check_digests(model, adapter_name)
     return checked
+
+
+def _check_digests(model: nn.Module, adapter_name: str) -> None:
+    """Raise a `ValueError` where a base layer that holds an update's start is no longer what its digest says."""
+    for name, layer in _holders_of(model, adapter_name):
+        digest = dict(layer.updates[adapter_name].named_buffers()).get(BASE_DIGEST)
+        base = layer.get_base_layer()
+        if digest is None or not isinstance(base, AbstractUpdatableLinear) or base.weight.is_meta:  # type: ignore[union-attr]
+            continue
+        if not torch.equal((current := base.current_digest()).cpu(), digest.cpu()):
+            raise ValueError(
+                f"{own_key(key_of(name))}: this layer is not {_describe(digest)} that it says it is, but has the digest "
+                f"{_hex(current)}…: its weight in 4 bits, the statistics of that or its start have changed. Download "
+                "or quantise the base again."
+            )
 
 
 def check_starts(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
@@ -306,7 +324,11 @@ def _describe(digest: Tensor | None) -> str:
         return "a base without a residual"
     if digest.is_meta:
         return "a residual base"
-    return f"the residual base {digest.cpu().numpy().tobytes().hex()[:12]}…"
+    return f"the residual base {_hex(digest)}…"
+
+
+def _hex(digest: Tensor) -> str:
+    return digest.cpu().numpy().tobytes().hex()[:12]
 
 
 def _foreign_start(
