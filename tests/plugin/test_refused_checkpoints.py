@@ -1,9 +1,11 @@
 """A checkpoint that is not all of the adapter, and nothing else, is refused; then all is bit for bit as it was."""
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 from cases import MODELS, Case, logits, over_cases, perturb
 from tensorpeft import LortaConfig
+from tensorpeft.plugin.config import own_fields
 
 LLAMA = MODELS[0]
 WEIGHTS = "adapter_model.safetensors"
@@ -250,3 +253,31 @@ def test_embeddings_saved_beside_the_adapter_are_loaded(case: Case, adapted: boo
         other.lm_head.weight.data[:96] = LLAMA.fresh().lm_head.weight
     loaded = PeftModel.from_pretrained(other, tmp_path).eval()
     assert torch.equal(logits(loaded), logits(expected))
+
+
+def edit_config(folder: Path, **fields: object) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def sizes_of(case: Case) -> list[str]:
+    """The fields of a method that say how large something is."""
+    fields = {name: getattr(case.make(), name) for name in own_fields(case.make())}
+    return [name for name, value in fields.items() if type(value) is int and name not in ("seed", "alpha", "budget")]
+
+
+@over_cases
+@first_for_all("size", [10**9, 10**4, 2**20, 10**18])
+def test_configuration_of_a_huge_adapter(case: Case, size: int, tmp_path: Path):
+    saved(case, tmp_path)
+    content = json.loads((tmp_path / "adapter_config.json").read_text())
+    peak = getrusage(RUSAGE_SELF).ru_maxrss
+    for name in sizes_of(case):
+        edit_config(tmp_path, **{**content, name: size})
+        fresh, adapted = LLAMA.fresh(), trained(case)
+        for low_cpu_mem_usage in (False, True):
+            with unchanged(fresh), pytest.raises(ValueError, match=r"=|\(.*\) in the checkpoint, expected \(|but not"):
+                PeftModel.from_pretrained(fresh, tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+            with unchanged(adapted), pytest.raises(ValueError):
+                adapted.load_adapter(tmp_path, "second", low_cpu_mem_usage=low_cpu_mem_usage)
+    assert getrusage(RUSAGE_SELF).ru_maxrss - peak < 100 * 1024  # KiB
