@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from cases import MODELS, Case, logits, over_cases, perturb
+from cases import CASES, MODELS, Case, logits, over_cases, perturb
 from tensorpeft import LortaConfig
 from tensorpeft.plugin.config import own_fields
 
@@ -278,6 +278,64 @@ def test_configuration_of_a_huge_adapter(case: Case, size: int, tmp_path: Path):
         for low_cpu_mem_usage in (False, True):
             with unchanged(fresh), pytest.raises(ValueError, match=r"=|\(.*\) in the checkpoint, expected \(|but not"):
                 PeftModel.from_pretrained(fresh, tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
-            with unchanged(adapted), pytest.raises(ValueError):
+            with unchanged(adapted), pytest.raises(ValueError, match=str(tmp_path)):
                 adapted.load_adapter(tmp_path, "second", low_cpu_mem_usage=low_cpu_mem_usage)
     assert getrusage(RUSAGE_SELF).ru_maxrss - peak < 100 * 1024  # KiB
+
+
+@pytest.mark.parametrize(
+    ("put", "message"),
+    [
+        (lambda path: path.mkdir(), f"{WEIGHTS}: a folder, expected a safetensors file"),
+        (lambda path: path.symlink_to(path), f"{WEIGHTS}: a link to no file"),
+        (lambda path: path.symlink_to("gone"), f"{WEIGHTS}: a link to no file"),
+        (lambda path: path.write_bytes(b""), rf"{WEIGHTS}: not a complete safetensors file \(0 bytes"),
+        (lambda path: None, f"{WEIGHTS}: there is no such file"),
+    ],
+    ids=["folder", "link-loop", "dangling-link", "empty-file", "no-file"],
+)
+def test_weights_that_are_no_file(put, message: str, tmp_path: Path):
+    (saved(CASES[0], tmp_path) / WEIGHTS).unlink()
+    put(tmp_path / WEIGHTS)
+    fresh, adapted = LLAMA.fresh(), trained(CASES[0])
+    for low_cpu_mem_usage in (False, True):
+        with unchanged(fresh), pytest.raises(ValueError, match=message):
+            PeftModel.from_pretrained(fresh, tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    for name in ("default", "second"):
+        with unchanged(adapted), pytest.raises(ValueError, match=message):
+            adapted.load_adapter(tmp_path, name)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1]", "adapter_config.json: peft_type=None"),
+        ("{}", "adapter_config.json: peft_type=None"),
+        ('{"peft_type": "NO"}', "adapter_config.json: peft_type='NO': expected the name of a method"),
+        ('{"peft_type": ["LORA"]}', r"adapter_config.json: peft_type=\['LORA'\]"),
+        ("{", "adapter_config.json: not a JSON file"),
+        ("[" * 100_000, "adapter_config.json: not a JSON file"),
+    ],
+    ids=["list", "empty", "unknown-method", "list-of-methods", "cut", "deep"],
+)
+def test_configuration_file_of_no_method(text: str, message: str, tmp_path: Path):
+    (saved(CASES[0], tmp_path) / "adapter_config.json").write_text(text)
+    fresh, adapted = LLAMA.fresh(), trained(CASES[0])
+    with unchanged(fresh), pytest.raises(ValueError, match=message):
+        PeftModel.from_pretrained(fresh, tmp_path)
+    with unchanged(adapted), pytest.raises(ValueError, match=message):
+        adapted.load_adapter(tmp_path, "second")
+
+
+@over_cases
+def test_configuration_with_a_list_where_something_else_belongs(case: Case, tmp_path: Path):
+    content = json.loads((saved(case, tmp_path) / "adapter_config.json").read_text())
+    fresh, adapted = LLAMA.fresh(), trained(case)
+    lists = {"target_modules", "exclude_modules", "modules_to_save", "layers_pattern", "layers_to_transform"}
+    for name in ["auto_mapping", "base_model_name_or_path", "task_type", *lists, *own_fields(case.make())]:
+        for value in ([[1]], {"a": 1}) if name in lists else ([1], ["a"]):
+            edit_config(tmp_path, **{**content, name: value})
+            with unchanged(fresh), pytest.raises(ValueError, match=rf"{tmp_path}: .*{name}"):
+                PeftModel.from_pretrained(fresh, tmp_path)
+            with unchanged(adapted), pytest.raises(ValueError, match=rf"{tmp_path}: .*{name}"):
+                adapted.load_adapter(tmp_path, "second")

@@ -8,6 +8,7 @@ from pathlib import Path
 from huggingface_hub import is_offline_mode
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError
 
 
 @contextmanager
@@ -17,7 +18,7 @@ def explained(
     """Errors of files and of the Hub as one ValueError, which says what was looked for and what to do."""
     try:
         yield
-    except (OSError, HFValidationError) as error:
+    except (OSError, HFValidationError, SafetensorError) as error:
         raise ValueError(_explain(os.fspath(name), str(error).strip().partition("\n")[0])) from error
 
 

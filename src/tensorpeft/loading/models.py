@@ -68,5 +68,15 @@ def load_as_saved(
     name: str,  # as `resolve` takes it
     **arguments: Any,  # of from_pretrained
 ) -> nn.Module:
-    """The model with the head that its configuration names."""
-    return load_pretrained(find_class(load_config(name), name), name, **arguments)
+    """The model with the head that its configuration names.
+
+    Raises:
+        ValueError: there is no such model, or it lacks weights.
+    """
+    model, info = load_pretrained(find_class(load_config(name), name), name, output_loading_info=True, **arguments)
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"{name}: no weights {', '.join(missing[:3])}{', …' if missing[3:] else ''} in its files: they would be "
+            "random numbers. Download or save the model again."
+        )
+    return model

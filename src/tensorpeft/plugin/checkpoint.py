@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +14,8 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -47,20 +49,27 @@ class Source:
     download: Mapping[str, Any]
     verifies_base: bool = True
 
+    @property
+    def folder(self) -> Path:
+        """Where the files are, if it is a folder."""
+        return Path(self.model_id, self.download.get("subfolder") or "")
+
     def read_shapes(self) -> dict[str, Tensor] | None:
         """The checkpoint's tensors on the meta device, all float32; None if there is no file to be had: as PEFT says.
 
         Raises:
             ValueError: the weights are a pickle, or a safetensors file that is truncated, empty or not one at all.
         """
-        folder = Path(self.model_id, self.download.get("subfolder") or "")
-        safe, pickled = folder / SAFETENSORS_WEIGHTS_NAME, folder / WEIGHTS_NAME
-        if not folder.is_dir():
+        safe, pickled = self.folder / SAFETENSORS_WEIGHTS_NAME, self.folder / WEIGHTS_NAME
+        if not self.folder.is_dir():
             safe = self._download()
-        elif not os.path.lexists(safe) and pickled.exists():
+        elif not os.path.lexists(safe) and not os.path.lexists(pickled):
+            raise ValueError(f"{safe}: there is no such file. Download or save the adapter again.")
+        elif not os.path.lexists(safe):
             raise ValueError(
-                f"{pickled} is a pickle, which can run any code when it is loaded; expected {SAFETENSORS_WEIGHTS_NAME}. "
-                "Save the adapter again with save_pretrained (safe_serialization=True, the default)."
+                f"{pickled} is a pickle, which can run any code when it is loaded; expected "
+                f"{SAFETENSORS_WEIGHTS_NAME}. Save the adapter again with save_pretrained (safe_serialization=True, "
+                "the default)."
             )
         return None if safe is None else _read_shapes(safe)
 
@@ -76,17 +85,37 @@ class Source:
 
 
 def _read_shapes(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        kind = "a folder" if path.is_dir() else "a link to no file"
+        raise ValueError(f"{path}: {kind}, expected a safetensors file. Download or save the adapter again.")
     try:
         with safe_open(path, framework="pt") as file:
             shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118  # no dictionary
     except (SafetensorError, OSError) as error:
-        size = f"{path.stat().st_size} bytes; " if path.is_file() else ""
         raise ValueError(
-            f"{path}: not a complete safetensors file ({size}{error}). Download or save the adapter again."
+            f"{path}: not a complete safetensors file ({path.stat().st_size} bytes; {error}). "
+            "Download or save the adapter again."
         ) from error
     if not shapes:
         raise ValueError(f"{path}: there is no tensor in this file. Download or save the adapter again.")
     return {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+
+
+def check_config_file(folder: Path) -> None:
+    """Raise a `ValueError` if a folder's adapter_config.json, where there is one, is not that of a PEFT method."""
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        return
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not a JSON file ({error}). Download or save the adapter again.") from error
+    method = content.get("peft_type") if isinstance(content, dict) else None
+    if not isinstance(method, str) or method not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise ValueError(
+            f"{path}: peft_type={method!r}: expected the name of a method of PEFT, or of a package that is imported, "
+            "such as LORA. Download or save the adapter again."
+        )
 
 
 # What is being loaded: PEFT tells the tuner, which builds the adapter, nothing of the file.

@@ -17,9 +17,8 @@ from tensorpeft.networks.update import AbstractUpdate
 from tensorpeft.plugin.checkpoint import add_loading_hint
 from tensorpeft.sites import Site
 
-
-# What a configuration, which may come from a damaged file, can ask for. No network is that large, and a tensor with three
-# axes of the one still has a size that fits 64 bits; the size of an axis has no more factors than the other.
+# What a configuration, which may come from a damaged file, can ask for. No network is that large, and a tensor of
+# order three in the one still has a size that fits 64 bits; a size has no more factors than the other.
 LARGEST_RANK, LARGEST_NUM_MODES = 2**20, 64
 
 

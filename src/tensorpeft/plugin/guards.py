@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from torch import nn
 
-from tensorpeft.plugin.checkpoint import Source, loading_from
+from tensorpeft.plugin.checkpoint import Source, check_config_file, loading_from
 from tensorpeft.plugin.config import TensorConfig
 from tensorpeft.plugin.holder import UpdateHolder
 from tensorpeft.plugin.rollback import unchanged_on_error
@@ -25,7 +25,8 @@ def guarded_load(load: Callable[..., Any]) -> Callable[..., Any]:
     so that there is one more, `verify_base=False`: the digests of a residual base are not made again.
 
     Raises:
-        ValueError: also where PEFT raises the bare `KeyError` of a tensor that the file lacks.
+        ValueError: whatever is wrong with the checkpoint, after the name of its folder; also where PEFT raises the bare
+            `KeyError` of a tensor that the file lacks.
     """
     signature = inspect.signature(load)
 
@@ -36,6 +37,8 @@ def guarded_load(load: Callable[..., Any]) -> Callable[..., Any]:
         model_id, more = str(arguments["model_id"]), {**arguments, **arguments.get("kwargs", {})}
         download = {key: value for key, value in more.items() if key in _DOWNLOAD}
         source = Source(model_id, download, more.get("verify_base", True))
+        if "config" not in arguments:
+            check_config_file(source.folder)
         ours = False
 
         def is_ours() -> bool:
@@ -56,6 +59,10 @@ def guarded_load(load: Callable[..., Any]) -> Callable[..., Any]:
                 f"{model_id}: the checkpoint lacks {error}, which its configuration says is there (modules_to_save). "
                 "Save the adapter again."
             ) from error
+        except ValueError as error:
+            if not str(error).startswith(model_id):
+                error.args = (f"{model_id}: {error}",)
+            raise
 
     return guarded
 
@@ -64,9 +71,7 @@ def guarded_save(save: Callable[..., Any]) -> Callable[..., Any]:
     """PEFT's `save_pretrained`, which does not write a file that `guarded_load` refuses."""
 
     @wraps(save)
-    def guarded(
-        self: Any, save_directory: str, safe_serialization: bool = True, *args: Any, **kwargs: Any
-    ) -> None:
+    def guarded(self: Any, save_directory: str, safe_serialization: bool = True, *args: Any, **kwargs: Any) -> None:
         if not safe_serialization and any(isinstance(config, TensorConfig) for config in self.peft_config.values()):
             raise ValueError(
                 "safe_serialization=False would write a pickle, which is never loaded: it can run any code. Leave it "

@@ -90,9 +90,9 @@ def _check_digests(model: nn.Module, adapter_name: str) -> None:
             continue
         if not torch.equal((current := base.current_digest()).cpu(), digest.cpu()):
             raise ValueError(
-                f"{own_key(key_of(name))}: this layer is not {_describe(digest)} that it says it is, but has the digest "
-                f"{_hex(current)}…: its weight in 4 bits, the statistics of that or its start have changed. Download "
-                "or quantise the base again."
+                f"{own_key(key_of(name))}: this layer is not {_describe(digest)} that it says it is, but has the "
+                f"digest {_hex(current)}…: its weight in 4 bits, the statistics of that or its start have changed. "
+                "Download or quantise the base again."
             )
 
 
@@ -110,7 +110,7 @@ def check_tensors(
     found: Mapping[str, Tensor],  # a checkpoint's, by the base model's names; those of other modules are passed over
     config: TensorConfig,
 ) -> None:
-    """Raise a `ValueError` unless a checkpoint has all tensors of the updates, in their shapes, and no others beside."""
+    """Raise a `ValueError` unless a checkpoint has all tensors of the updates, in their shapes, and no others."""
     parts: dict[str, dict[str, Tensor]] = {stem: {} for stem in updates}
     names = {stem.rsplit(".", 2)[-2] for stem in updates}
     for key, tensor in found.items():
@@ -160,8 +160,8 @@ def _as_held(key: str, tensor: Tensor, held: Tensor) -> Tensor:
     """
     if tensor.shape != held.shape:
         raise ValueError(
-            f"{key} is {tuple(tensor.shape)} in the checkpoint, expected {tuple(held.shape)} for this model. Load it on "
-            "the model it was trained on, with as many tokens, or labels."
+            f"{key} is {tuple(tensor.shape)} in the checkpoint, expected {tuple(held.shape)} for this model. Load it "
+            "on the model it was trained on, with as many tokens, or labels."
         )
     dtypes = _FLOATS if held.is_floating_point() else (held.dtype,)
     if tensor.dtype not in dtypes:
@@ -182,8 +182,8 @@ def _as_held(key: str, tensor: Tensor, held: Tensor) -> Tensor:
     if tensor.dtype == torch.float64 and held.dtype == torch.float32:
         if not torch.equal(narrow := tensor.float(), tensor):
             raise ValueError(
-                f"{key} is float64 in the checkpoint, with numbers that float32, in which this model holds the adapter, "
-                "does not have. Load the model in float64, or save the adapter in float32."
+                f"{key} is float64 in the checkpoint, with numbers that float32, in which this model holds it, does "
+                "not have. Load the model in float64, or save the adapter in float32."
             )
         return narrow
     return tensor.to(torch.promote_types(tensor.dtype, held.dtype))

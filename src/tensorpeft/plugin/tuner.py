@@ -53,11 +53,15 @@ class TensorModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        """As PEFT's. Every update is built before the first layer is wrapped: an error leaves the model as it was."""
+        """As PEFT's. Every update is built before the first layer is wrapped: an error leaves the model as it was.
+
+        A state dict of shared factors alone names no layers: they are the configuration's.
+        """
         self._allocates_only = low_cpu_mem_usage
-        self._injected_names = (
-            None if state_dict is None else {key.rsplit("." + self.prefix, 1)[0] for key in state_dict}
-        )
+        names = {key.rsplit(f".{self.prefix}", 1)[0] for key in state_dict or ()}
+        if names == {_name_of_owner(self.classes)}:
+            state_dict = None
+        self._injected_names = None if state_dict is None else names
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         finally:
