@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from cases import CASES, MODELS, Case, logits, over_cases, perturb
 from tensorpeft import LortaConfig
 from tensorpeft.plugin.config import own_fields
+from tensorpeft.plugin.loading import own_key
 
 LLAMA = MODELS[0]
 WEIGHTS = "adapter_model.safetensors"
@@ -75,6 +76,7 @@ def assert_refused(folder: Path, case: Case, message: str) -> None:
     loads = [
         *((fresh, partial(PeftModel.from_pretrained, fresh, folder, low_cpu_mem_usage=low)) for low in (False, True)),
         *((adapted, partial(adapted.load_adapter, folder, "second", low_cpu_mem_usage=low)) for low in (False, True)),
+        (fresh, partial(fresh.load_adapter, str(folder))),
         (adapted, partial(adapted.load_adapter, folder, "default")),
         (adapted, partial(set_peft_model_state_dict, adapted, tensors, "default")),
     ]
@@ -156,7 +158,7 @@ def test_checkpoint_without_tensors(case: Case, tmp_path: Path):
 def test_tensor_of_the_base_in_a_checkpoint(case: Case, key: str, tmp_path: Path):
     shape = (96, 24) if "lm_head" in key else (24,) if "norm" in key else (24, 24)
     edit(saved(case, tmp_path), lambda tensors: tensors.update({key: torch.full(shape, 7.0)}))
-    assert_refused(tmp_path, case, rf"{key}: the checkpoint has this tensor, which is not one of the adapter")
+    assert_refused(tmp_path, case, rf"{own_key(key)}: the checkpoint has this tensor, which is not one of the adapter")
 
 
 @over_cases
@@ -176,7 +178,7 @@ def test_numbers_that_are_not_those_that_were_trained(case: Case, dtype: torch.d
         tensors[key_in(tensors)] = tensors[key_in(tensors)].to(dtype)
 
     edit(saved(case, tmp_path), cast)
-    key = key_in(load_file(tmp_path / WEIGHTS))
+    key = own_key(key_in(load_file(tmp_path / WEIGHTS)))
     assert_refused(tmp_path, case, rf"{key} is {str(dtype).removeprefix('torch.')} in the checkpoint, expected float32")
 
 
@@ -187,7 +189,7 @@ def test_number_that_is_not_finite(case: Case, value: float, tmp_path: Path):
         tensors[key_in(tensors)].view(-1)[-1] = value
 
     edit(saved(case, tmp_path), spoil)
-    assert_refused(tmp_path, case, rf"{key_in(load_file(tmp_path / WEIGHTS))}: not all numbers .* are finite")
+    assert_refused(tmp_path, case, rf"{own_key(key_in(load_file(tmp_path / WEIGHTS)))}: not all numbers .* are finite")
 
 
 @over_cases
