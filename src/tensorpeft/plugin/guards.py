@@ -37,7 +37,7 @@ def guarded_load(load: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(load)
     def guarded(*args: Any, **kwargs: Any) -> Any:
         arguments = signature.bind(*args, **kwargs).arguments
-        model: nn.Module = arguments.get("model", arguments.get("self"))
+        model: nn.Module = arguments["model" if "model" in arguments else "self"]
         source = _source_of(arguments["model_id"], {**arguments, **arguments.get("kwargs", {})})
         with _guarding(model, source, has_file="config" not in arguments):
             configs = getattr(model, "peft_config", {})

@@ -230,6 +230,7 @@ def check_state_dict(tuner: BaseTuner, state_dict: dict[str, Tensor], prefix: st
             another base model (a warning where the base is a plain torch module). Nothing has been changed.
     """
     for adapter_name, config in tuner.peft_config.items():
+        assert isinstance(config, TensorConfig)
         for name, layer in _holders_of(tuner, adapter_name):
             part = _part(state_dict, f"{prefix}{key_of(name)}.{layer.adapter_layer_names[0]}.{adapter_name}.")
             if not part:
@@ -249,7 +250,7 @@ def _holders_of(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Upda
             yield name, module
 
 
-def _path_to_base(layer: nn.Module) -> str:
+def _path_to_base(layer: Any) -> str:  # an adapted layer
     path = ""
     while isinstance(layer, BaseTunerLayer):
         layer, path = layer.base_layer, f"{path}base_layer."
@@ -348,14 +349,14 @@ def _foreign_start(
     cut = candidate.cut()
     if weight is not None and layer.quantization_backend is not None:
         return None  # in a form that only the layer can read, and does not have yet
-    weight = layer.read_base_weight() if weight is None else as_matrix(layer.get_base_layer(), weight)
-    if not cut.start or weight.is_meta:
+    base = layer.read_base_weight() if weight is None else as_matrix(layer.get_base_layer(), weight)
+    if not cut.start or base.is_meta:
         return None
-    projection = fold(cut.network.halves(cut.start)).to(weight.device)
+    projection = fold(cut.network.halves(cut.start)).to(base.device)
     energy = projection.square().sum()
-    if hasattr(weight, "full_tensor"):  # FSDP has sharded it; every process asks for the same layer now
-        weight = weight.full_tensor()  # type: ignore[operator]
-    share = (weight.to(projection.dtype) * projection).sum() / energy
+    if hasattr(base, "full_tensor"):  # FSDP has sharded it; every process asks for the same layer now
+        base = base.full_tensor()  # type: ignore[operator]
+    share = (base.to(projection.dtype) * projection).sum() / energy
     if energy == 0 or abs(share - 1) < _SHARE_TOLERANCE:
         return None
     return (

@@ -13,7 +13,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners import tuners_utils
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import PeftType, register_peft_method
-from transformers.integrations import PeftAdapterMixin
+from transformers.integrations.peft import PeftAdapterMixin
 
 from tensorpeft.plugin.config import TensorConfig
 from tensorpeft.plugin.guards import guarded_load, guarded_load_of_transformers, guarded_save
