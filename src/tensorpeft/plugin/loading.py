@@ -206,11 +206,11 @@ def _saved_embeddings(model: nn.Module, others: Iterable[str], adapter_name: str
     It saves input and output embeddings or, where one of them is adapted, the layer under the adapter.
     """
     try:
-        layers = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[operator]
+        layers: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
         return {}
     if any(isinstance(layer, BaseTunerLayer) for layer in layers):
-        layers = [layer.base_layer for layer in layers if isinstance(layer, BaseTunerLayer)]
+        layers = [layer.base_layer for layer in layers if isinstance(layer, BaseTunerLayer)]  # type: ignore
     tensors = {
         _remove_adapter_name_from_state_dict_key(f"{key_of(name)}.{key}", adapter_name): tensor
         for name, module in model.named_modules()
@@ -253,7 +253,7 @@ def _holders_of(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Upda
 def _path_to_base(layer: Any) -> str:  # an adapted layer
     path = ""
     while isinstance(layer, BaseTunerLayer):
-        layer, path = layer.base_layer, f"{path}base_layer."
+        layer, path = layer.base_layer, f"{path}base_layer."  # type: ignore
     return path
 
 
