@@ -57,6 +57,7 @@ def saved(tmp_path):
         ({"num_cores": 3, "modes": {24: [4, 6]}}, r"modes\[24\]=\[4, 6\]: expected 3 modes.*got 2"),
         ({"layers_pattern": "layers", "target_modules": ["q_proj"]}, r"layers_to_transform"),
         ({"layers_to_transform": [0], "target_modules": ".*q_proj"}, r"regular expression"),
+        ({"target_modules": "["}, r"target_modules='\[': expected a regular expression, but unterminated"),
     ],
 )
 def test_impossible_configuration(arguments: dict, message: str):

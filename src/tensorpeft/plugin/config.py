@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -69,6 +70,9 @@ class TensorConfig(PeftConfig, ABC):
     def __post_init__(self) -> None:
         """Check what PEFT would silently ignore, or trip over later."""
         _check_kinds(self)
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+            if isinstance(pattern := getattr(self, name), str):
+                _check_pattern(name, pattern)
         super().__post_init__()
         self.peft_type = self.registered_type
         if isinstance(self.target_modules, list):
@@ -138,6 +142,13 @@ def _check_kinds(config: TensorConfig) -> None:
             fits = isinstance(value, tuple(kind for kind in kinds if isinstance(kind, type) and kind is not list))
         if not fits:
             raise ValueError(f"{name}={value!r}: expected {str(hints[name]).replace('NoneType', 'None')}.")
+
+
+def _check_pattern(name: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{name}={pattern!r}: expected a regular expression, but {error}.") from error
 
 
 def own_fields(config: PeftConfig) -> list[str]:

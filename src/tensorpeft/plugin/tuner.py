@@ -242,8 +242,10 @@ def check_merged_weights(model: nn.Module, adapter_names: Iterable[str] | None =
 
 def _check_shapes(tuner: BaseTuner, classes: MethodClasses, config: TensorConfig, shapes: dict[str, Tensor]) -> None:
     """Raise a `ValueError` unless a checkpoint's tensors are those of this adapter. Allocates nothing."""
+    sites, bases = bases_of(tuner, config)
+    config.settle(sites, bases)
     with torch.device("meta"):
-        updates = build_updates(tuner, config, allocates_only=True)
+        updates = config.build(sites, replace(bases, allocates_only=True))
     attribute = classes.layer.adapter_layer_names[0]
     modules: dict[str, nn.Module] = {f"{name}.{attribute}.": update for name, update in updates.items()}
     shared = [update.shared for update in updates.values() if update.shared is not None]
@@ -274,16 +276,11 @@ def remove_shared_factors(model: nn.Module) -> None:
             delattr(model, name)
 
 
-def build_updates(
-    tuner: BaseTuner,
-    config: TensorConfig,
-    allocates_only: bool = False,  # also where the tuner itself reads weights
-) -> Mapping[str, AbstractUpdate]:
+def build_updates(tuner: BaseTuner, config: TensorConfig) -> Mapping[str, AbstractUpdate]:
     """The method's updates for all targets of a config, which is settled first. Changes nothing in the model."""
     sites, bases = bases_of(tuner, config)
     config.settle(sites, bases)
-    allocates_only |= getattr(tuner, "_allocates_only", False)
-    return config.build(sites, replace(bases, allocates_only=allocates_only))
+    return config.build(sites, replace(bases, allocates_only=getattr(tuner, "_allocates_only", False)))
 
 
 def bases_of(tuner: BaseTuner, config: TensorConfig) -> tuple[list[Site], _Bases]:
