@@ -58,7 +58,7 @@ def test_adapter_of_another_residual_base(model: Model, low_cpu_mem_usage: bool,
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 def test_adapter_of_a_residual_base_on_the_plain_model(model: Model, low_cpu_mem_usage: bool, tmp_path: Path):
     folder, plain = save(trained(model), tmp_path), fresh(model)
-    message = rf"{first_target(model)}: .*on the residual base \w+…, .*has a base without a residual"
+    message = rf"{first_target(model)}: .*on a residual base, .*has a base without a residual"
     with unchanged(plain), pytest.raises(ValueError, match=message):
         PeftModel.from_pretrained(plain, folder, low_cpu_mem_usage=low_cpu_mem_usage)
 

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import safe_open
 from transformers import AutoTokenizer, PreTrainedModel
 
-from tensorpeft.loading.adapters import base_of, put_adapter
-from tensorpeft.loading.errors import explained
+from tensorpeft.loading.adapters import base_of, load_adapter_config, put_adapter
 from tensorpeft.loading.models import load_as_saved
 from tensorpeft.loading.names import resolve
 from tensorpeft.networks.update import BASE_DIGEST
+from tensorpeft.plugin.checkpoint import Source
 from tensorpeft.plugin.config import TensorConfig
 from tensorpeft.quantization import dequantize
 from tensorpeft.reports.folders import replace_files, sole_writer
@@ -48,13 +45,12 @@ def to_dense(
     """
     adapter = Path(adapter)
     with sole_writer(Path(out_dir)):
-        with explained(adapter):
-            config = PeftConfig.from_pretrained(str(adapter))
+        config = load_adapter_config(adapter)
         base = base or base_of(config, adapter)
-        names = _tensor_shapes(adapter)
-        labels = next((shape[0] for name, shape in names.items() if name.endswith(_HEADS)), None)
+        tensors = Source(str(adapter), {}).read_shapes() or {}
+        labels = next((tensor.shape[0] for name, tensor in tensors.items() if name.endswith(_HEADS)), None)
         model = load_as_saved(base, config, dtype="auto", **({} if labels is None else {"num_labels": labels}))
-        if not any(name.endswith(BASE_DIGEST) for name in names):
+        if not any(name.endswith(BASE_DIGEST) for name in tensors):
             # Merging into a 4-bit layer would quantise the sum. An adapter that starts from its residual base needs the
             # layer as it is, and merges into a plain one by itself.
             model = dequantize(model, dtype)
@@ -64,11 +60,6 @@ def to_dense(
             merged.save_pretrained(unfinished)  # type: ignore
             _copy_tokenizer((str(adapter), resolve(base)), unfinished)
         return merged  # type: ignore
-
-
-def _tensor_shapes(adapter: Path) -> dict[str, Sequence[int]]:
-    with explained(adapter), safe_open(adapter / SAFETENSORS_WEIGHTS_NAME, framework="pt") as opened:
-        return {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118  # not a dictionary
 
 
 def _copy_tokenizer(sources: Iterable[str], out_dir: str | os.PathLike[str]) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from peft.utils import load_peft_weights
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -22,6 +21,7 @@ from tensorpeft.loading.errors import explained
 from tensorpeft.loading.models import load_config, load_pretrained, load_tokenizer
 from tensorpeft.loading.names import resolve
 from tensorpeft.loading.quiet import quiet
+from tensorpeft.plugin.checkpoint import Source, check_config_file
 from tensorpeft.tasks.task import LabelTask, StructureTask, Task
 
 _DTYPES = ("bfloat16", "float16", "float32")
@@ -43,9 +43,18 @@ def find_base(
         return model, None if adapter is None else str(adapter)
     if adapter is not None:
         raise ValueError(f"{model} is a saved adapter itself. Pass its base, or leave out {adapter}.")
-    with explained(model):
-        config = PeftConfig.from_pretrained(model)
-    return base_of(config, model), model
+    return base_of(load_adapter_config(folder), model), model
+
+
+def load_adapter_config(adapter: str | os.PathLike[str]) -> PeftConfig:  # folder, or Hub name
+    """The adapter's configuration.
+
+    Raises:
+        ValueError: it is not that of a method of PEFT.
+    """
+    check_config_file(Path(adapter))
+    with explained(adapter):
+        return PeftConfig.from_pretrained(str(adapter))
 
 
 def base_of(
@@ -97,8 +106,7 @@ def load_on_skeleton(
     Raises:
         ValueError: the adapter does not say what its base model is, or that has no configuration to be found.
     """
-    with explained(adapter):
-        config = PeftConfig.from_pretrained(str(adapter))
+    config = load_adapter_config(adapter)
     base = base_of(config, adapter, "Load the adapter on its model, and pass that PeftModel.")
     model_config = load_config(base)
     model = build_empty(find_class(model_config, base, config), model_config)
@@ -148,7 +156,7 @@ def _load_base(
 def _check_head(base: str, adapter: str | None, missing: set[str]) -> None:
     """Refuse a model with weights that started from noise."""
     with explained(str(adapter)):
-        saved = set() if adapter is None else set(load_peft_weights(adapter, device="cpu"))
+        saved = set() if adapter is None else set(Source(adapter, {}).read_shapes() or ())
     if lacking := sorted(key for key in missing if f"base_model.model.{key}" not in saved):
         where = base if adapter is None else f"{base} and {adapter}"
         raise ValueError(

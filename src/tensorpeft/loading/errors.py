@@ -9,6 +9,7 @@ from pathlib import Path
 from huggingface_hub import is_offline_mode
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError
 
 from tensorpeft.loading.sizes import check_sizes
 
@@ -23,7 +24,7 @@ def explained(
     """
     try:
         yield
-    except (OSError, HFValidationError) as error:
+    except (OSError, HFValidationError, SafetensorError) as error:
         raise ValueError(_explain(os.fspath(name), str(error).strip().partition("\n")[0])) from error
     except (ValueError, ImportError, MemoryError, AssertionError, Warning):
         raise

@@ -69,5 +69,16 @@ def load_as_saved(
     adapter: PeftConfig | None = None,
     **arguments: Any,  # of from_pretrained
 ) -> PreTrainedModel:
-    """The model with the head that its configuration names, or as the class that was adapted."""
-    return load_pretrained(find_class(load_config(name), name, adapter), name, **arguments)
+    """The model with the head that its configuration names, or as the class that was adapted.
+
+    Raises:
+        ValueError: there is no such model, or it lacks weights that are not the adapter's.
+    """
+    model_cls = find_class(load_config(name), name, adapter)
+    model, info = load_pretrained(model_cls, name, output_loading_info=True, **arguments)
+    if (missing := sorted(info["missing_keys"])) and adapter is None:
+        raise ValueError(
+            f"{name}: no weights {', '.join(missing[:3])}{', …' if missing[3:] else ''} in its files: they would be "
+            "random numbers. Download or save the model again."
+        )
+    return model

@@ -42,7 +42,7 @@ def check_request(r: object, budget: object, bonds: object, rank_pattern: Mappin
             "parameters, or the bonds themselves, such as those that `tensorpeft inspect MODEL` writes."
         )
     if budget is not None:
-        check_rank("budget", budget)
+        check_rank("budget", budget, largest=2**63)
     if bonds is not None:
         _check_bonds(bonds, num_cores)
 

@@ -12,7 +12,7 @@ from tensorpeft.methods.adaptive_bonds import check_request, check_site_bonds, c
 from tensorpeft.modes import bond_dimensions, factor_modes
 from tensorpeft.networks.group import join
 from tensorpeft.networks.mpo import FrozenCores, MpoUpdate, decompose, random_cores
-from tensorpeft.plugin.config import Bases, TensorConfig, check_modes, check_rank
+from tensorpeft.plugin.config import Bases, TensorConfig, check_modes, check_num_modes, check_rank
 from tensorpeft.plugin.patterns import value_for
 from tensorpeft.plugin.registration import register
 from tensorpeft.sites import Site
@@ -64,8 +64,7 @@ class DotaConfig(TensorConfig):
         given_r = {} if isinstance(self.r, str) else {"r": self.r}
         for name, r in {**given_r, **{f"rank_pattern[{key!r}]": r for key, r in self.rank_pattern.items()}}.items():
             check_rank(name, r)
-        if not isinstance(self.num_cores, int) or self.num_cores < 2:
-            raise ValueError(f"num_cores={self.num_cores!r}: expected at least 2 cores, such as the paper's 5.")
+        check_num_modes("num_cores", self.num_cores, example=5)
         if self.init_weights not in (True, False, "random"):
             raise ValueError(f'init_weights={self.init_weights!r}: expected True, "random" or False.')
         self.modes = check_modes(self.modes, self.num_cores, of="core")

@@ -58,7 +58,17 @@ class NolaConfig(TensorConfig):
             raise ValueError(f"seed={self.seed!r}: expected a whole number from 0 to 2**64 - 1.")
 
     def build(self, sites: Sequence[Site], bases: Bases) -> Mapping[str, RandomBasesUpdate]:
-        """Coefficients per site, and bases for all. Reads no weight."""
+        """Coefficients per site, and bases for all. Reads no weight.
+
+        Raises:
+            ValueError: a rank above every side of the weights: no file shows it, and the bases are as large.
+        """
+        largest = max((side for site in sites for side in (site.out, site.in_)), default=self.r)
+        if self.r > largest:
+            raise ValueError(
+                f"r={self.r} is more than the {largest} features of the largest adapted weight: expected a rank below "
+                "that, such as 8."
+            )
         shared = RandomBases(self.seed, self.num_bases, self.r, [(site.out, site.in_) for site in sites])
         updates = {}
         for site in sites:

@@ -10,7 +10,7 @@ from torch import nn
 
 from tensorpeft.modes import factor_modes
 from tensorpeft.networks.circuit import CircuitUpdate, circuit_shapes
-from tensorpeft.plugin.config import Bases, TensorConfig, check_is_bool, check_modes
+from tensorpeft.plugin.config import Bases, TensorConfig, check_is_bool, check_modes, check_num_modes
 from tensorpeft.plugin.registration import register
 from tensorpeft.sites import Site
 
@@ -51,8 +51,7 @@ class QuantaConfig(TensorConfig):
     def __post_init__(self) -> None:
         """Check all that can be known without a model."""
         super().__post_init__()
-        if not isinstance(self.num_axes, int) or isinstance(self.num_axes, bool) or self.num_axes < 2:
-            raise ValueError(f"num_axes={self.num_axes!r}: expected a whole number of at least 2, such as 4.")
+        check_num_modes("num_axes", self.num_axes, example=4)
         check_is_bool("init_weights", self.init_weights)
         self.modes = check_modes(self.modes, self.num_axes, of="axis")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -152,10 +152,10 @@ def _nobody() -> None:
     return None
 
 
-def tensors_of(module: Any) -> dict[str, Tensor]:
+def tensors_of(module: object) -> dict[str, Tensor]:
     """A module's own parameters and buffers by name."""
     # A replica that nn.DataParallel makes has its parameters' copies elsewhere. No generators: this is asked often.
-    attributes: dict[str, Any] = vars(module)
+    attributes = cast("dict[str, Any]", vars(module))
     parameters: dict[str, Tensor | None] = attributes.get("_former_parameters") or attributes["_parameters"]
     buffers: dict[str, Tensor | None] = attributes["_buffers"]
     return {name: tensor for name, tensor in {**parameters, **buffers}.items() if tensor is not None}
@@ -196,8 +196,9 @@ def _make(members: Sequence[Member], dtype: torch.dtype | None) -> list[Parts]:
         return first.make_parts(members, mine, {name: next(rest) for name in shared}, dtype)
 
     tensors = [*(tensor for named in own for tensor in named.values()), *shared.values()]
-    flat: Any = _Together.apply(make, len(members), len(own[0]), *tensors)  # pyright: ignore[reportUnknownMemberType]
-    return list(zip(*[iter(flat)] * (len(flat) // len(members))))
+    flat = cast("Sequence[Tensor]", cast("Any", _Together).apply(make, len(members), len(own[0]), *tensors))
+    count = len(flat) // len(members)
+    return [tuple(flat[k : k + count]) for k in range(0, len(flat), count)]
 
 
 class _Together(torch.autograd.Function):

@@ -137,6 +137,10 @@ class AbstractUpdatableLinear(nn.Module, ABC):
     ) -> Tensor:  # (out, in)
         """`W + Σ ΔW` as a matrix."""
 
+    @abstractmethod
+    def current_digest(self) -> Tensor:  # as `BASE_DIGEST`
+        """The digest of all that the weight, start included, is made of now."""
+
 
 class SharedFactors(nn.Module):
     """The factors that the updates of one adapter share. Their owner registers them once.

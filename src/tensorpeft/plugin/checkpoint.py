@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HFValidationError
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 LOADING_HINT = """
 ## How to load
@@ -23,27 +35,117 @@ model = AutoPeftModel.from_pretrained("<this adapter>")
 """
 
 
-def check_file(folder: Path) -> None:
-    """Refuse a local checkpoint whose weights cannot be loaded safely and in full.
+@dataclass(frozen=True)
+class Source:
+    """Where an adapter is loaded from.
+
+    Args:
+        model_id: a folder, or a name on the Hub.
+        download: of `hf_hub_download`.
+        verifies_base: whether the digests of a base that holds an update's start itself are made again.
+    """
+
+    model_id: str
+    download: Mapping[str, Any]
+    verifies_base: bool = True
+
+    @property
+    def folder(self) -> Path:
+        """Where the files are, if it is a folder."""
+        return Path(self.model_id, self.download.get("subfolder") or "")
+
+    def read_shapes(self) -> dict[str, Tensor] | None:
+        """The checkpoint's tensors on the meta device, all float32; None if there is no file to be had: as PEFT says.
+
+        Raises:
+            ValueError: the weights are a pickle, or a safetensors file that is truncated, empty or not one at all.
+        """
+        safe, pickled = self.folder / SAFETENSORS_WEIGHTS_NAME, self.folder / WEIGHTS_NAME
+        if not self.folder.is_dir():
+            safe = self._download()
+        elif not os.path.lexists(safe) and not os.path.lexists(pickled):
+            raise ValueError(f"{safe}: there is no such file. Download or save the adapter again.")
+        elif not os.path.lexists(safe):
+            raise ValueError(
+                f"{pickled} is a pickle, which can run any code when it is loaded; expected "
+                f"{SAFETENSORS_WEIGHTS_NAME}. Save the adapter again with save_pretrained (safe_serialization=True, "
+                "the default)."
+            )
+        return None if safe is None else _read_shapes(safe)
+
+    def _download(self) -> Path | None:
+        """The file that PEFT is going to download, where it will look for it."""
+        download = dict(self.download)
+        subfolder = download.pop("subfolder", None)
+        name = SAFETENSORS_WEIGHTS_NAME if subfolder is None else f"{subfolder}/{SAFETENSORS_WEIGHTS_NAME}"
+        try:
+            return Path(hf_hub_download(self.model_id, name, **download))
+        except (OSError, HFValidationError):
+            return None
+
+
+def _read_shapes(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        kind = "a folder" if path.is_dir() else "a link to no file"
+        raise ValueError(f"{path}: {kind}, expected a safetensors file. Download or save the adapter again.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118  # no dictionary
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path}: not a complete safetensors file ({path.stat().st_size} bytes; {error}). "
+            "Download or save the adapter again."
+        ) from error
+    if not shapes:
+        raise ValueError(f"{path}: there is no tensor in this file. Download or save the adapter again.")
+    return {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+
+
+def check_config_file(folder: Path) -> None:
+    """Raise a `ValueError` if a folder's adapter_config.json, where there is one, is not that of a PEFT method."""
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        return
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not a JSON file ({error}). Download or save the adapter again.") from error
+    method = content.get("peft_type") if isinstance(content, dict) else None
+    if not isinstance(method, str) or method not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise ValueError(
+            f"{path}: peft_type={method!r}: expected the name of a method of PEFT, or of a package that is imported, "
+            "such as LORA. Download or save the adapter again."
+        )
+
+
+# What is being loaded: PEFT tells the tuner, which builds the adapter, nothing of the file.
+_source: ContextVar[Source | None] = ContextVar("source", default=None)
+
+
+@contextmanager
+def loading_from(source: Source | None) -> Iterator[None]:
+    """An adapter that is built inside is one of this checkpoint."""
+    token = _source.set(source)
+    try:
+        yield
+    finally:
+        _source.reset(token)
+
+
+def verifies_base() -> bool:
+    """Whether what is being loaded is compared with the base's own digest made anew."""
+    source = _source.get()
+    return source is None or source.verifies_base
+
+
+def shapes_to_load() -> dict[str, Tensor] | None:
+    """The tensors of the checkpoint that an adapter is being built for; None if for none.
 
     Raises:
-        ValueError: the weights are a pickle, or a safetensors file that is truncated or not one at all.
+        ValueError: see `Source.read_shapes`.
     """
-    safe, pickled = folder / SAFETENSORS_WEIGHTS_NAME, folder / WEIGHTS_NAME
-    if safe.exists():
-        try:
-            with safe_open(safe, framework="pt") as file:
-                file.keys()
-        except SafetensorError as error:
-            raise ValueError(
-                f"{safe}: not a complete safetensors file ({safe.stat().st_size} bytes; {error}). "
-                "Download or save the adapter again."
-            ) from error
-    elif pickled.exists():
-        raise ValueError(
-            f"{pickled} is a pickle, which can run any code when it is loaded; expected {SAFETENSORS_WEIGHTS_NAME}. "
-            "Save the adapter again with save_pretrained (safe_serialization=True, the default)."
-        )
+    source = _source.get()
+    return None if source is None else source.read_shapes()
 
 
 def add_loading_hint(folder: Path) -> None:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from math import prod
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, get_args, get_origin, get_type_hints
 
 from peft import PeftConfig
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, PeftType
 from torch import Tensor, nn
 
 from tensorpeft.networks.update import AbstractUpdate
-from tensorpeft.plugin.checkpoint import add_loading_hint, check_file
+from tensorpeft.plugin.checkpoint import add_loading_hint
 from tensorpeft.sites import Site
+
+# What a configuration, which may come from a damaged file, can ask for. No network is that large, and a tensor of
+# order three in the one still has a size that fits 64 bits; a size has no more factors than the other.
+LARGEST_RANK, LARGEST_NUM_MODES = 2**20, 64
 
 
 class Bases(Protocol):
@@ -63,7 +68,11 @@ class TensorConfig(PeftConfig, ABC):
     adapts_convolutions: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        """Check what PEFT would silently ignore."""
+        """Check what PEFT would silently ignore, or trip over later."""
+        _check_kinds(self)
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+            if isinstance(pattern := getattr(self, name), str):
+                _check_pattern(name, pattern)
         super().__post_init__()
         self.peft_type = self.registered_type
         if isinstance(self.target_modules, list):
@@ -107,25 +116,39 @@ class TensorConfig(PeftConfig, ABC):
             ValueError: a site that the method cannot serve; nothing has been changed by then.
         """
 
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
-    ) -> PeftConfig:
-        """As PEFT's; a damaged or pickled weights file beside the configuration is refused before a model is touched.
-
-        Raises:
-            ValueError: see `plugin.checkpoint.check_file`.
-        """
-        check_file(Path(pretrained_model_name_or_path) / (subfolder or ""))
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        if isinstance(config, TensorConfig):
-            config.is_from_checkpoint = True  # type: ignore[attr-defined]  # not a field: not saved
-        return config
-
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As PEFT's, and tells the model card's readers to `import tensorpeft`."""
         super().save_pretrained(save_directory, **kwargs)
         add_loading_hint(Path(save_directory))
+
+
+def _check_kinds(config: TensorConfig) -> None:
+    """Raise a `ValueError` that names a field with a list where a text or a mapping belongs, or the like.
+
+    Only of such fields: those of numbers say themselves what they expect.
+    """
+    hints = get_type_hints(type(config))
+    for name in (item.name for item in fields(config)):
+        kinds = {get_origin(kind) or kind for kind in get_args(hints[name]) or (hints[name],)}
+        if get_origin(hints[name]) in (dict, list):
+            kinds = {get_origin(hints[name])}
+        if not any(kind in (dict, list) or (isinstance(kind, type) and issubclass(kind, str)) for kind in kinds):
+            continue
+        value = getattr(config, name)
+        is_list = isinstance(value, (list, tuple, set, frozenset, range))
+        items = next((get_args(kind) for kind in get_args(hints[name]) if get_origin(kind) is list), ())
+        fits = list in kinds and all(isinstance(item, items) for item in value) if is_list else None
+        if fits is None:
+            fits = isinstance(value, tuple(kind for kind in kinds if isinstance(kind, type) and kind is not list))
+        if not fits:
+            raise ValueError(f"{name}={value!r}: expected {str(hints[name]).replace('NoneType', 'None')}.")
+
+
+def _check_pattern(name: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{name}={pattern!r}: expected a regular expression, but {error}.") from error
 
 
 def own_fields(config: PeftConfig) -> list[str]:
@@ -134,10 +157,21 @@ def own_fields(config: PeftConfig) -> list[str]:
     return [item.name for item in fields(config) if item.name not in shared]
 
 
-def check_rank(name: str, value: object) -> None:
-    """Raise a `ValueError` that names the field unless its value is a whole number of at least 1."""
+def check_rank(name: str, value: object, largest: int = LARGEST_RANK) -> None:
+    """Raise a `ValueError` that names the field unless its value is a whole number from 1 to `largest`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name}={value!r}: expected a whole number of at least 1, such as 16.")
+    if value > largest:
+        raise ValueError(f"{name}={value}: expected a whole number of at most {largest}, such as 16.")
+
+
+def check_num_modes(name: str, value: object, example: int) -> None:
+    """Raise a `ValueError` that names the field unless its value is a number of factors that a size can have."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 2 <= value <= LARGEST_NUM_MODES:
+        raise ValueError(
+            f"{name}={value!r}: expected a whole number of at least 2, such as {example}, and of at most "
+            f"{LARGEST_NUM_MODES}."
+        )
 
 
 def check_modes(modes: object, num_modes: int | None = None, of: str = "tensor") -> dict[int, list[int]] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
 
 class UpdateHolder(nn.Module, BaseTunerLayer):
@@ -31,6 +31,15 @@ class UpdateHolder(nn.Module, BaseTunerLayer):
         self.updates[adapter_name] = tensors
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def set_base_weight(self, weight_data: Tensor) -> None:
+        """As PEFT's; a weight that was loaded, or not, under `torch.inference_mode` stays one of that kind."""
+        is_inference = self.get_base_layer().weight.is_inference()  # type: ignore[union-attr]
+        if weight_data.is_inference() != is_inference:
+            # A parameter of one kind whose data are of the other cannot be used.
+            with torch.inference_mode(is_inference):
+                weight_data = weight_data.clone()
+        super().set_base_weight(weight_data)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """As PEFT's, but the tensors keep their dtype: small steps would be lost in a half-precision copy."""

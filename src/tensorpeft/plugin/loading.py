@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _remove_adapter_name_from_state_dict_key
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tensorpeft.networks.effective import fold
-from tensorpeft.networks.update import BASE_DIGEST, AbstractWeightUpdate
-from tensorpeft.plugin.config import own_fields
+from tensorpeft.networks.update import BASE_DIGEST, AbstractUpdatableLinear, AbstractWeightUpdate
+from tensorpeft.plugin.base_weight import as_matrix
+from tensorpeft.plugin.checkpoint import verifies_base
+from tensorpeft.plugin.config import TensorConfig, own_fields
 from tensorpeft.plugin.holder import UpdateHolder
 from tensorpeft.plugin.layer import TensorLayer
 
@@ -22,6 +25,9 @@ from tensorpeft.plugin.layer import TensorLayer
 _SHARE_TOLERANCE = 0.2
 # What torch's checkpointing of activations, as FSDP applies it, adds to the names of modules, not to those of tensors.
 _CHECKPOINTED = "_checkpoint_wrapped_module."
+# What PEFT puts before the name of a module of the base model in a checkpoint's keys.
+_BASE_PREFIX = "base_model.model."
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def key_of(name: str) -> str:  # of a module, or the beginning of one
@@ -29,49 +35,283 @@ def key_of(name: str) -> str:  # of a module, or the beginning of one
     return name.replace(_CHECKPOINTED, "")
 
 
-def check_state_dict(tuner: BaseTuner, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """A tuner's `load_state_dict` pre-hook.
+def check_checkpoint(
+    model: nn.Module, config: TensorConfig, adapter_name: str, state_dict: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """A checkpoint's tensors, all of them of this adapter, in a dtype that holds them and the adapter's.
 
-    A checkpoint without an update's buffers is one of an update that subtracts nothing: they are zero.
+    Args:
+        model: a `PeftModel`, or one with injected adapters, that has the adapter.
+        config: the adapter's.
+        adapter_name: its name.
+        state_dict: without the adapter's name in its keys, but for what PEFT trains in full.
 
     Raises:
-        ValueError: a tensor has another shape than the adapter it is loaded into, an update's tensors are there only in
-            part, there are more than the update has, or the update was started from another base model (a warning where
-            the base is a plain torch module). An adapter that was made for this checkpoint
-            (`PeftModel.from_pretrained`, `load_adapter`) is taken out of the model again.
+        ValueError: a tensor of the adapter is missing, of another shape, of a dtype that cannot be what was trained, or
+            not finite; or there is a tensor that is not the adapter's, and would go into the base model or into
+            another adapter. Nothing has been changed.
     """
-    for module_name, layer in tuner.named_modules():
-        if not isinstance(layer, UpdateHolder):
+    holders = {
+        f"{own_key(key_of(name))}.{holder.adapter_layer_names[0]}.": holder
+        for name, holder in _holders_of(model, adapter_name)
+    }
+    found = {own_key(key): tensor for key, tensor in state_dict.items()}
+    check_tensors({stem: holder.updates[adapter_name] for stem, holder in holders.items()}, found, config)
+    expected = {
+        f"{stem}{key}": _as_on_device(tensor, holder)
+        for stem, holder in holders.items()
+        for key, tensor in _saved(holder.updates[adapter_name]).items()
+    }
+    others = [key for key in state_dict if own_key(key) not in expected]
+    allowed = _trained_in_full(model, adapter_name)
+    if not allowed.keys() >= set(others):
+        allowed |= _saved_embeddings(model, others, adapter_name)
+    checked = {}
+    for key, tensor in state_dict.items():
+        held = expected.get(own_key(key), allowed.get(key))
+        if held is None or len(found) < len(state_dict):  # a tensor that is there under two names
+            raise ValueError(
+                f"{key}: the checkpoint has this tensor, which is not one of the adapter {adapter_name!r}: it would "
+                "go into the base model, or into another adapter. Save the adapter again with save_pretrained, or take "
+                "the tensor out of the file."
+            )
+        checked[key] = _as_held(key, tensor, held)
+    if verifies_base():
+        _check_digests(model, adapter_name)
+    return checked
+
+
+def _check_digests(model: nn.Module, adapter_name: str) -> None:
+    """Raise a `ValueError` where a base layer that holds an update's start is no longer what its digest says."""
+    for name, layer in _holders_of(model, adapter_name):
+        digest = dict(layer.updates[adapter_name].named_buffers()).get(BASE_DIGEST)
+        base = layer.get_base_layer()
+        if digest is None or not isinstance(base, AbstractUpdatableLinear) or base.weight.is_meta:  # type: ignore[union-attr]
             continue
-        name = key_of(module_name)
-        stem = f"{prefix}{name}.{layer.adapter_layer_names[0]}."
-        for adapter_name, update in layer.updates.items():
-            found = _part(state_dict, f"{stem}{adapter_name}.")
-            unmapped = _part(state_dict, stem)
-            settings = ", ".join(own_fields(tuner.peft_config[adapter_name]))
-            problem = _other_own_part(update, found, unmapped) or _misfit(update, found, unmapped, settings)
-            is_layer = isinstance(layer, TensorLayer)
-            foreign = _foreign_start(layer, update, found) if is_layer and not problem else None
-            if foreign and not isinstance(tuner.model, PreTrainedModel):
-                # A plain torch module has no identity that an adapter could belong to; PEFT's users load it on any.
-                warnings.warn(f"{name.removeprefix('model.')}: {foreign}", UserWarning, stacklevel=2)
-            elif problem or foreign:
-                _remove(tuner, adapter_name)
-                raise ValueError(f"{name.removeprefix('model.')}: {problem or foreign}")
-            for key, buffer in update.named_buffers() if found else ():
-                state_dict.setdefault(f"{stem}{adapter_name}.{key}", torch.zeros_like(buffer))
+        if not torch.equal((current := base.current_digest()).cpu(), digest.cpu()):
+            raise ValueError(
+                f"{own_key(key_of(name))}: this layer is not {_describe(digest)} that it says it is, but has the "
+                f"digest {_hex(current)}…: its weight in 4 bits, the statistics of that or its start have changed. "
+                "Download or quantise the base again."
+            )
+
+
+def check_starts(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
+    """Raise a `ValueError` if an update in a checkpoint (see `check_checkpoint`) was started from another base."""
+    found = {own_key(key): tensor for key, tensor in state_dict.items()}
+    for name, layer in _holders_of(model, adapter_name):
+        if isinstance(layer, TensorLayer):
+            name = own_key(key_of(name))
+            _check_start(model, name, layer, adapter_name, _part(found, f"{name}.{layer.adapter_layer_names[0]}."))
+
+
+def check_tensors(
+    updates: Mapping[str, nn.Module],  # by the beginning of their keys
+    found: Mapping[str, Tensor],  # a checkpoint's, by the base model's names; those of other modules are passed over
+    config: TensorConfig,
+) -> None:
+    """Raise a `ValueError` unless a checkpoint has all tensors of the updates, in their shapes, and no others."""
+    parts: dict[str, dict[str, Tensor]] = {stem: {} for stem in updates}
+    names = {stem.rsplit(".", 2)[-2] for stem in updates}
+    for key, tensor in found.items():
+        name = next((name for name in names if f".{name}." in key), None)
+        if name is None:
+            continue
+        layer, _, rest = key.rpartition(f".{name}.")
+        if f"{layer}.{name}." not in parts:
+            raise ValueError(
+                f"{layer}: the checkpoint has {rest} for this layer, to which this adapter adds nothing: it was made "
+                "for another model, or with another target_modules. Load it on the model it was trained on "
+                "(base_model_name_or_path in adapter_config.json), with its own adapter_config.json."
+            )
+        if "." in rest:
+            raise ValueError(
+                f"{layer}: the checkpoint has {rest}, expected a tensor's name without an adapter's before it. It is "
+                "the state of a whole model, or damaged: save the adapter with save_pretrained."
+            )
+        parts[f"{layer}.{name}."][rest] = tensor
+    for stem, update in updates.items():
+        if problem := _other_own_part(update, parts[stem]) or _misfit(update, parts[stem], config):
+            raise ValueError(f"{stem.rsplit('.', 2)[0]}: {problem}")
+
+
+def own_key(key: str) -> str:
+    """A checkpoint's key, or a module's name, as the base model has it."""
+    return key.removeprefix(_BASE_PREFIX)
+
+
+def _saved(update: nn.Module) -> dict[str, Tensor]:
+    return update.state_dict(keep_vars=True)
+
+
+def _as_on_device(tensor: Tensor, holder: UpdateHolder) -> Tensor:
+    """The tensor or, for one that was allocated on the meta device, in the dtype that it had been built in."""
+    if not tensor.is_meta or tensor.dtype != torch.float32:
+        return tensor
+    _, dtype = holder._get_base_layer_device_and_dtype(holder.get_base_layer())
+    return tensor.double() if dtype == torch.float64 else tensor
+
+
+def _as_held(key: str, tensor: Tensor, held: Tensor) -> Tensor:
+    """A tensor of a checkpoint, widened to the dtype it will be held in.
+
+    Raises:
+        ValueError: it has another shape, or numbers that it cannot have.
+    """
+    if tensor.shape != held.shape:
+        raise ValueError(
+            f"{key} is {tuple(tensor.shape)} in the checkpoint, expected {tuple(held.shape)} for this model. Load it "
+            "on the model it was trained on, with as many tokens, or labels."
+        )
+    dtypes = _FLOATS if held.is_floating_point() else (held.dtype,)
+    if tensor.dtype not in dtypes:
+        expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(
+            f"{key} is {str(tensor.dtype).removeprefix('torch.')} in the checkpoint, expected {expected}: these are "
+            "not the numbers that were trained. Save the adapter again."
+        )
+    if not held.is_floating_point():
+        return tensor
+    if tensor.is_meta:
+        return tensor
+    if not torch.isfinite(tensor).all():
+        raise ValueError(
+            f"{key}: not all numbers in the checkpoint are finite. The training has diverged, or the file is damaged: "
+            "load an earlier checkpoint."
+        )
+    if tensor.dtype == torch.float64 and held.dtype == torch.float32:
+        if not torch.equal(narrow := tensor.float(), tensor):
+            raise ValueError(
+                f"{key} is float64 in the checkpoint, with numbers that float32, in which this model holds it, does "
+                "not have. Load the model in float64, or save the adapter in float32."
+            )
+        return narrow
+    return tensor.to(torch.promote_types(tensor.dtype, held.dtype))
+
+
+def _trained_in_full(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """The tensors of PEFT's own modules that an adapter brings (`modules_to_save`), by their keys in the model."""
+    tensors = {}
+    for name, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            own = module.state_dict(keep_vars=True)
+            keys = module.adapter_state_dict_load_map(adapter_name).values()
+            tensors.update({f"{key_of(name)}.{key}": own[key] for key in keys})
+    return tensors
+
+
+def _saved_embeddings(model: nn.Module, others: Iterable[str], adapter_name: str) -> dict[str, Tensor]:
+    """The tensors that PEFT saves beside an adapter for `save_embedding_layers`, by key; none if one is missing.
+
+    It saves input and output embeddings or, where one of them is adapted, the layer under the adapter.
+    """
+    try:
+        layers: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return {}
+    if any(isinstance(layer, BaseTunerLayer) for layer in layers):
+        layers = [layer.base_layer for layer in layers if isinstance(layer, BaseTunerLayer)]  # type: ignore
+    tensors = {
+        _remove_adapter_name_from_state_dict_key(f"{key_of(name)}.{key}", adapter_name): tensor
+        for name, module in model.named_modules()
+        if any(module is layer for layer in layers)
+        for key, tensor in module.state_dict(keep_vars=True).items()
+    }
+    # Of modules that are trained in full too, PEFT saves this adapter's copy alone.
+    needed = {key for key in tensors if ".modules_to_save." not in key}
+    return tensors if needed <= set(others) else {}
+
+
+def check_state_dict(tuner: BaseTuner, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """A tuner's `load_state_dict` pre-hook: of a checkpoint that is checked already, or of a model with its adapters.
+
+    Raises:
+        ValueError: an update's tensors are there only in part, or have another shape, or the update was started from
+            another base model (a warning where the base is a plain torch module). Nothing has been changed.
+    """
+    for adapter_name, config in tuner.peft_config.items():
+        assert isinstance(config, TensorConfig)
+        for name, layer in _holders_of(tuner, adapter_name):
+            part = _part(state_dict, f"{prefix}{key_of(name)}.{layer.adapter_layer_names[0]}.{adapter_name}.")
+            if not part:
+                continue
+            shown = name.removeprefix("model.")
+            update = layer.updates[adapter_name]
+            if problem := _other_own_part(update, part) or _misfit(update, part, config):
+                raise ValueError(f"{shown}: {problem}")
+            if isinstance(layer, TensorLayer):
+                weight = state_dict.get(f"{prefix}{key_of(name)}.{_path_to_base(layer)}weight")
+                _check_start(tuner.model, shown, layer, adapter_name, part, weight)
+
+
+def _holders_of(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, UpdateHolder]]:
+    for name, module in model.named_modules():
+        if isinstance(module, UpdateHolder) and adapter_name in module.updates:
+            yield name, module
+
+
+def _path_to_base(layer: Any) -> str:  # an adapted layer
+    path = ""
+    while isinstance(layer, BaseTunerLayer):
+        layer, path = layer.base_layer, f"{path}base_layer."  # type: ignore
+    return path
 
 
 def _part(state_dict: Mapping[str, Tensor], stem: str) -> dict[str, Tensor]:
     return {key.removeprefix(stem): tensor for key, tensor in state_dict.items() if key.startswith(stem)}
 
 
-def _other_own_part(update: nn.Module, found: Mapping[str, Tensor], unmapped: Mapping[str, Tensor]) -> str | None:
+def _misfit(update: nn.Module, found: Mapping[str, Tensor], config: TensorConfig) -> str | None:
+    """What is wrong with one update's part of a checkpoint; None if nothing is."""
+    expected = _saved(update)
+    settings = ", ".join(own_fields(config))  # what the tensors depend on
+    if more := sorted(set(found) - set(expected)):
+        return (
+            f"the checkpoint has {more}, which this adapter does not: it was made with another configuration "
+            f"({settings}). Load it with the adapter_config.json it was saved with."
+        )
+    if missing := sorted(set(expected) - set(found)):
+        return (
+            f"the checkpoint has {sorted(found)} but not {missing} for this layer: it is incomplete, or was made with "
+            "another configuration. Save it again, or load it with its own adapter_config.json."
+        )
+    for key, tensor in found.items():
+        if tensor.shape != expected[key].shape:
+            return (
+                f"{key} is {tuple(tensor.shape)} in the checkpoint, expected {tuple(expected[key].shape)} for this "
+                "model and configuration. Load it on the model it was trained on (base_model_name_or_path in "
+                f"adapter_config.json), with the settings it was trained with ({settings})."
+            )
+    return None
+
+
+def _check_start(
+    model: nn.Module,
+    name: str,  # of the layer, for messages
+    layer: TensorLayer,
+    adapter_name: str,
+    found: Mapping[str, Tensor],  # all tensors of its update
+    weight: Tensor | None = None,  # that the base layer is going to have, as it stores it; None: the one it has
+) -> None:
+    """Refuse an update whose start shows that it is for another base.
+
+    Raises:
+        ValueError: it is (a warning where the base is a plain torch module).
+    """
+    problem = _foreign_start(layer, layer.updates[adapter_name], found, weight)
+    if problem and isinstance(model, PreTrainedModel):
+        raise ValueError(f"{name}: {problem}")
+    if problem:
+        # A plain torch module has no identity that an adapter could belong to; PEFT's users load it on any.
+        warnings.warn(f"{name}: {problem}", UserWarning, stacklevel=2)
+
+
+def _other_own_part(update: nn.Module, found: Mapping[str, Tensor]) -> str | None:
     """Whether checkpoint and update start at what different base layers hold themselves, or only one of them does."""
-    mine, theirs = dict(update.named_buffers()).get(BASE_DIGEST), found.get(BASE_DIGEST, unmapped.get(BASE_DIGEST))
+    mine, theirs = dict(update.named_buffers()).get(BASE_DIGEST), found.get(BASE_DIGEST)
     if not found or (mine is None and theirs is None):
         return None
-    if mine is not None and theirs is not None and torch.equal(mine.cpu(), theirs.cpu()):
+    if mine is not None and theirs is not None and (theirs.is_meta or torch.equal(mine.cpu(), theirs.cpu())):
         return None
     return (
         f"this adapter was trained on {_describe(theirs)}, but this model has {_describe(mine)} here. Load it on the "
@@ -83,47 +323,18 @@ def _other_own_part(update: nn.Module, found: Mapping[str, Tensor], unmapped: Ma
 def _describe(digest: Tensor | None) -> str:
     if digest is None:
         return "a base without a residual"
-    return f"the residual base {digest.cpu().numpy().tobytes().hex()[:12]}…"
+    if digest.is_meta:
+        return "a residual base"
+    return f"the residual base {_hex(digest)}…"
 
 
-def _misfit(
-    update: nn.Module,
-    found: Mapping[str, Tensor],
-    unmapped: Mapping[str, Tensor],
-    settings: str,  # what of a configuration the tensors depend on
+def _hex(digest: Tensor) -> str:
+    return digest.cpu().numpy().tobytes().hex()[:12]
+
+
+def _foreign_start(
+    layer: TensorLayer, update: nn.Module, found: Mapping[str, Tensor], weight: Tensor | None
 ) -> str | None:
-    """What is wrong with one update's part of a checkpoint; None if nothing is, or if it has none.
-
-    `found` has the tensors that PEFT mapped to this update. PEFT leaves the key of a tensor that the update does not
-    have as it stands in the file, without an adapter's name: those are the ones in `unmapped` that have no dot.
-    """
-    parameters, buffers = dict(update.named_parameters()), dict(update.named_buffers())
-    more = sorted(key for key in unmapped if "." not in key)
-    if more and found:
-        return (
-            f"the checkpoint has {more}, which this adapter does not: it was made with another configuration "
-            f"({settings}). Load it with the adapter_config.json it was saved with."
-        )
-    missing = sorted(set(parameters) - set(found))
-    if not set(buffers).isdisjoint(found):
-        missing += sorted(set(buffers) - set(found))
-    if missing and found:
-        return (
-            f"the checkpoint has {sorted(found)} but not {missing} for this layer: it is incomplete, or was made with "
-            "another configuration. Save it again, or load it with its own adapter_config.json."
-        )
-    for key, tensor in found.items():
-        expected = parameters.get(key, buffers.get(key))
-        if expected is not None and tensor.shape != expected.shape:
-            return (
-                f"{key} is {tuple(tensor.shape)} in the checkpoint, expected {tuple(expected.shape)} for this model "
-                "and configuration. Load it on the model it was trained on (base_model_name_or_path in "
-                f"adapter_config.json), with the settings it was trained with ({settings})."
-            )
-    return None
-
-
-def _foreign_start(layer: TensorLayer, update: nn.Module, found: Mapping[str, Tensor]) -> str | None:
     """Whether a checkpoint's start, which the update says is the layer's own weight cut down, is not.
 
     A start S that is an orthogonal projection of W0 has ⟨W0, S⟩ = ‖S‖²; for an unrelated weight the product is near 0.
@@ -131,33 +342,24 @@ def _foreign_start(layer: TensorLayer, update: nn.Module, found: Mapping[str, Te
     """
     if not isinstance(update, AbstractWeightUpdate) or not update.starts_at_projection:
         return None
-    if set(found) != set(update.state_dict()):
-        return None
     if BASE_DIGEST in found:
         return None  # its start is the base layer's own
     candidate = copy.deepcopy(update)
     candidate.load_state_dict(dict(found), assign=True)
     cut = candidate.cut()
-    if not cut.start or (weight := layer.read_base_weight()).is_meta:
+    if weight is not None and layer.quantization_backend is not None:
+        return None  # in a form that only the layer can read, and does not have yet
+    base = layer.read_base_weight() if weight is None else as_matrix(layer.get_base_layer(), weight)
+    if not cut.start or base.is_meta:
         return None
-    projection = fold(cut.network.halves(cut.start)).to(weight.device)
+    projection = fold(cut.network.halves(cut.start)).to(base.device)
     energy = projection.square().sum()
-    if hasattr(weight, "full_tensor"):  # FSDP has sharded it; every process asks for the same layer now
-        weight = weight.full_tensor()  # type: ignore[operator]
-    share = (weight.to(projection.dtype) * projection).sum() / energy
+    if hasattr(base, "full_tensor"):  # FSDP has sharded it; every process asks for the same layer now
+        base = base.full_tensor()  # type: ignore[operator]
+    share = (base.to(projection.dtype) * projection).sum() / energy
     if energy == 0 or abs(share - 1) < _SHARE_TOLERANCE:
         return None
     return (
         f"this adapter was started from another base model: of its start, {share:.0%} lies in this layer's weight, "
         "expected 100%. Load it on the model it was trained on (base_model_name_or_path in adapter_config.json)."
     )
-
-
-def _remove(tuner: BaseTuner, adapter_name: str) -> None:
-    """Take an adapter that was created for a refused checkpoint out of the model again."""
-    if not getattr(tuner.peft_config[adapter_name], "is_from_checkpoint", False):
-        return
-    if len(tuner.peft_config) == 1:
-        tuner.unload()
-    else:
-        tuner.delete_adapter(adapter_name)

@@ -8,12 +8,15 @@ from typing import Any, TypeVar, Union
 
 import peft.tuners.mixed
 import peft.tuners.mixed.model as mixed_model
+from peft import PeftMixedModel, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners import tuners_utils
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import PeftType, register_peft_method
+from transformers.integrations.peft import PeftAdapterMixin
 
 from tensorpeft.plugin.config import TensorConfig
+from tensorpeft.plugin.guards import guarded_load, guarded_load_of_transformers, guarded_save
 from tensorpeft.plugin.holder import SharedHolder, UpdateHolder
 from tensorpeft.plugin.layer import TensorLayer
 from tensorpeft.plugin.loading import key_of
@@ -104,6 +107,13 @@ def _key_prefixes(model: Any, adapter_name: str | None = None) -> set[str]:
 
 # Until PEFT knows torch's wrapper, for LoRA too.
 tuners_utils._get_tuner_state_dict_key_prefixes = _key_prefixes
+
+PeftModel.load_adapter = guarded_load(PeftModel.load_adapter)  # type: ignore[method-assign]
+PeftModel.save_pretrained = guarded_save(PeftModel.save_pretrained)  # type: ignore[method-assign]
+PeftAdapterMixin.load_adapter = guarded_load_of_transformers(PeftAdapterMixin.load_adapter)  # type: ignore
+for _cls in (PeftModel, PeftMixedModel):
+    _from_pretrained: Any = _cls.from_pretrained
+    _cls.from_pretrained = classmethod(guarded_load(_from_pretrained.__func__))  # type: ignore[method-assign,assignment]
 
 # The methods that PeftMixedModel can hold, by the type in their configurations.
 _mixed_classes: dict[PeftType, MethodClasses] = {}

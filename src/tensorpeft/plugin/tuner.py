@@ -24,10 +24,11 @@ from tensorpeft.plugin.base_weight import (
     layer_shape,
     restore_row_order,
 )
+from tensorpeft.plugin.checkpoint import shapes_to_load
 from tensorpeft.plugin.config import TensorConfig
 from tensorpeft.plugin.holder import SharedHolder, UpdateHolder
 from tensorpeft.plugin.layer import TensorLayer, check_finite, check_weight_update
-from tensorpeft.plugin.loading import check_state_dict
+from tensorpeft.plugin.loading import check_checkpoint, check_starts, check_state_dict, check_tensors, own_key
 from tensorpeft.sites import Site, find_sites
 
 
@@ -52,11 +53,15 @@ class TensorModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        """As PEFT's. Every update is built before the first layer is wrapped: an error leaves the model as it was."""
+        """As PEFT's. Every update is built before the first layer is wrapped: an error leaves the model as it was.
+
+        A state dict of shared factors alone names no layers: they are the configuration's.
+        """
         self._allocates_only = low_cpu_mem_usage
-        self._injected_names = (
-            None if state_dict is None else {key.rsplit("." + self.prefix, 1)[0] for key in state_dict}
-        )
+        names = {key.rsplit(f".{self.prefix}", 1)[0] for key in state_dict or ()}
+        if names == {_name_of_owner(self.classes)}:
+            state_dict = None
+        self._injected_names = None if state_dict is None else names
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         finally:
@@ -77,6 +82,15 @@ class TensorModel(BaseTuner):
     def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         # Of the whole tuner, before its first layer is loaded: a checkpoint that does not fit changes nothing.
         self.register_load_state_dict_pre_hook(check_state_dict)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        checked = check_checkpoint(model, config, adapter_name, state_dict)
+        if not any(isinstance(module, TensorModel) for module in model.modules()):  # whose own hook asks
+            check_starts(model, adapter_name, checked)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, checked)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Updates are float32. `autocast_adapter_dtype=False` asks for the base model's dtype instead."""
@@ -177,6 +191,8 @@ def wrap_layer(
     key = key.removeprefix("base_model.model.")  # PeftMixedModel adds its second adapter from its own root
     planned: tuple[Any, dict[str, AbstractUpdate]] | None = getattr(tuner, "_planned", None)
     if planned is None or planned[0] is not config or key not in planned[1]:
+        if (shapes := shapes_to_load()) is not None:
+            _check_shapes(tuner, classes, config, shapes)
         planned = (config, dict(build_updates(tuner, config)))
         tuner._planned = planned  # type: ignore[assignment]
     update = planned[1].pop(key)
@@ -224,10 +240,28 @@ def check_merged_weights(model: nn.Module, adapter_names: Iterable[str] | None =
                 check_finite(module.merged_weight(names), names)
 
 
+def _check_shapes(tuner: BaseTuner, classes: MethodClasses, config: TensorConfig, shapes: dict[str, Tensor]) -> None:
+    """Raise a `ValueError` unless a checkpoint's tensors are those of this adapter. Allocates nothing."""
+    sites, bases = bases_of(tuner, config)
+    config.settle(sites, bases)
+    with torch.device("meta"):
+        updates = config.build(sites, replace(bases, allocates_only=True))
+    attribute = classes.layer.adapter_layer_names[0]
+    modules: dict[str, nn.Module] = {f"{name}.{attribute}.": update for name, update in updates.items()}
+    shared = [update.shared for update in updates.values() if update.shared is not None]
+    if shared:
+        modules[f"{_name_of_owner(classes)}.{attribute}."] = shared[0]
+    check_tensors(modules, {own_key(key): tensor for key, tensor in shapes.items()}, config)
+
+
+def _name_of_owner(classes: MethodClasses) -> str:
+    # Not under the method's prefix: PEFT's delete_adapter passes over names that contain it.
+    return f"shared_{classes.layer.adapter_layer_names[0].removesuffix('_update')}"
+
+
 def _owner_of_shared(model: nn.Module, layer: TensorLayer, classes: MethodClasses) -> SharedHolder:
     """The owner of what the layers of a method share, made at first use."""
-    # Not under the method's prefix: PEFT's delete_adapter passes over names that contain it.
-    name = f"shared_{layer.adapter_layer_names[0].removesuffix('_update')}"
+    name = _name_of_owner(classes)
     if not hasattr(model, name):
         owner = classes.shared(layer)
         owner._active_adapter = layer._active_adapter

@@ -85,6 +85,12 @@ class ResidualHfQuantizer(Bnb4BitHfQuantizer):
         }
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
+        """Settle dtypes, and refuse a checkpoint that lacks something of a 4-bit layer.
+
+        Raises:
+            ValueError: it does; transformers would fill it with whatever was in memory, and only report it.
+        """
+        check_complete(model, self.quantization_config)
         # transformers hands every tensor called "weight" to bitsandbytes' reading, which leaves it in the file's dtype;
         # so a model loaded with another one would have both.
         for name, parameter in model.named_parameters():
@@ -153,6 +159,18 @@ def replace_layers(model: nn.Module, config: ResidualConfig) -> None:
             new.bias = nn.Parameter(old.bias.detach(), requires_grad=False)
         new.source_cls = type(old)  # type: ignore[assignment]
         model.set_submodule(own_name, new.requires_grad_(False))
+
+
+def check_complete(model: nn.Module, config: ResidualConfig) -> None:
+    """Raise a `ValueError` if a tensor of a 4-bit layer, or of its start, was not in the checkpoint."""
+    for name in [*config.residuals, *config.nf4]:
+        layer = model.get_submodule(_own_name(model, name))
+        for key, tensor in (*layer.named_parameters(), *getattr(layer, "start", nn.Module()).named_buffers("start")):
+            if not getattr(tensor, "_is_hf_initialized", False):  # transformers marks what it has read
+                raise ValueError(
+                    f"{name}.{key}: the checkpoint of this residual base lacks it. Download the base again, or "
+                    "quantise it again; adapters fit only the base that they were trained on."
+                )
 
 
 def _own_name(model: nn.Module, name: str) -> str:

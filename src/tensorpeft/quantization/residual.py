@@ -160,7 +160,7 @@ class ResidualLinear4bit(Linear4bit, AbstractUpdatableLinear):
         out_features, in_features = parts.residual.quant_state.shape  # type: ignore
         shapes = [core.shape for core in parts.cores]
         layer = cls(in_features, out_features, bias is not None, shapes, compute_dtype, device="meta")
-        layer.start = FrozenCores(parts.cores, digest(parts))
+        layer.start = FrozenCores(parts.cores, digest(parts.residual, parts.cores))
         layer.dtype_of_model = torch.empty(0, dtype=parts.residual.quant_state.dtype, device=parts.residual.device)
         fill(layer, parts.residual, bias)
         return layer
@@ -188,15 +188,20 @@ class ResidualLinear4bit(Linear4bit, AbstractUpdatableLinear):
 
     def _residual_product(self, x: Tensor) -> Tensor:
         """`x deNF4(Q)ᵀ + b`, by the kernel that does not dequantise the whole weight where there is one."""
-        restore_row_order(self)
-        fix_4bit_weight_quant_state_from_module(self)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return matmul_4bit(x, self.weight, self.weight.quant_state, bias=bias)  # type: ignore
+        stored, bias = self._restored(), None if self.bias is None else self.bias.to(x.dtype)
+        return matmul_4bit(x, stored, stored.quant_state, bias=bias)  # type: ignore
+
+    def current_digest(self) -> Tensor:  # (4,), int64
+        """The SHA-256 of the 4-bit weight, its statistics and the start, as they are now."""
+        return digest(self._restored(), self.start.cores())
 
     def _dequantised(self) -> Tensor:
+        return dequantise(self._restored())
+
+    def _restored(self) -> Params4bit:
         restore_row_order(self)
         fix_4bit_weight_quant_state_from_module(self)
-        return dequantise(self.weight)  # type: ignore
+        return self.weight  # type: ignore
 
     def _with_start(self, cuts: Sequence[Cut]) -> list[Cut]:
         """The start's network and the cuts; an update that begins by subtracting the start takes its place."""
@@ -248,13 +253,14 @@ def dequantize_layers(model: nn.Module, dtype: torch.dtype | None = None) -> Non
             model.set_submodule(name, plain_layer(layer, weight if dtype is None else weight.to(dtype)))
 
 
-def digest(parts: Split) -> Tensor:  # (4,), int64
+@torch.no_grad()
+def digest(residual: Params4bit, cores: Sequence[Tensor]) -> Tensor:  # (4,), int64
     """The SHA-256 of all that the layer's weight is made of."""
     sha = hashlib.sha256()
-    stored = {"weight": parts.residual.data, **parts.residual.quant_state.as_dict(packed=True)}
-    stored.update({f"core_{k}": core for k, core in enumerate(parts.cores, 1)})
+    stored = {"weight": residual.data, **residual.quant_state.as_dict(packed=True)}  # type: ignore[union-attr]
+    stored.update({f"core_{k}": core for k, core in enumerate(cores, 1)})
     for name in sorted(stored):
         tensor = stored[name].detach().cpu().contiguous()
         sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return torch.frombuffer(bytearray(sha.digest()), dtype=torch.int64).to(parts.cores[0].device)
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return torch.frombuffer(bytearray(sha.digest()), dtype=torch.int64).to(cores[0].device)

@@ -263,7 +263,7 @@ def _convert(job: _Job, shapes: Mapping[str, Shapes], config: ResidualConfig) ->
             parts = split(weight, *network_of(shapes[job.layer]), config.rounds, config.double_quant)
             stored = parts.residual
             result = {f"{stem}start.core_{k}": core.contiguous() for k, core in enumerate(parts.cores, 1)}
-            result[f"{stem}start.digest"] = digest(parts)
+            result[f"{stem}start.digest"] = digest(parts.residual, parts.cores)
         else:
             stored = quantise(weight, config.double_quant)
     except ValueError as error:
