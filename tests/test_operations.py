@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 operations = import_module("operations")
 
 # Per adapted weight of a model with twelve layers. LoRA has 10.
-BOUNDS = {"DoTA": 14, "DoTA, random": 12, "LoRTA": 8, "LoTR": 8, "FacT-TT": 8, "FacT-TK": 8, "LoRETTA": 8}
+BOUNDS = {"DoTA": 14, "DoTA, random": 12, "LoRTA": 8, "LoTR": 8, "FacT-TT": 8, "FacT-TK": 8, "LoRETTA": 10}
 
 
 @pytest.mark.parametrize("name", BOUNDS)

@@ -216,6 +216,7 @@ def test_a_frozen_layer_gets_no_gradient(case):
 def test_two_active_adapters(case):
     model, plain = adapted(case), adapted(case)
     for one in (model, plain):
+        torch.manual_seed(1)
         one.add_adapter("second", case.make(target_modules=LLAMA.targets, task_type="CAUSAL_LM"))
         one.double().base_model.set_adapter(["default", "second"])
         perturb(one, seed=5)

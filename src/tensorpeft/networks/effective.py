@@ -128,7 +128,8 @@ def effective_weight(
 
     The cast to bfloat16 or float16 dithers (see `kernels.dither`), so that no small update is lost.
     """
-    return _effective_weight(weight, _updates(*_flattened(cuts)), dtype)
+    with without_autocast(cuts[0].cores[0].device):
+        return _effective_weight(weight, _updates(*_flattened(cuts)), dtype)
 
 
 def _effective_weight(weight: Tensor | None, updates: Sequence[_Update], dtype: torch.dtype) -> Tensor:

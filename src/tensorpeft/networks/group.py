@@ -80,8 +80,7 @@ class Group:
     always those of the tensors as they are, whoever has written to them and how; forward, backward and what
     checkpointing computes again read the same ones.
 
-    Members know their group; it refers to them weakly. A copied model's members have a group of their own, which learns
-    of them when they first ask.
+    Members know their group; it refers to them weakly. The members of a copied model have a group of their own.
 
     Args:
         size: the number of members.
@@ -130,13 +129,17 @@ class Group:
         """Keep nothing."""
         self._made = None
 
-    def __deepcopy__(self, memo: object) -> Group:
-        """An empty one, to which the copied members come."""
-        return Group(len(self._members))
+    def __getstate__(self) -> tuple[int, dict[int, Member]]:
+        """What a copy, or a pickle, is made of: the members, whose copies become its members. Nothing that is kept."""
+        known = {number: member for number, known in enumerate(self._members) if (member := known()) is not None}
+        return len(self._members), known
 
-    def __reduce__(self) -> tuple[type[Group], tuple[int]]:
-        """As a copy's."""
-        return Group, (len(self._members),)
+    def __setstate__(self, state: tuple[int, dict[int, Member]]) -> None:
+        """As it was written."""
+        size, members = state
+        self.__init__(size)
+        for number, member in members.items():
+            self.admit(number, member)
 
 
 class _Made(NamedTuple):
@@ -155,7 +158,7 @@ def _nobody() -> None:
 def tensors_of(module: object) -> dict[str, Tensor]:
     """A module's own parameters and buffers by name."""
     # A replica that nn.DataParallel makes has its parameters' copies elsewhere. No generators: this is asked often.
-    attributes = cast("dict[str, Any]", vars(module))
+    attributes = vars(module)
     parameters: dict[str, Tensor | None] = attributes.get("_former_parameters") or attributes["_parameters"]
     buffers: dict[str, Tensor | None] = attributes["_buffers"]
     return {name: tensor for name, tensor in {**parameters, **buffers}.items() if tensor is not None}
