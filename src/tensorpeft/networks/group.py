@@ -105,10 +105,14 @@ class Group:
         needs_grad, made = _needs_grad(member), self._made
         is_current = made is not None and made.versions.get(index) == version
         if torch._C._current_graph_task_id() != -1:  # pyright: ignore[reportPrivateUsage]
-            # Computed again for the backward pass of a checkpoint. One that ran without a graph ("reentrant") has a
-            # backward pass of its own for every block: it must not walk a graph that the blocks share.
-            if made is None or not is_current or (needs_grad and not made.asked.get(index)):
+            # Computed again for the backward pass of a checkpoint.
+            if made is None or not is_current:
                 return _make([member], dtype)[0]
+            if needs_grad and not made.asked.get(index):
+                # It ran without a graph ("reentrant"), and every block has a backward pass of its own: that must not
+                # walk a graph that the blocks share. So this member's own, in the company that gave the forward's bits.
+                members = {k: company for k in made.parts if (company := self._members[k]()) is not None}
+                return _make(list(members.values()), dtype, member)[list(members).index(index)]
         elif made is None or not is_current or index in made.asked or (needs_grad and not made.needs_grad):
             self._made = None  # free the old one first
             made = self._made = self._make(member, dtype)
@@ -157,11 +161,10 @@ def _nobody() -> None:
 
 def tensors_of(module: object) -> dict[str, Tensor]:
     """A module's own parameters and buffers by name."""
-    # A replica that nn.DataParallel makes has its parameters' copies elsewhere. No generators: this is asked often.
     attributes = vars(module)
-    parameters: dict[str, Tensor | None] = attributes.get("_former_parameters") or attributes["_parameters"]
-    buffers: dict[str, Tensor | None] = attributes["_buffers"]
-    return {name: tensor for name, tensor in {**parameters, **buffers}.items() if tensor is not None}
+    # FSDP's views, and nn.DataParallel's copies, stand in for parameters as plain attributes.
+    named = {**attributes["_parameters"], **attributes["_buffers"], **attributes}
+    return {name: tensor for name, tensor in named.items() if isinstance(tensor, Tensor)}
 
 
 def _all_tensors(member: Member) -> list[Tensor]:
@@ -185,7 +188,8 @@ def _layout(member: Member) -> object:
     return forms, id(member.shared)
 
 
-def _make(members: Sequence[Member], dtype: torch.dtype | None) -> list[Parts]:
+def _make(members: Sequence[Member], dtype: torch.dtype | None, only: Member | None = None) -> list[Parts]:
+    """The parts of all members, with a graph of all; or of only one, and of what is shared."""
     first = members[0]
     own, shared = [tensors_of(member) for member in members], {}
     if first.shared is not None:
@@ -199,6 +203,9 @@ def _make(members: Sequence[Member], dtype: torch.dtype | None) -> list[Parts]:
         return first.make_parts(members, mine, {name: next(rest) for name in shared}, dtype)
 
     tensors = [*(tensor for named in own for tensor in named.values()), *shared.values()]
+    if only is not None:
+        kept = {id(tensor) for tensor in _all_tensors(only)}
+        tensors = [tensor if id(tensor) in kept else tensor.detach() for tensor in tensors]
     flat = cast("Sequence[Tensor]", cast("Any", _Together).apply(make, len(members), len(own[0]), *tensors))
     count = len(flat) // len(members)
     return [tuple(flat[k : k + count]) for k in range(0, len(flat), count)]

@@ -4,7 +4,8 @@ A weight's rows are pairs (a c) and its columns pairs (b d): left half (a b), ri
 (a b) × (c d), and read as (c, a b, d), where neighbours in (a b) are neighbours in memory: d alone may be short.
 """
 # Triton has no types, and a kernel's parameters are none of Python's.
-# pyright: basic, reportMissingImports=false, reportIndexIssue=false
+# pyright: basic, reportMissingImports=false, reportIndexIssue=false, reportArgumentType=false, reportCallIssue=false
+# pyright: reportReturnType=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
