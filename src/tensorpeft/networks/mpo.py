@@ -25,7 +25,7 @@ from tensorpeft.networks.chains import (
 from tensorpeft.networks.dtypes import at_least_float32
 from tensorpeft.networks.effective import Cut, Halves, Ready, effective_linear, fold
 from tensorpeft.networks.group import Parts, Tensors, parts_of
-from tensorpeft.networks.subspace import leading_subspace
+from tensorpeft.networks.subspace import Steps, run_together, subspace_steps
 from tensorpeft.networks.update import BASE_DIGEST, AbstractFusedUpdate, keeping_dtype
 from tensorpeft.networks.versions import Kept
 
@@ -170,7 +170,6 @@ class MpoUpdate(AbstractFusedUpdate):
         return f"out {out}, in {in_}, bonds {bonds}, {'from start' if self.has_start else 'no start'}"
 
 
-@torch.no_grad()
 def decompose(
     weight: Tensor,  # (out, in), floating point
     out_modes: Sequence[int],
@@ -199,6 +198,13 @@ def decompose(
     >>> torch.allclose(contract(cores), weight, atol=1e-5)
     True
     """
+    return run_together([decomposition_steps(weight, out_modes, in_modes, max_bond)])[0]
+
+
+def decomposition_steps(
+    weight: Tensor, out_modes: Sequence[int], in_modes: Sequence[int], max_bond: int | Sequence[int]
+) -> Steps[list[Tensor]]:
+    """`decompose`, to be run with others by `networks.subspace.run_together`."""
     bonds = bond_dimensions(out_modes, in_modes, max_bond)
     _check_weight(weight, out_modes, in_modes)
     num_cores = len(out_modes)
@@ -207,13 +213,15 @@ def decompose(
     # The leading bonds that cut nothing off cost nothing either: their cores are split from the first basis that does.
     head = next((k for k in range(1, num_cores) if prod(pairs[:k]) > bonds[k]), num_cores)
     rows = _interleave(weight.reshape(prod(out_modes[:head]), -1, prod(in_modes[:head]), prod(in_modes[head:])))
-    basis, rest = leading_subspace(rows, bonds[head]) if head < num_cores else (rows.clone(), rows)
-    cores = _split_exactly(basis, out_modes[:head], in_modes[:head], bonds)
+    basis, rest = (yield from subspace_steps(rows, bonds[head])) if head < num_cores else (rows.clone(), rows)
+    cores = yield from _split_exactly(basis, out_modes[:head], in_modes[:head], bonds)
     for k in range(head, num_cores):
         left_out, left_in = prod(out_modes[k + 1 :]), prod(in_modes[k + 1 :])
         rest = rest.view(bonds[k], out_modes[k], left_out, in_modes[k], left_in).transpose(2, 3)
         rest = rest.reshape(bonds[k] * pairs[k], left_out * left_in)
-        basis, rest = leading_subspace(rest, bonds[k + 1]) if k + 1 < num_cores else (rest, rest)
+        basis = rest
+        if k + 1 < num_cores:
+            basis, rest = yield from subspace_steps(rest, bonds[k + 1])
         cores.append(basis.view(bonds[k], out_modes[k], in_modes[k], bonds[k + 1]))
     return cores
 
@@ -278,14 +286,15 @@ def _split_exactly(
     out_modes: Sequence[int],
     in_modes: Sequence[int],
     bonds: Sequence[int],
-) -> list[Tensor]:
+) -> Steps[list[Tensor]]:
     """The cores of an orthonormal basis over several modes; nothing is cut off, all come out left-orthonormal."""
     cores: list[Tensor] = []
     rest = basis.view(1, prod(out_modes), prod(in_modes), -1)
     for k in range(len(out_modes) - 1):
         left_out, left_in = prod(out_modes[k + 1 :]), prod(in_modes[k + 1 :])
         rest = rest.reshape(bonds[k], out_modes[k], left_out, in_modes[k], left_in, -1).transpose(2, 3)
-        vectors, rest = leading_subspace(rest.reshape(bonds[k] * out_modes[k] * in_modes[k], -1), bonds[k + 1])
+        rest = rest.reshape(bonds[k] * out_modes[k] * in_modes[k], -1)
+        vectors, rest = yield from subspace_steps(rest, bonds[k + 1])
         cores.append(vectors.view(bonds[k], out_modes[k], in_modes[k], bonds[k + 1]))
         rest = rest.view(bonds[k + 1], left_out, left_in, -1)
     cores.append(rest.reshape(bonds[len(out_modes) - 1], out_modes[-1], in_modes[-1], -1))

@@ -2,13 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator, Sequence
 from math import isfinite
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 _linalg: Any = torch.linalg  # has no types
+
+Result = TypeVar("Result")
+# A computation that hands out symmetric matrices, of which the lower triangle counts, and goes on with their
+# eigenvalues, ascending, and eigenvectors; or with None where the solver failed.
+Steps = Generator[Tensor, tuple[Tensor, Tensor] | None, Result]
+
+
+@torch.no_grad()
+def run_together(computations: Sequence[Steps[Result]]) -> list[Result]:
+    """Their results: computations in step with each other, eigenvectors of matrices of one size in one call.
+
+    On a GPU, where such a call takes as long for several matrices as for one.
+    """
+    results: dict[int, Result] = {}
+    waiting: dict[int, Tensor] = {}
+
+    def go_on(k: int, spectrum: tuple[Tensor, Tensor] | None) -> None:
+        try:
+            waiting[k] = computations[k].send(spectrum)
+        except StopIteration as end:
+            results[k] = end.value
+
+    for k in range(len(computations)):
+        go_on(k, None)
+    while waiting:
+        grams, by_form = dict(waiting), dict[object, list[int]]()
+        waiting.clear()
+        for k, gram in grams.items():
+            by_form.setdefault((gram.shape, gram.dtype, gram.device), []).append(k)
+        for members in by_form.values():
+            for k, spectrum in zip(members, _spectra([grams[k] for k in members])):
+                go_on(k, spectrum)
+    return [results[k] for k in range(len(computations))]
+
+
+def _spectra(grams: Sequence[Tensor]) -> list[tuple[Tensor, Tensor] | None]:
+    try:
+        values, vectors = _linalg.eigh(grams[0] if len(grams) == 1 else torch.stack(list(grams)), UPLO="L")
+    except RuntimeError:  # torch.linalg.LinAlgError: many repeated eigenvalues, such as a constant weight's
+        return [None] if len(grams) == 1 else [spectrum for gram in grams for spectrum in _spectra([gram])]
+    return [(values, vectors)] if len(grams) == 1 else list(zip(values, vectors))
 
 
 def leading_subspace(
@@ -22,12 +64,18 @@ def leading_subspace(
     Raises:
         ValueError: an entry is not finite, or its square is not.
     """
+    return run_together([subspace_steps(rows, count)])[0]
+
+
+def subspace_steps(rows: Tensor, count: int) -> Steps[tuple[Tensor, Tensor]]:
+    """`leading_subspace`, to be run with others."""
     num_rows, num_columns = rows.shape
     if num_rows > num_columns:
         # From the right singular vectors V, the small side's: U S = rows V, and a QR takes U out of it.
-        basis, _ = _linalg.qr(rows @ _eigenbasis(rows.t(), count))
+        small = yield from _eigenbasis(rows.t(), count)
+        basis, _ = _linalg.qr(rows @ small)
     else:
-        basis = _eigenbasis(rows, count)
+        basis = yield from _eigenbasis(rows, count)
     return basis, _in_basis(basis, rows)
 
 
@@ -40,7 +88,7 @@ def _in_basis(basis: Tensor, rows: Tensor) -> Tensor:
     return (basis.t() @ batch).transpose(0, 1).flatten(1)
 
 
-def _eigenbasis(rows: Tensor, count: int) -> Tensor:
+def _eigenbasis(rows: Tensor, count: int) -> Steps[Tensor]:
     """The first `count` left singular vectors of a wide or square (m, n) matrix from its Gram matrix."""
     gram = _lower_gram(rows)
     if not isfinite(gram.trace().item()):  # a sum of squares: finite if and only if every entry is
@@ -48,10 +96,10 @@ def _eigenbasis(rows: Tensor, count: int) -> Tensor:
             f"cannot decompose the weight: its largest entry is {rows.abs().max().item()}, expected finite numbers "
             "whose squares float32 can hold. Check the checkpoint."
         )
-    try:
-        values, vectors = _linalg.eigh(gram, UPLO="L")
-    except RuntimeError:  # torch.linalg.LinAlgError: many repeated eigenvalues, such as a constant weight's
+    spectrum = yield gram
+    if spectrum is None:
         return _eigenbasis_in_float64(rows, count)
+    values, vectors = spectrum
     # Squaring blurs singular values far below the largest: is the cut among those?
     if count < len(values) and gram.dtype == torch.float32 and bool(values[-count] < 1e-3 * values[-1]):
         return _eigenbasis_in_float64(rows, count)
