@@ -132,6 +132,11 @@ def loading_from(source: Source | None) -> Iterator[None]:
         _source.reset(token)
 
 
+def reads_files() -> bool:
+    """Whether what is being loaded comes from files, not from memory."""
+    return _source.get() is not None
+
+
 def verifies_base() -> bool:
     """Whether what is being loaded is compared with the base's own digest made anew."""
     source = _source.get()

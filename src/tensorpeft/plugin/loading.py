@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from tensorpeft.networks.effective import fold
 from tensorpeft.networks.update import BASE_DIGEST, AbstractUpdatableLinear, AbstractWeightUpdate
 from tensorpeft.plugin.base_weight import as_matrix
-from tensorpeft.plugin.checkpoint import verifies_base
+from tensorpeft.plugin.checkpoint import reads_files, verifies_base
 from tensorpeft.plugin.config import TensorConfig, own_fields
 from tensorpeft.plugin.holder import UpdateHolder
 from tensorpeft.plugin.layer import TensorLayer
@@ -55,6 +55,8 @@ def check_checkpoint(
         f"{own_key(key_of(name))}.{holder.adapter_layer_names[0]}.": holder
         for name, holder in _holders_of(model, adapter_name)
     }
+    if not reads_files():
+        state_dict = {**_zero_starts(holders, adapter_name, state_dict), **state_dict}
     found = {own_key(key): tensor for key, tensor in state_dict.items()}
     check_tensors({stem: holder.updates[adapter_name] for stem, holder in holders.items()}, found, config)
     expected = {
@@ -79,6 +81,26 @@ def check_checkpoint(
     if verifies_base():
         _check_digests(model, adapter_name)
     return checked
+
+
+def _zero_starts(
+    holders: Mapping[str, UpdateHolder], adapter_name: str, state_dict: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The frozen tensors of an adapter in memory that has none at all: it is one that subtracts nothing.
+
+    PEFT's users hand such adapters over between configurations that differ in where they start.
+    """
+    frozen = {
+        f"{stem}{key}": buffer
+        for stem, holder in holders.items()
+        for key, buffer in holder.updates[adapter_name].named_buffers()
+        if key in _saved(holder.updates[adapter_name])
+    }
+    given = {own_key(key) for key in state_dict if own_key(key).startswith(tuple(holders))}
+    if not given or not given.isdisjoint(frozen) or any(key.endswith(f".{BASE_DIGEST}") for key in frozen):
+        return {}
+    prefix = _BASE_PREFIX if any(key.startswith(_BASE_PREFIX) for key in state_dict) else ""
+    return {f"{prefix}{key}": torch.zeros_like(buffer, device="cpu") for key, buffer in frozen.items()}
 
 
 def _check_digests(model: nn.Module, adapter_name: str) -> None:
