@@ -122,6 +122,10 @@ class MpoUpdate(AbstractFusedUpdate):
         ready = Ready(Halves(left, right), Halves(*difference) if difference else None)
         return Cut(MPO, tuple(self.cores()), start, ready)
 
+    def start_matrix(self) -> Tensor | None:
+        """That of the frozen cores."""
+        return contract(self.start()) if self.has_start else None
+
     def group_key(self) -> Hashable:
         """Equal for networks of equal shapes that start alike."""
         return tuple(core.shape for core in self.cores()), self.has_start, self.base_start is None

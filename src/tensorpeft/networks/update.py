@@ -91,6 +91,10 @@ class AbstractWeightUpdate(AbstractUpdate):
         A matrix product A B of rank r has the halves (out, 1, r) and (r, 1, in).
         """
 
+    def start_matrix(self) -> Tensor | None:  # (out, in)
+        """What is subtracted, as a matrix; None where nothing is."""
+        return None
+
     # Not `weight`: whoever walks a model, as PEFT's policy for FSDP does, takes a module's `weight` for a tensor.
     def matrix(self) -> Tensor:  # (out, in)
         """ΔW: the matrix that `forward` multiplies by, by the plain formula. Differentiable."""

@@ -13,7 +13,6 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tensorpeft.networks.effective import fold
 from tensorpeft.networks.update import BASE_DIGEST, AbstractUpdatableLinear, AbstractWeightUpdate
 from tensorpeft.plugin.base_weight import as_matrix
 from tensorpeft.plugin.checkpoint import reads_files, verifies_base
@@ -368,13 +367,12 @@ def _foreign_start(
         return None  # its start is the base layer's own
     candidate = copy.deepcopy(update)
     candidate.load_state_dict(dict(found), assign=True)
-    cut = candidate.cut()
     if weight is not None and layer.quantization_backend is not None:
         return None  # in a form that only the layer can read, and does not have yet
     base = layer.read_base_weight() if weight is None else as_matrix(layer.get_base_layer(), weight)
-    if not cut.start or base.is_meta:
+    if base.is_meta or (start := candidate.start_matrix()) is None:
         return None
-    projection = fold(cut.network.halves(cut.start)).to(base.device)
+    projection = start.to(base.device)
     energy = projection.square().sum()
     if hasattr(base, "full_tensor"):  # FSDP has sharded it; every process asks for the same layer now
         base = base.full_tensor()  # type: ignore[operator]
