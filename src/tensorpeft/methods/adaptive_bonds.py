@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from tensorpeft.modes import count_parameters
 from tensorpeft.networks.bonds import Spectra, choose_bonds, unfolding_energies
@@ -15,7 +16,7 @@ Modes = Callable[[int], tuple[int, ...]]  # of a size
 
 
 def check_request(
-    r: object, budget: object, bonds: Mapping[str, object] | None, rank_pattern: Mapping[str, int], num_cores: int
+    r: object, budget: object, bonds: Mapping[str, Any] | None, rank_pattern: Mapping[str, int], num_cores: int
 ) -> None:
     """Check the fields that belong together, before there is a model.
 
@@ -49,7 +50,7 @@ def check_request(
         _check_bonds(bonds, num_cores)
 
 
-def _check_bonds(bonds: Mapping[str, object], num_cores: int) -> None:
+def _check_bonds(bonds: Mapping[str, Any], num_cores: int) -> None:
     for name, found in bonds.items():
         is_whole = isinstance(found, (list, tuple)) and all(type(bond) is int and bond > 0 for bond in found)
         if not is_whole or len(found) != num_cores - 1:
