@@ -82,6 +82,8 @@ def test_the_class_is_one_that_transformers_registers(saved):
     for name in ("Mystery", "set_seed", "LlamaConfig", "pipeline", "AutoModel"):
         with pytest.raises(ValueError, match=rf"a: transformers has no class '{name}'"):
             find_class(LlamaConfig(architectures=[name]), "a")
+    with pytest.raises(ValueError, match=r"a: transformers has no class \['LlamaForCausalLM'\]"):
+        find_class(LlamaConfig(architectures=[["LlamaForCausalLM"]]), "a")
 
 
 def test_an_adapter_names_its_class_but_no_module_to_import(saved):

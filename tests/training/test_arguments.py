@@ -165,6 +165,8 @@ def test_what_a_recipe_says_elsewhere_is_refused(tmp_path, name, instead):
         ("rte", {"per_device_train_batch_size": 1.5}, "expected a whole number"),
         ("rte", {"save_total_limit": "1"}, "save_total_limit='1': expected a whole number, null"),
         ("rte", {"lr_scheduler_kwargs": 3}, "lr_scheduler_kwargs=3: expected a mapping, a text, null"),
+        ("rte", {"max_steps": 0}, "max_steps=0: expected some steps of training"),
+        ("rte", {"num_train_epochs": 0}, "num_train_epochs=0, max_steps=-1: expected some steps of training"),
     ],
 )
 def test_unknown_names_and_wrong_values(tmp_path, task, trainer, message):

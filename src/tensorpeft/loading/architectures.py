@@ -49,7 +49,7 @@ def find_class(
     if name is None:
         return transformers.AutoModel
     # A file must not choose among all that transformers has, nor name a module to import.
-    if name not in _registered():
+    if not isinstance(name, str) or name not in _registered():
         raise ValueError(
             f"{model}: transformers has no class {name!r}. Load the model with its own code, and pass it, or its "
             "PeftModel, to the function that this command calls."

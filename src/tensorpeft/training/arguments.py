@@ -55,9 +55,13 @@ def make_arguments(
     # Left to themselves, several processes without an accelerator train side by side and know nothing of each other.
     given.setdefault("use_cpu", not torch.accelerator.is_available())
     try:
-        return arguments_class(output_dir=str(folder), seed=seed, data_seed=seed, **given)
+        arguments = arguments_class(output_dir=str(folder), seed=seed, data_seed=seed, **given)
     except (TypeError, ValueError) as error:
         raise ValueError(f"trainer ({arguments_class.__name__}): {error}") from None
+    if arguments.max_steps == 0 or (arguments.max_steps < 0 and arguments.num_train_epochs <= 0):
+        epochs, steps = arguments.num_train_epochs, arguments.max_steps
+        raise ValueError(f"trainer: num_train_epochs={epochs}, max_steps={steps}: expected some steps of training.")
+    return arguments
 
 
 def _may_be_none(field: "dataclasses.Field[Any]") -> bool:
