@@ -1,11 +1,14 @@
 """``tensorpeft export``: its forms and their options."""
 
 import argparse
+import sys
 from pathlib import Path
+from typing import Any
 
-from tensorpeft_cli.options import DTYPES, add_cache, existing, model_name, whole
+from tensorpeft_cli.options import DTYPES, add_cache, existing, model_name, positive, whole
 from tensorpeft_cli.package import import_package, one_line
 
+DISTIL_STEPS = 60
 HELP = "write an adapter in a form that other libraries read"
 
 
@@ -15,10 +18,24 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     lora = forms.add_parser(
         "lora",
         help="a plain LoRA checkpoint, for PEFT, vLLM, SGLang and llama.cpp",
-        description="Write a saved adapter as a plain LoRA: exactly if its updates are of low rank, or cut to --rank.",
+        description="Write a saved adapter as a plain LoRA: exactly if its updates are of low rank. Updates of high "
+        "rank are cut, and what that costs is measured on text: an export that is worse than its base is refused "
+        "(exit code 1).",
     )
     _add_folders(lora)
-    lora.add_argument("--rank", type=whole(1), metavar="R", help="for an update of high rank: what it is cut to")
+    size = lora.add_mutually_exclusive_group()
+    size.add_argument("--rank", type=whole(1), metavar="R", help="for an update of high rank: what it is cut to")
+    size.add_argument("--energy", type=positive, metavar="E", help="the share of every update's energy to keep: 0.99")
+    lora.add_argument("--dtype", choices=DTYPES, help="of the factors (default: float16 for a base in 16 bits)")
+    lora.add_argument(
+        "--distil", type=existing, metavar="FILE", help=f"train it for {DISTIL_STEPS} steps on a text per line"
+    )
+    lora.add_argument(
+        "--check", type=existing, metavar="FILE", help="a text per line to measure on (default: the model's own text)"
+    )
+    lora.add_argument("--no-check", action="store_true", help="measure nothing: base and text are not loaded")
+    lora.add_argument("--force", action="store_true", help="write what is worse than its base, too")
+    _add_base(lora)
     add_cache(lora)
     lora.set_defaults(run=_lora)
     dense = forms.add_parser(
@@ -27,9 +44,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         description="Merge a saved adapter into its base model, 4-bit weights dequantised first, and save the model.",
     )
     _add_folders(dense)
-    dense.add_argument(
-        "--base", type=model_name, metavar="MODEL", help="the base model, if it is not where the adapter says"
-    )
+    _add_base(dense)
     dense.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the weights (default: %(default)s)")
     add_cache(dense)
     dense.set_defaults(run=_dense)
@@ -40,17 +55,93 @@ def _add_folders(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
 
 
-def _lora(arguments: argparse.Namespace, command: str) -> None:
-    import_package()
-    from tensorpeft.export import to_lora
+def _add_base(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--base", type=model_name, metavar="MODEL", help="the base model, if it is not where the adapter says"
+    )
 
-    layers = to_lora(arguments.adapter, arguments.out, arguments.rank, progress=True)
+
+def _lora(arguments: argparse.Namespace, command: str) -> int:
+    is_cut = arguments.rank is not None or arguments.energy is not None
+    if arguments.no_check and (arguments.check is not None or arguments.force):
+        raise ValueError("--no-check beside --check or --force: expected one of them.")
+    if arguments.distil is not None and not is_cut:
+        raise ValueError("--distil: only what is cut has something to learn. Pass --rank or --energy, too.")
+    import_package()
+    import torch
+    from tqdm import tqdm
+
+    from tensorpeft.export import ExportCheck, check_export, distil, is_measurable, start_commands, to_lora
+
+    checks = list[ExportCheck]()
+
+    def finish(folder: Path) -> None:
+        if arguments.distil is not None:
+            with tqdm(desc="Distilling", total=DISTIL_STEPS) as bar:
+                distil(
+                    arguments.adapter,
+                    folder,
+                    arguments.distil,
+                    arguments.base,
+                    DISTIL_STEPS,
+                    on_step=lambda loss: (bar.set_postfix(nats=f"{loss:.4f}"), bar.update()),
+                )
+        if arguments.check is None and (arguments.no_check or not is_cut or not is_measurable(arguments.adapter)):
+            return
+        check = check_export(arguments.adapter, folder, arguments.base, arguments.check)
+        if check.is_worse_than_base and not arguments.force:
+            raise _WorseError(check)
+        checks.append(check)
+
+    dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
+    try:
+        layers = to_lora(
+            arguments.adapter,
+            arguments.out,
+            arguments.rank,
+            progress=True,
+            energy=arguments.energy,
+            dtype=dtype,
+            finish=finish,
+            base=arguments.base,
+        )
+    except _WorseError as error:
+        _print_check(error.check)
+        print(
+            f"tensorpeft: the export's loss is {error.check.export:.4f}, that of the base alone "
+            f"{error.check.base:.4f}: nothing was written. Take a larger --rank or --energy, --distil, or merge the "
+            "adapter (export dense); --force writes it.",
+            file=sys.stderr,
+        )
+        return 1
     if any(layer.error > 0 for layer in layers):
         width = max(len(layer.name) for layer in layers)
-        print(f"{'layer':{width}s}  |ΔW - BA| / |ΔW|")
+        print(f"{'layer':{width}s}  rank  |ΔW - BA| / |ΔW|{', before --distil' if arguments.distil else ''}")
         for layer in layers:
-            print(f"{layer.name:{width}s}  {layer.error:.1%}")
-    print(f"{len(layers)} layers written to {one_line(arguments.out)}")
+            print(f"{layer.name:{width}s}  {layer.rank:4d}  {layer.error:.2%}")
+    for check in checks:
+        _print_check(check)
+    file = arguments.out / "adapter_model.safetensors"
+    print(f"{len(layers)} layers, {file.stat().st_size / 1e6:.2f} MB, written to {one_line(arguments.out)}")
+    for engine, line in start_commands(layers, arguments.out, arguments.base):
+        print(f"{engine:9s} {one_line(line)}")
+    return 0
+
+
+class _WorseError(Exception):
+    """An export that nobody should serve."""
+
+    def __init__(self, check: Any) -> None:
+        super().__init__()
+        self.check = check
+
+
+def _print_check(check: Any) -> None:
+    print(f"{'':8s}  {'loss':>7s}  the adapter's token   ({check.tokens} tokens of text)")
+    print(f"{'base':8s}  {check.base:7.4f}  {check.base_agreement:19.1%}")
+    print(f"{'adapter':8s}  {check.adapter:7.4f}")
+    kept = "no gain of the adapter on this text" if check.kept is None else f"{check.kept:.1%} of the adapter's gain"
+    print(f"{'export':8s}  {check.export:7.4f}  {check.export_agreement:19.1%}   {kept}")
 
 
 def _dense(arguments: argparse.Namespace, command: str) -> None:

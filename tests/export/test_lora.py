@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from itertools import product
@@ -13,10 +14,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cases import MODELS, logits, perturb, tiny_llama
+from commanded import fill
 from tensorpeft import DotaConfig, FactConfig, LortaConfig, LotrConfig
-from tensorpeft.export import to_lora
+from tensorpeft.export import ExportCheck, check_export, distil, to_lora
 from tensorpeft_cli import main
 
 STORIES = Path(os.environ.get("TENSORPEFT_DATA", "../shared")) / "models" / "stories260K"
@@ -51,8 +54,6 @@ def saved_base(build, folder: Path) -> Path:
 
 
 def adapted(base: Path, config) -> PeftModel:
-    from transformers import AutoModelForCausalLM
-
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).eval()
     perturb(model)
     return model
@@ -112,12 +113,13 @@ def test_the_checkpoint_follows_the_servers_rules(tmp_path: Path):
     to_lora(model, tmp_path / "lora")
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA"
-    assert config["r"] == config["lora_alpha"] == 16
+    assert config["r"] == config["lora_alpha"] == 12
     assert config["bias"] == "none"
     assert not config["use_rslora"]
     assert not config["use_dora"]
     assert not config["modules_to_save"]
     assert not config["rank_pattern"]
+    assert "base_model: " in (tmp_path / "lora" / "README.md").read_text()
     assert not config["alpha_pattern"]
     assert not config["layers_to_transform"]
     assert config["target_modules"] == ["down_proj", "q_proj"]  # names without a dot: vLLM compares the last part
@@ -130,7 +132,7 @@ def test_the_checkpoint_follows_the_servers_rules(tmp_path: Path):
         shapes[match.groups()] = tensor.shape
     assert len(shapes) == 2 * 4
     for layer, _ in shapes:
-        assert shapes[layer, "A"][0] == shapes[layer, "B"][1] == 16
+        assert shapes[layer, "A"][0] == shapes[layer, "B"][1] == 12
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
 
 
@@ -182,10 +184,154 @@ def test_dota_is_cut_to_a_rank_with_the_error_of_every_layer(tmp_path: Path, cap
     lora = found.get_submodule("model.layers.0.self_attn.q_proj").get_delta_weight("default")
     assert ((lora - weight).norm() / weight.norm()).item() == pytest.approx(errors[4][0], rel=1e-4)
     model.save_pretrained(tmp_path / "adapter")
-    assert main(["export", "lora", str(tmp_path / "adapter"), str(tmp_path / "cli"), "--rank", "4"]) == 0
+    command = ["export", "lora", str(tmp_path / "adapter"), str(tmp_path / "cli"), "--rank", "4", "--no-check"]
+    assert main(command) == 0
     printed = capsys.readouterr().out
     assert "model.layers.1.mlp.down_proj" in printed
-    assert f"{errors[4][0]:.1%}" in printed
+    assert f"{errors[4][0]:.2%}" in printed
+    assert f"--max-lora-rank 8 --lora-modules cli={tmp_path / 'cli'}" in printed
+
+
+def test_every_layer_has_the_least_rank_that_keeps_an_energy(tmp_path: Path):
+    model = dota(MODELS[0].fresh())
+    model.peft_config["default"].base_model_name_or_path = str(saved_base(tiny_llama, tmp_path / "base"))
+    layers = to_lora(model, tmp_path / "lora", energy=0.8)
+    assert len({layer.rank for layer in layers}) > 1
+    for layer in layers:
+        assert layer.error <= 0.2**0.5 + 1e-5
+        delta = model.get_base_model().get_submodule(layer.name).get_delta_weight("default")
+        kept = torch.linalg.svdvals(delta).square().cumsum(0) / delta.square().sum()
+        assert layer.rank == int((kept < 0.8).sum()) + 1
+    found = PeftModel.from_pretrained(MODELS[0].fresh(), tmp_path / "lora").get_base_model()
+    for layer in layers:  # alpha / r is 1 in all of them
+        adapted = found.get_submodule(layer.name)
+        (down,), (up,) = (list(factors.values()) for factors in (adapted.lora_A, adapted.lora_B))
+        torch.testing.assert_close(adapted.get_delta_weight("default"), up.weight @ down.weight)
+        assert len(down.weight) == layer.rank
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [(None, torch.float16), (torch.bfloat16, torch.bfloat16)])
+def test_a_base_in_16_bits_gets_factors_in_16_bits_and_their_error_is_told(tmp_path: Path, dtype, expected):
+    torch.manual_seed(0)
+    base = tiny_llama().to(torch.bfloat16)
+    base.config.dtype = torch.bfloat16
+    model = get_peft_model(base, LortaConfig(r=5, target_modules=["q_proj", "down_proj"]))
+    perturb(model)
+    for parameter in model.parameters():  # factors of sizes far apart, as trained ones are
+        parameter.data.mul_(1e-3 if parameter.requires_grad and parameter.shape[0] == 1 else 1.0)
+    layers = to_lora(model, tmp_path, dtype=dtype)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {expected}
+    for layer in layers:
+        down, up = (tensors[f"base_model.model.{layer.name}.lora_{k}.weight"].double() for k in "AB")
+        delta = model.get_base_model().get_submodule(layer.name).updates["default"].matrix().double()
+        error = ((up @ down - delta).norm() / delta.norm()).item()
+        assert layer.error == pytest.approx(error, rel=1e-2)
+        assert 0 < layer.error < (1e-3 if expected is torch.float16 else 1e-2)
+
+
+def test_factors_that_a_dtype_does_not_hold_are_refused(tmp_path: Path):
+    model = get_peft_model(tiny_llama(), LortaConfig(r=5, target_modules=["q_proj"]))
+    perturb(model)
+    next(p for p in model.parameters() if p.requires_grad).data.fill_(1e30)
+    with pytest.raises(ValueError, match=r"q_proj: a factor is NaN, or not within what torch.float16 holds"):
+        to_lora(model, tmp_path / "out", dtype=torch.float16)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a model, its tokenizer, a text, and DoTA adapters with and without a tokenizer beside them."""
+    torch.manual_seed(0)
+    folder = fill(tmp_path_factory.mktemp("place"))
+    base = AutoModelForCausalLM.from_pretrained(folder / "base")
+    with torch.no_grad():
+        base.lm_head.weight.mul_(20)  # it knows what it says
+    base.save_pretrained(folder / "base")
+    model = dota(AutoModelForCausalLM.from_pretrained(folder / "base"))
+    model.peft_config["default"].base_model_name_or_path = "base"
+    model.save_pretrained(folder / "dota")
+    shutil.copytree(
+        folder / "base", folder / "with_tokenizer", ignore=shutil.ignore_patterns("*.safetensors", "config*")
+    )
+    shutil.copytree(folder / "dota", folder / "with_tokenizer", dirs_exist_ok=True)
+    (folder / "text.txt").write_text("\n".join(f"w{k} w{k + 1} w5 w6 w{k}" for k in range(12)), encoding="utf-8")
+    return folder
+
+
+def test_what_an_export_lost_is_measured_on_text(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    assert main(["export", "lora", "dota", "cut", "--rank", "24"]) == 0
+    printed = capsys.readouterr().out
+    check = check_export("dota", "cut")
+    for text in (
+        f"{check.base:.4f}",
+        f"{check.adapter:.4f}",
+        f"{check.export:.4f}",
+        f"{check.kept:.1%} of the adapter's",
+    ):
+        assert text in printed
+    assert 1000 < check.tokens <= 32 * 64  # some texts end
+    assert check.adapter < check.base  # on text of its own
+    # By hand, on a person's text.
+    of_file = check_export("dota", "cut", text=Path("text.txt"))
+    tokenizer = AutoTokenizer.from_pretrained("base")
+    rows = [tokenizer(line, return_tensors="pt").input_ids for line in Path("text.txt").read_text().splitlines()]
+    base = AutoModelForCausalLM.from_pretrained("base")
+    models = {"base": base, "adapter": PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), "dota")}
+    models["export"] = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), "cut")
+    predicted = {}
+    for name, model in models.items():
+        log_probs = [model.eval()(input_ids=row).logits[0, :-1].log_softmax(-1) for row in rows]
+        targets = torch.cat([row[0, 1:] for row in rows])
+        loss = -torch.cat(log_probs)[torch.arange(len(targets)), targets].mean()
+        assert getattr(of_file, name) == pytest.approx(loss.item(), rel=1e-5)
+        predicted[name] = torch.cat(log_probs).argmax(-1)
+    assert of_file.tokens == len(targets)
+    agreement = (predicted["export"] == predicted["adapter"]).double().mean().item()
+    assert of_file.export_agreement == pytest.approx(agreement)
+
+
+def test_an_export_that_is_worse_than_its_base_is_refused_unless_forced(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    worse = ExportCheck(100, base=2.0, adapter=1.0, export=2.5, base_agreement=0.5, export_agreement=0.4)
+    monkeypatch.setattr("tensorpeft.export.check_export", lambda *given: worse)
+    assert main(["export", "lora", "dota", "worse", "--rank", "2"]) == 1
+    told = capsys.readouterr()
+    assert "the export's loss is 2.5000, that of the base alone 2.0000" in told.err
+    assert "-50.0% of the adapter's gain" in told.out
+    assert not Path("worse").exists()
+    assert main(["export", "lora", "dota", "worse", "--rank", "2", "--force"]) == 0
+    assert Path("worse/adapter_model.safetensors").is_file()
+    no_gain = ExportCheck(100, base=2.0, adapter=2.1, export=2.5, base_agreement=0.5, export_agreement=0.4)
+    assert not no_gain.is_worse_than_base
+
+
+def test_a_cut_export_is_distilled_towards_the_adapter(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    assert main(["export", "lora", "dota", "cut", "--rank", "4", "--no-check", "--dtype", "float16"]) == 0
+    shutil.copytree("cut", "distilled")
+    losses = list[float]()
+    distil("dota", "distilled", Path("text.txt"), steps=30, on_step=losses.append)
+    assert losses[-1] < 0.7 * losses[0]
+    before, after = (load_file(f"{name}/adapter_model.safetensors") for name in ("cut", "distilled"))
+    assert {key: (t.shape, t.dtype) for key, t in before.items()} == {
+        key: (t.shape, t.dtype) for key, t in after.items()
+    }
+    losses_after = list[float]()
+    distil("dota", "distilled", Path("text.txt"), steps=1, on_step=losses_after.append)  # the first batch, as written
+    assert losses_after[0] < 0.7 * losses[0]
+    capsys.readouterr()
+    assert main(["export", "lora", "dota", "again", "--rank", "4", "--distil", "text.txt", "--force"]) == 0
+    assert "before --distil" in capsys.readouterr().out
+    assert main(["export", "lora", "adapter", "exact", "--distil", "text.txt"]) == 2
+
+
+def test_a_tokenizer_beside_the_adapter_comes_along(place, monkeypatch):
+    monkeypatch.chdir(place)
+    for name, has_tokenizer in (("dota", False), ("with_tokenizer", True)):
+        to_lora(name, f"of_{name}", rank=2)
+        assert Path(f"of_{name}/tokenizer_config.json").is_file() == has_tokenizer
 
 
 def test_errors_say_what_to_do(tmp_path: Path, capsys):
@@ -194,6 +340,10 @@ def test_errors_say_what_to_do(tmp_path: Path, capsys):
         to_lora(model, tmp_path / "out")
     with pytest.raises(ValueError, match="rank 513: expected 1 to 512"):
         to_lora(model, tmp_path / "out", rank=513)
+    with pytest.raises(ValueError, match=r"rank=4 and energy=0.9: expected one of them"):
+        to_lora(model, tmp_path / "out", rank=4, energy=0.9)
+    with pytest.raises(ValueError, match=r"energy=1.5: expected a share"):
+        to_lora(model, tmp_path / "out", energy=1.5)
     with pytest.raises(ValueError, match="no layer has an adapter 'other'"):
         to_lora(model, tmp_path / "out", adapter_name="other")
     lorta = get_peft_model(MODELS[0].fresh(), LortaConfig(target_modules=["q_proj"]))
@@ -202,6 +352,8 @@ def test_errors_say_what_to_do(tmp_path: Path, capsys):
     plain = get_peft_model(MODELS[0].fresh(), LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="no layer has an adapter 'default' of tensorpeft"):
         to_lora(plain, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"energy=0\.5: this adapter has low rank"):
+        to_lora(lorta, tmp_path / "out", energy=0.5)
     lorta.save_pretrained(tmp_path / "nameless")
     assert main(["export", "lora", str(tmp_path / "nameless"), str(tmp_path / "out")]) == 2
     assert "names no base model. Load the adapter on its model" in capsys.readouterr().err

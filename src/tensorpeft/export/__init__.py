@@ -1,6 +1,17 @@
 """Leaving our world: adapters in forms that other libraries read."""
 
+from tensorpeft.export.check import ExportCheck, check_export, is_measurable
 from tensorpeft.export.dense import to_dense
-from tensorpeft.export.lora import ExportedLayer, to_lora
+from tensorpeft.export.distil import distil
+from tensorpeft.export.lora import ExportedLayer, start_commands, to_lora
 
-__all__ = ["ExportedLayer", "to_dense", "to_lora"]
+__all__ = [
+    "ExportCheck",
+    "ExportedLayer",
+    "check_export",
+    "distil",
+    "is_measurable",
+    "start_commands",
+    "to_dense",
+    "to_lora",
+]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
+from tensorpeft.export.tokenizer import copy_tokenizer
 from tensorpeft.loading.adapters import base_of, load_adapter_config, put_adapter
 from tensorpeft.loading.models import load_as_saved
 from tensorpeft.loading.names import resolve
@@ -58,17 +58,5 @@ def to_dense(
         merged = dequantize(merge(dtype=dtype) if isinstance(config, TensorConfig) else merge(), dtype)
         with replace_files(Path(out_dir), last="config.json", stale="model*.safetensors*") as unfinished:
             merged.save_pretrained(unfinished)  # type: ignore
-            _copy_tokenizer((str(adapter), resolve(base)), unfinished)
+            copy_tokenizer((str(adapter), resolve(base)), unfinished)
         return merged  # type: ignore
-
-
-def _copy_tokenizer(sources: Iterable[str], out_dir: str | os.PathLike[str]) -> None:
-    """The first tokenizer that is there; a model without one is complete too."""
-    for source in sources:
-        try:
-            AutoTokenizer.from_pretrained(source).save_pretrained(out_dir)
-            return
-        except (OSError, ValueError, KeyError):
-            continue
-        except Exception as error:  # tokenizers raises no class of its own
-            raise ValueError(f"{source}: its tokenizer cannot be loaded: {error}") from error

@@ -4,28 +4,36 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig, PeftModel
+from huggingface_hub import ModelCardData
+from peft import LoraConfig, PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
+from tensorpeft.export.tokenizer import copy_tokenizer
+from tensorpeft.export.truncation import of_energy, of_rank
 from tensorpeft.loading.adapters import load_on_skeleton
+from tensorpeft.loading.names import resolve
+from tensorpeft.networks.dtypes import at_least_float32
+from tensorpeft.networks.low_rank import Pair
 from tensorpeft.networks.update import AbstractFactoredUpdate, AbstractUpdate
 from tensorpeft.plugin.config import TensorConfig
 from tensorpeft.plugin.layer import TensorLayer, check_weight_update
 from tensorpeft.reports.folders import replace_files, sole_writer
 
-# vLLM compiles its kernels for these ranks.
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+_TOKENIZER = "tokenizer_config.json"
+# What vLLM's --max-lora-rank may be; an adapter may have any rank up to it.
+SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 @dataclass(frozen=True)
@@ -34,8 +42,9 @@ class ExportedLayer:
 
     Args:
         name: full name of the layer in the model.
-        rank: of its update before padding.
-        error: ‖ΔW − B A‖ / ‖ΔW‖ in the Frobenius norm; zero where the update is a low-rank matrix product.
+        rank: of its factors.
+        error: ‖ΔW − B A‖ / ‖ΔW‖ in the Frobenius norm, of what was written; zero where the update is a product of
+            thin factors that lost nothing in a cast.
     """
 
     name: str
@@ -50,22 +59,35 @@ def to_lora(
     rank: int | None = None,
     adapter_name: str | None = None,
     progress: bool = False,
+    *,
+    energy: float | None = None,
+    dtype: torch.dtype | None = None,
+    base: str | None = None,
+    finish: Callable[[Path], object] = lambda folder: None,
 ) -> list[ExportedLayer]:
     """Write an adapter of any of our methods as a LoRA that needs nothing of ours to be loaded.
 
     LoRTA, LoTR, FacT, LoRETTA (rep), FLoRA and NOLA have two thin factors per layer: the export is exact, without an
     SVD. Shared factors are written out per layer, so that the file is as large as a LoRA's. The updates of DoTA and
-    QuanTA have a high rank: they are cut to `rank` by a truncated SVD, and the error of every layer is returned. All
-    layers get one rank, padded with zeros to one that vLLM has kernels for (8, 16, 32, 64, 128, 256, 320, 512); the
-    scale is folded in (`lora_alpha = r`).
+    QuanTA have a high rank: they are cut to `rank`, or each to the least that keeps `energy`, by a truncated SVD, and
+    the error of every layer is returned. Layers keep their own ranks (`rank_pattern`); the scale is folded in
+    (`lora_alpha = r`).
 
     Args:
         model_or_path: a PeftModel with an adapter of ours, or the folder of a saved one; of that, the base model is
-            only read as a configuration.
-        out_dir: folder for adapter_config.json and adapter_model.safetensors; made where it does not exist.
-        rank: what an update of high rank is cut to; must not be given for the others.
+            only read as a configuration, and the tokenizer, where it has one, is copied.
+        out_dir: folder for adapter_config.json, adapter_model.safetensors and a model card; made where it does not
+            exist.
+        rank: what an update of high rank is cut to, at most 512; must not be given for the others.
         adapter_name: which adapter; None: the active one.
         progress: whether to show a progress bar, which an SVD of many layers needs.
+        energy: instead of `rank`: the share of ‖ΔW‖² to keep in every layer, above 0 and at most 1.
+        dtype: of the factors; None: float16 where the base is in 16 bits, else float32. In 16 bits, A and B are of one
+            size, so that neither falls below what the format holds.
+        base: name of a folder's base model (`tensorpeft.loading.names.resolve`), which is what the export names as its
+            own; None: what the adapter's configuration names.
+        finish: called with a folder of the finished files before they are put in place; if it raises, nothing has
+            changed.
 
     Returns:
         The layers, in the model's order.
@@ -73,50 +95,109 @@ def to_lora(
     Raises:
         BlockingIOError: another process writes to `out_dir`.
         ValueError: no adapter of ours in the model, one that is not linear, a convolution that PEFT's LoRA does not
-            match (groups, dilation, padding mode), a rank missing, unneeded, or above 512.
+            match (groups, dilation, padding mode), a rank or energy missing, unneeded, or one that would need a rank
+            above 512, factors that the dtype does not hold.
 
     >>> to_lora("runs/my-lorta", "runs/my-lora")  # doctest: +SKIP
     """
     with sole_writer(Path(out_dir)):
-        return _write_lora(model_or_path, Path(out_dir), rank, adapter_name, progress)
+        is_path = isinstance(model_or_path, (str, os.PathLike))
+        model = load_on_skeleton(model_or_path, base) if is_path else model_or_path
+        name = adapter_name or _active_adapter(model)
+        layers = _adapted_layers(model, name)
+        dtype = dtype or (torch.float16 if _is_half(model) else torch.float32)
+        exported, tensors = list[ExportedLayer](), dict[str, Tensor]()
+        low_ranks = low_rank_updates(layers, name, rank, energy)
+        for key, low_rank in tqdm(low_ranks, "Exporting", len(layers), disable=not progress):
+            written = _cast(key, low_rank.factors, dtype)
+            exported.append(ExportedLayer(key, len(written.down), low_rank.error_of(written)))
+            kernel = getattr(layers[key].get_base_layer(), "kernel_size", ())
+            down, up = written.down.unflatten(1, (-1, *kernel)) if kernel else written.down, written.up
+            tensors[f"base_model.model.{key}.lora_A.weight"] = down.cpu().contiguous()
+            tensors[f"base_model.model.{key}.lora_B.weight"] = up[(..., *(None for _ in kernel))].cpu().contiguous()
+        prefix = next(iter(layers.values())).adapter_layer_names[0]
+        saved = get_peft_model_state_dict(model, adapter_name=name)
+        tensors |= {key: tensor for key, tensor in saved.items() if f".{prefix}." not in key}
+        config = _config(model, name, layers, {layer.name: layer.rank for layer in exported}, base)
+        with replace_files(Path(out_dir), last=CONFIG_NAME) as unfinished:
+            save_file(tensors, unfinished / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+            config.save_pretrained(str(unfinished))
+            _write_card(unfinished, model.peft_config[name], config.base_model_name_or_path)
+            if is_path and Path(model_or_path, _TOKENIZER).is_file():
+                copy_tokenizer([str(model_or_path)], unfinished)
+            with torch.enable_grad():
+                finish(unfinished)
+        return exported
 
 
-def _write_lora(
-    model_or_path: PeftModel | str | os.PathLike[str],
-    out_dir: Path,
-    rank: int | None,
-    adapter_name: str | None,
-    progress: bool,
-) -> list[ExportedLayer]:
-    model = load_on_skeleton(model_or_path) if isinstance(model_or_path, (str, os.PathLike)) else model_or_path
-    name = adapter_name or _active_adapter(model)
-    layers = {key: module for key, module in model.get_base_model().named_modules() if isinstance(module, TensorLayer)}
-    layers = {key: layer for key, layer in layers.items() if name in layer.updates}
+class LowRank(NamedTuple):
+    """An update as two thin factors."""
+
+    factors: Pair  # float32 (or float64)
+    cut_from: Tensor | None  # ΔW (out, in), where the factors are less than it
+
+    def error_of(self, written: Pair) -> float:
+        """‖ΔW − up · down‖ / ‖ΔW‖ of the factors as they were written."""
+        if self.cut_from is not None:
+            difference, norm = (self.cut_from - written.up.float() @ written.down.float()).norm(), self.cut_from.norm()
+            return (difference / norm).item() if norm > 0 else 0.0
+        if all(torch.equal(factor, other.to(factor)) for factor, other in zip(self.factors, written)):
+            return 0.0
+        (down, up), (other_down, other_up) = (map(Tensor.double, pair) for pair in (self.factors, written))
+        return _norm(torch.cat([down, other_down]), torch.cat([up, -other_up], 1)) / _norm(down, up)
+
+
+def low_rank_updates(
+    layers: Mapping[str, TensorLayer],  # by their names in the model
+    adapter_name: str,
+    rank: int | None = None,
+    energy: float | None = None,
+) -> Iterator[tuple[str, LowRank]]:
+    """The update of every layer, one at a time; `rank` and `energy` as `to_lora` has them.
+
+    Raises:
+        ValueError: before the first layer, or at one that needs a rank above 512.
+    """
+    updates: dict[str, AbstractUpdate] = {key: layer.updates[adapter_name] for key, layer in layers.items()}  # type: ignore[misc]
+    for update in updates.values():
+        check_weight_update(adapter_name, update)
+    _check_rank(updates, rank, energy)
+    for key, layer in layers.items():
+        _check_geometry(key, layer.get_base_layer())
+    return ((key, _low_rank(key, update, rank, energy)) for key, update in updates.items())
+
+
+def start_commands(
+    layers: Sequence[ExportedLayer],
+    lora: str | os.PathLike[str],  # folder that they were written to
+    base: str | None = None,  # None: what its configuration names
+) -> list[tuple[str, str]]:  # engine, command line
+    """How each engine is started with an exported adapter."""
+    folder = Path(lora).absolute()
+    base = base or PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    base = shlex.quote(resolve(base) if base else "BASE")
+    name, path = shlex.quote(folder.name), shlex.quote(str(folder))
+    max_rank = next(size for size in SERVED_RANKS if size >= max(layer.rank for layer in layers))
+    return [
+        ("PEFT", f"PeftModel.from_pretrained(base, {str(folder)!r})"),
+        ("vLLM", f"vllm serve {base} --enable-lora --max-lora-rank {max_rank} --lora-modules {name}={path}"),
+        ("SGLang", f"python -m sglang.launch_server --model-path {base} --enable-lora --lora-paths {name}={path}"),
+    ]
+
+
+def _adapted_layers(model: PeftModel, name: str) -> dict[str, TensorLayer]:
+    modules = model.get_base_model().named_modules()
+    layers = {key: module for key, module in modules if isinstance(module, TensorLayer) and name in module.updates}
     if not layers:
         raise ValueError(
             f"no layer has an adapter {name!r} of tensorpeft; loaded are {sorted(model.peft_config)}. Pass a PeftModel "
             "or a folder with one, and the adapter's name."
         )
-    updates: dict[str, AbstractUpdate] = {key: layer.updates[name] for key, layer in layers.items()}  # type: ignore[misc]
-    for update in updates.values():
-        check_weight_update(name, update)
-    _check_rank(updates, rank)
-    for key, layer in layers.items():
-        _check_geometry(key, layer.get_base_layer())
-    tensors: dict[str, Tensor] = {}
-    exported = []
-    for key, update in tqdm(updates.items(), "Exporting", disable=not progress):
-        down, up, error = _two_factors(update, rank)
-        exported.append(ExportedLayer(key, len(down), error))
-        kernel = getattr(layers[key].get_base_layer(), "kernel_size", ())
-        tensors[f"{key}.lora_A.weight"] = down.unflatten(1, (-1, *kernel)) if kernel else down
-        tensors[f"{key}.lora_B.weight"] = up[(..., *(None for _ in kernel))]
-    padded = next(size for size in RANKS if size >= max(layer.rank for layer in exported))
-    tensors = {f"base_model.model.{key}": _pad(tensor, key, padded) for key, tensor in tensors.items()}
-    prefix = next(iter(layers.values())).adapter_layer_names[0]
-    others = {k: v for k, v in get_peft_model_state_dict(model, adapter_name=name).items() if f".{prefix}." not in k}
-    _save(out_dir, tensors | others, _config(model, name, layers, padded))
-    return exported
+    return layers
+
+
+def _is_half(model: PeftModel) -> bool:
+    return getattr(model.get_base_model().config, "dtype", None) in (torch.bfloat16, torch.float16)
 
 
 def _active_adapter(model: PeftModel) -> str:
@@ -125,19 +206,25 @@ def _active_adapter(model: PeftModel) -> str:
     return model.active_adapters[0]
 
 
-def _check_rank(updates: dict[str, AbstractUpdate], rank: int | None) -> None:
-    """Raise a `ValueError` unless a rank is given exactly where there is something to cut."""
+def _check_rank(updates: Mapping[str, AbstractUpdate], rank: int | None, energy: float | None) -> None:
+    """Raise a `ValueError` unless rank or energy is given exactly where there is something to cut."""
     high = [key for key, update in updates.items() if not isinstance(update, AbstractFactoredUpdate)]
-    if high and rank is None:
+    if rank is not None and energy is not None:
+        raise ValueError(f"rank={rank} and energy={energy}: expected one of them.")
+    if high and rank is None and energy is None:
         raise ValueError(
             f"{high[0]}: its update has a high rank, so that a LoRA of it has an error. Pass the rank to cut it to, "
-            f"one of {', '.join(map(str, RANKS))}, or merge the adapter instead (merge_and_unload)."
+            "the share of its energy to keep, such as 0.99, or merge the adapter instead (merge_and_unload)."
         )
-    if not high and rank is not None:
-        raise ValueError(f"rank={rank}: this adapter has low rank and is exported exactly. Leave rank out.")
-    largest = rank or max(len(update.factors().down) for update in updates.values())  # type: ignore[attr-defined]
-    if not 1 <= largest <= RANKS[-1]:
-        raise ValueError(f"rank {largest}: expected 1 to {RANKS[-1]}, the largest that LoRA servers have kernels for.")
+    if not high and (rank is not None or energy is not None):
+        given = f"rank={rank}" if energy is None else f"energy={energy}"
+        raise ValueError(f"{given}: this adapter has low rank and is exported exactly. Leave it out.")
+    if energy is not None and not 0 < energy <= 1:
+        raise ValueError(f"energy={energy}: expected a share of the update's energy, above 0 and at most 1.")
+    known = [len(update.factors().down) for update in updates.values() if isinstance(update, AbstractFactoredUpdate)]
+    largest = max([*known, 1 if rank is None else rank])
+    if not 1 <= (largest if rank is None else rank) <= SERVED_RANKS[-1]:
+        raise ValueError(f"rank {largest}: expected 1 to {SERVED_RANKS[-1]}, the largest that LoRA servers take.")
 
 
 def _check_geometry(key: str, base: nn.Module) -> None:
@@ -155,30 +242,45 @@ def _check_geometry(key: str, base: nn.Module) -> None:
             )
 
 
-def _two_factors(update: AbstractUpdate, rank: int | None) -> tuple[Tensor, Tensor, float]:
-    """A (r, in), B (out, r), and the relative error of B A."""
+def _low_rank(key: str, update: AbstractUpdate, rank: int | None, energy: float | None) -> LowRank:
     if isinstance(update, AbstractFactoredUpdate):
-        down, core, up = update.factors()
-        return down, up * core if core.ndim == 1 else up @ core, 0.0
-    assert rank is not None
-    weight = update.matrix()  # type: ignore[union-attr]
-    left, values, right = torch.linalg.svd(weight, full_matrices=False)
-    left, values, right = left[:, :rank], values[:rank], right[:rank]
-    up, down = left * values.sqrt(), values.sqrt()[:, None] * right
-    norm = weight.norm()
-    return down, up, ((weight - up @ down).norm() / norm).item() if norm > 0 else 0.0
+        return LowRank(Pair(*map(at_least_float32, update.factors().pair())), None)
+    weight: Tensor = update.matrix()  # type: ignore[operator]
+    factors = of_rank(weight, rank) if rank is not None else of_energy(weight, energy or 1.0, SERVED_RANKS[-1])
+    if factors is None:
+        raise ValueError(
+            f"{key}: to keep {energy} of its energy needs a rank above {SERVED_RANKS[-1]}, the largest that LoRA "
+            "servers take. Keep less, cut to a rank, or merge the adapter instead (merge_and_unload)."
+        )
+    return LowRank(factors, weight)
 
 
-def _pad(tensor: Tensor, key: str, rank: int) -> Tensor:
-    dim = 0 if key.endswith("lora_A.weight") else 1
-    missing = list(tensor.shape)
-    missing[dim] = rank - missing[dim]
-    return torch.cat([tensor, tensor.new_zeros(missing)], dim).float().cpu().contiguous()
+def _cast(key: str, factors: Pair, dtype: torch.dtype) -> Pair:
+    """The factors in a dtype; in 16 bits scaled by a power of two, which costs no bit, to be of one size."""
+    down, up = factors
+    if dtype.itemsize < 4 and min(down.abs().max(), up.abs().max()) > 0:
+        shift = torch.log2(down.abs().max() / up.abs().max()).div(2).round()
+        down, up = down * torch.exp2(-shift), up * torch.exp2(shift)
+    cast = Pair(down.to(dtype), up.to(dtype))
+    if not all(factor.isfinite().all() for factor in cast):
+        raise ValueError(f"{key}: a factor is NaN, or not within what {dtype} holds. Pass dtype=torch.float32.")
+    return cast
 
 
-def _config(model: PeftModel, adapter_name: str, layers: dict[str, TensorLayer], rank: int) -> LoraConfig:
+def _norm(down: Tensor, up: Tensor) -> float:
+    """‖up · down‖, without the product."""
+    return (torch.linalg.qr(up).R @ torch.linalg.qr(down.T).R.T).norm().item()
+
+
+def _config(
+    model: PeftModel,
+    adapter_name: str,
+    layers: Mapping[str, TensorLayer],
+    ranks: Mapping[str, int],
+    base: str | None,
+) -> LoraConfig:
     ours: TensorConfig = model.peft_config[adapter_name]  # type: ignore[assignment]
-    if not ours.base_model_name_or_path:
+    if not (base := base or ours.base_model_name_or_path):
         warnings.warn(
             "the adapter does not say which base model it belongs to: set base_model_name_or_path in the written "
             "adapter_config.json, which servers ask for.",
@@ -187,21 +289,32 @@ def _config(model: PeftModel, adapter_name: str, layers: dict[str, TensorLayer],
     if ours.modules_to_save:
         warnings.warn(
             f"modules_to_save={sorted(ours.modules_to_save)} are exported as they are: PEFT loads them, vLLM and "
-            "llama.cpp do not.",
+            "llama.cpp's converter refuse such an adapter. Merge it for those (export dense).",
             stacklevel=3,
         )
+    rank = max(ranks.values())
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
         fan_in_fan_out=any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers.values()),
-        base_model_name_or_path=ours.base_model_name_or_path,
+        base_model_name_or_path=base,
         task_type=ours.task_type,
         modules_to_save=ours.modules_to_save,
         inference_mode=True,
     )
+    # Everywhere alpha / r is 1: PEFT divides them per layer, vLLM for all.
+    config.rank_pattern = config.alpha_pattern = {key: other for key, other in ranks.items() if other != rank}
     # Set afterwards: PEFT makes a set of what it is given, in another order in every process.
     config.target_modules = _target_names(model.get_base_model(), layers)
     return config
+
+
+def _write_card(folder: Path, ours: PeftConfig, base: str | None) -> None:
+    """Who made it, and of which base: what the Hub shows and servers look up."""
+    method = str(getattr(ours.peft_type, "value", ours.peft_type))
+    data = ModelCardData(base_model=base or None, library_name="peft", tags=["lora", "tensorpeft", method.lower()])
+    text = f"A LoRA that `tensorpeft export lora` made of a {method} adapter" + (f" of `{base}`" if base else "")
+    (folder / "README.md").write_text(f"---\n{data.to_yaml()}\n---\n\n{text}.\n", encoding="utf-8")
 
 
 def _target_names(model: nn.Module, adapted: Iterable[str]) -> list[str]:
@@ -212,9 +325,3 @@ def _target_names(model: nn.Module, adapted: Iterable[str]) -> list[str]:
         if {name for name in names if any(f".{name}".endswith(f".{ending}") for ending in endings)} == adapted:
             return sorted(endings)
     return sorted(adapted)
-
-
-def _save(folder: Path, tensors: dict[str, Tensor], config: LoraConfig) -> None:
-    with replace_files(folder, last=CONFIG_NAME) as unfinished:
-        save_file(tensors, unfinished / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-        config.save_pretrained(str(unfinished))

@@ -100,6 +100,7 @@ def load_model(
 
 def load_on_skeleton(
     adapter: str | os.PathLike[str],  # folder
+    base: str | None = None,  # as `resolve` takes it; None: what the adapter's configuration names
 ) -> PeftModel:
     """The adapter on its base on the meta device: all that needs the adapter's numbers and the base's shapes.
 
@@ -107,7 +108,7 @@ def load_on_skeleton(
         ValueError: the adapter does not say what its base model is, or that has no configuration to be found.
     """
     config = load_adapter_config(adapter)
-    base = base_of(config, adapter, "Load the adapter on its model, and pass that PeftModel.")
+    base = base or base_of(config, adapter, "Load the adapter on its model, and pass that PeftModel.")
     model_config = load_config(base)
     model = build_empty(find_class(model_config, base, config), model_config)
     with explained(adapter):

@@ -98,7 +98,7 @@ class CircuitUpdate(AbstractFusedUpdate):
 
     def is_cheaper_apart(self, rows: int) -> bool:
         """Whether so few rows train faster through the circuit than through a weight that it is added to."""
-        return rows <= self.max_rows_apart or torch.compiler.is_compiling()
+        return torch.compiler.is_compiling() or rows <= self.max_rows_apart
 
     def forward(self, x: Tensor) -> Tensor:
         """`x ΔWᵀ`, through the circuit."""

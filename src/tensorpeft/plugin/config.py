@@ -116,6 +116,10 @@ class TensorConfig(PeftConfig, ABC):
             ValueError: a site that the method cannot serve; nothing has been changed by then.
         """
 
+    def to_dict(self) -> dict[str, Any]:
+        """As PEFT's, sets in one order: what is written does not differ from process to process."""
+        return {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As PEFT's, and tells the model card's readers to `import tensorpeft`."""
         super().save_pretrained(save_directory, **kwargs)
