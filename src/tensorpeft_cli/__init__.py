@@ -12,7 +12,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from tensorpeft_cli import chat, compare, demo, evaluate, export, inspect, plan, quantize, recipes, train
+from tensorpeft_cli import autoload, chat, compare, demo, evaluate, export, inspect, plan, quantize, recipes, train
 from tensorpeft_cli.errors import explain
 from tensorpeft_cli.options import Parser
 from tensorpeft_cli.package import one_line
@@ -30,6 +30,7 @@ COMMANDS = {
     "quantize": quantize,
     "export": export,
     "recipes": recipes,
+    "enable-autoload": autoload,
 }
 
 

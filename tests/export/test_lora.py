@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cases import MODELS, logits, perturb, tiny_llama
 from commanded import fill
-from tensorpeft import DotaConfig, FactConfig, LortaConfig, LotrConfig
+from tensorpeft import DotaConfig, FactConfig, FloraConfig, LortaConfig, LotrConfig
 from tensorpeft.export import ExportCheck, check_export, distil, to_lora
 from tensorpeft_cli import main
 
@@ -228,6 +228,13 @@ def test_a_base_in_16_bits_gets_factors_in_16_bits_and_their_error_is_told(tmp_p
         error = ((up @ down - delta).norm() / delta.norm()).item()
         assert layer.error == pytest.approx(error, rel=1e-2)
         assert 0 < layer.error < (1e-3 if expected is torch.float16 else 1e-2)
+
+
+def test_a_module_without_a_configuration(tmp_path: Path):
+    model = get_peft_model(nn.Sequential(nn.Linear(6, 5)), FloraConfig(r=2, target_modules=["0"]))
+    with pytest.warns(UserWarning, match="does not say which base model"):
+        (layer,) = to_lora(model, tmp_path)
+    assert (layer.name, layer.rank, layer.error) == ("0", 2, 0)
 
 
 def test_factors_that_a_dtype_does_not_hold_are_refused(tmp_path: Path):

@@ -197,7 +197,8 @@ def _adapted_layers(model: PeftModel, name: str) -> dict[str, TensorLayer]:
 
 
 def _is_half(model: PeftModel) -> bool:
-    return getattr(model.get_base_model().config, "dtype", None) in (torch.bfloat16, torch.float16)
+    config = getattr(model.get_base_model(), "config", None)
+    return getattr(config, "dtype", None) in (torch.bfloat16, torch.float16)
 
 
 def _active_adapter(model: PeftModel) -> str:
