@@ -13,41 +13,19 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, get_peft_model
+from peft import PeftConfig, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tensorpeft import (
-    DotaConfig,
-    FactConfig,
-    FloraConfig,
-    LorettaConfig,
-    LortaConfig,
-    LotrConfig,
-    NolaConfig,
-    QuantaConfig,
-)
+from adapters import ADAPTERS, TARGETS
 
-TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
-ADAPTERS: dict[str, Callable[[int], PeftConfig]] = {
-    "LoRA": lambda r: LoraConfig(r=r, target_modules=TARGETS),
-    "DoTA": lambda r: DotaConfig(r=r, target_modules=TARGETS),
-    "DoTA, random": lambda r: DotaConfig(r=r, init_weights="random", target_modules=TARGETS),
-    "LoRTA": lambda r: LortaConfig(r=r, target_modules=TARGETS),
-    "LoTR": lambda r: LotrConfig(r=r, target_modules=TARGETS),
-    "FacT-TT": lambda r: FactConfig(r=r, target_modules=TARGETS),
-    "FacT-TK": lambda r: FactConfig(r=r, core="tk", target_modules=TARGETS),
-    "FLoRA": lambda r: FloraConfig(r=r, target_modules=TARGETS),
-    "LoRETTA": lambda r: LorettaConfig(r=r, target_modules=TARGETS),
-    "NOLA": lambda r: NolaConfig(r=r, target_modules=TARGETS),
-    "QuanTA": lambda r: QuantaConfig(target_modules=TARGETS),
-}
+NAMES = ["LoRA", "DoTA", "DoTA, random", "LoRTA", "LoTR", "FacT-TT", "FacT-TK", "FLoRA", "LoRETTA", "NOLA"]
+NAMES += ["QuanTA 4 axes"]
 
 
 class OperationCounter(TorchDispatchMode):
@@ -116,8 +94,8 @@ def main() -> None:
     arguments = parser.parse_args()
     print(f"Operations added per adapted weight, forward and backward, r = {arguments.rank}\n")
     print(f"{'':14s}" + "".join(f"{layers:>5d} layers" for layers in arguments.layers))
-    for name, make in ADAPTERS.items():
-        counts = [added_per_weight(make(arguments.rank), layers) for layers in arguments.layers]
+    for name in NAMES:
+        counts = [added_per_weight(ADAPTERS[name](arguments.rank), layers) for layers in arguments.layers]
         print(f"{name:14s}" + "".join(f"{count:12.1f}" for count in counts))
 
 

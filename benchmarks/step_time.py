@@ -38,57 +38,21 @@ from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tensorpeft import (
-    DotaConfig,
-    FactConfig,
-    FloraConfig,
-    LorettaAdapterConfig,
-    LorettaConfig,
-    LortaConfig,
-    LotrConfig,
-    NolaConfig,
-    QuantaConfig,
-)
+from adapters import ADAPTERS, TARGETS
+from tensorpeft import DotaConfig
 from tensorpeft.loading.models import load_as_saved
 from tensorpeft.quantization import quantize_residual
 from tensorpeft.studies.fake_step import count_step
 from tensorpeft.studies.measure import median_step_times, peak_memory, seconds
 
-TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
-ADAPTERS: dict[str, dict[str, Callable[[int], PeftConfig]]] = {
-    "dota": {
-        "LoRA": lambda r: LoraConfig(r=r, target_modules=TARGETS),
-        "DoTA": lambda r: DotaConfig(r=r, target_modules=TARGETS),
-        "DoRA": lambda r: LoraConfig(r=r, use_dora=True, target_modules=TARGETS),
-    },
-    "cross-layer": {
-        "LoRA": lambda r: LoraConfig(r=r, target_modules=TARGETS),
-        "LoRTA": lambda r: LortaConfig(r=r, target_modules=TARGETS),
-        "LoTR": lambda r: LotrConfig(r=r, target_modules=TARGETS),
-        "FacT-TT": lambda r: FactConfig(r=r, target_modules=TARGETS),
-        "FacT-TK": lambda r: FactConfig(r=r, core="tk", target_modules=TARGETS),
-    },
-    "few": {
-        "LoRA": lambda r: LoraConfig(r=r, target_modules=TARGETS),
-        "DoTA": lambda r: DotaConfig(r=r, target_modules=TARGETS),
-        "LoRTA": lambda r: LortaConfig(r=r, target_modules=TARGETS),
-    },
-    "low-rank": {
-        "LoRA": lambda r: LoraConfig(r=r, target_modules=TARGETS),
-        "FLoRA": lambda r: FloraConfig(r=r, target_modules=TARGETS),
-        "NOLA": lambda r: NolaConfig(r=r, target_modules=TARGETS),
-        "LoRETTA": lambda r: LorettaConfig(r=r, target_modules=TARGETS),
-    },
-    "others": {
-        "LoRA": lambda r: LoraConfig(r=r, target_modules=TARGETS),
-        "QuanTA 4 axes": lambda r: QuantaConfig(target_modules=TARGETS),
-        "QuanTA 3 axes": lambda r: QuantaConfig(num_axes=3, target_modules=TARGETS),
-        "LoRETTA-adp": lambda r: LorettaAdapterConfig(),
-    },
-    "quantised": {
-        "QLoRA": lambda r: LoraConfig(r=r, target_modules=TARGETS),
-        "QDoTA": lambda r: DotaConfig(r=r, target_modules=TARGETS),
-    },
+# The first is what the others are measured against.
+GROUPS = {
+    "dota": ["LoRA", "DoTA", "DoRA"],
+    "cross-layer": ["LoRA", "LoRTA", "LoTR", "FacT-TT", "FacT-TK"],
+    "few": ["LoRA", "DoTA", "LoRTA"],
+    "low-rank": ["LoRA", "FLoRA", "NOLA", "LoRETTA"],
+    "others": ["LoRA", "QuanTA 4 axes", "QuanTA 3 axes", "LoRETTA-adp"],
+    "quantised": ["QLoRA", "QDoTA"],
 }
 BASES: dict[str, Callable[[nn.Module, PeftConfig], nn.Module]] = {
     "QLoRA": lambda model, config: quantize_residual(model, None),
@@ -176,7 +140,7 @@ def print_table(title: str, header: str, rows: list[tuple[str, str]]) -> None:
 def main() -> None:
     """Print the three tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--methods", choices=list(ADAPTERS), default="dota")
+    parser.add_argument("--methods", choices=list(GROUPS), default="dota")
     parser.add_argument("--model", help="a name, as tensorpeft's commands take it, instead of the random Llama")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=15)
@@ -197,10 +161,10 @@ def main() -> None:
         base = load_as_saved(arguments.model, dtype=dtype).to(arguments.device)
     tokens = torch.randint(0, base.config.vocab_size, (arguments.batch, arguments.length), device=arguments.device)
 
-    adapters = ADAPTERS[arguments.methods]
-    reference = next(iter(adapters))
-    models = {name: adapt(name, copy.deepcopy(base), make(arguments.rank)) for name, make in adapters.items()}
-    flops = {} if set(adapters) & set(BASES) else count_flops(models, arguments.batch, arguments.length)
+    names = GROUPS[arguments.methods]
+    reference = names[0]
+    models = {name: adapt(name, copy.deepcopy(base), ADAPTERS[name](arguments.rank)) for name in names}
+    flops = {} if set(names) & set(BASES) else count_flops(models, arguments.batch, arguments.length)
     if arguments.compile:
         for model in models.values():
             model.compile()
@@ -214,7 +178,7 @@ def main() -> None:
         trained = sum(p.numel() * p.element_size() for p in models[name].parameters() if p.requires_grad)
         memory[name] = 3 * trained + peak_memory(step, arguments.device)
     rows = []
-    for name in adapters:
+    for name in names:
         ratio, share = times[name] / times[reference], memory[name] / memory[reference]
         arithmetic = f"{flops[name] / flops[reference]:10.2f} x" if flops else f"{'':12s}"
         extra = f"{memory[name] / 2**20:9.0f} MiB {share:6.2f} x"

@@ -58,8 +58,8 @@ def planned(monkeypatch):
     return replace
 
 
-def test_every_command_but_the_list_of_recipes_takes_a_model():
-    assert LINES.keys() == tensorpeft_cli.COMMANDS.keys() - {"recipes"}
+def test_every_command_takes_a_model_but_for_two():
+    assert LINES.keys() == tensorpeft_cli.COMMANDS.keys() - {"recipes", "enable-autoload"}
 
 
 @pytest.mark.parametrize("name", LINES)

@@ -1,11 +1,13 @@
 """Every wrong input ends in an error that names the place, the value and the remedy, and leaves the model as it was."""
 
+import json
 import re
 import subprocess
 import sys
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model
 from peft.utils.error import NoMatchingPeftModuleError
 from safetensors.torch import load_file, save_file
@@ -210,7 +212,10 @@ def test_broken_adapter_is_not_merged(model: nn.Module):
 
 
 def test_loading_without_the_import_says_so_in_the_model_card(saved):
-    assert "import tensorpeft" in (saved / "README.md").read_text()
+    card = ModelCard.load(saved / "README.md")
+    method = json.loads((saved / "adapter_config.json").read_text())["peft_type"].lower()
+    assert {"tensorpeft", method} <= set(card.data.tags)
+    assert "import tensorpeft" in card.text.split("# Model Card")[0]
     script = f"""
 from peft import PeftConfig
 try:

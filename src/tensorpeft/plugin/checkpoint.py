@@ -12,26 +12,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import ModelCard, hf_hub_download
 from huggingface_hub.errors import HFValidationError
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-LOADING_HINT = """
-## How to load
-
-This adapter uses a method of the package [tensorpeft](https://pypi.org/project/tensorpeft/), a plug-in to PEFT.
-Install it (`pip install tensorpeft`) and import it before PEFT loads the adapter; without the import, PEFT raises a
-bare `KeyError` that names the method.
-
-```python
-import tensorpeft  # registers the method with PEFT
-from peft import AutoPeftModel
-
-model = AutoPeftModel.from_pretrained("<this adapter>")
-```
+_LOADING_HINT = """
+> This adapter uses a method of the package [tensorpeft](https://pypi.org/project/tensorpeft/), a plug-in to PEFT.
+> Install it (`pip install tensorpeft`), and import it before PEFT loads the adapter: without the import, PEFT raises a
+> bare `KeyError` that names the method. (`tensorpeft enable-autoload` does so for a whole environment.)
+>
+> ```python
+> import tensorpeft  # registers the method with PEFT
+> from peft import AutoPeftModel
+>
+> model = AutoPeftModel.from_pretrained("<this adapter>")
+> ```
 """
 
 
@@ -153,10 +151,13 @@ def shapes_to_load() -> dict[str, Tensor] | None:
     return None if source is None else source.read_shapes()
 
 
-def add_loading_hint(folder: Path) -> None:
-    """Append `LOADING_HINT` to the model card in `folder` or, for a named adapter's subfolder, the one above it."""
-    for card in (folder / "README.md", folder.parent / "README.md"):
-        if card.is_file() and "library_name: peft" in (text := card.read_text(encoding="utf-8")):
-            if "## How to load" not in text:
-                card.write_text(text.rstrip("\n") + "\n" + LOADING_HINT, encoding="utf-8")
+def add_loading_hint(folder: Path, method: str) -> None:
+    """Tag the card in `folder` or, for a named adapter's subfolder, the one above it, and put a hint at its top."""
+    for file in (folder / "README.md", folder.parent / "README.md"):
+        if file.is_file() and "library_name: peft" in file.read_text(encoding="utf-8"):
+            card = ModelCard.load(file)
+            card.data.tags = list(dict.fromkeys([*(card.data.tags or ()), "tensorpeft", method]))
+            if _LOADING_HINT not in card.content:
+                card.text = f"{_LOADING_HINT}\n{card.text.lstrip()}"
+            card.save(file)
             return

@@ -123,7 +123,7 @@ class TensorConfig(PeftConfig, ABC):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As PEFT's, and tells the model card's readers to `import tensorpeft`."""
         super().save_pretrained(save_directory, **kwargs)
-        add_loading_hint(Path(save_directory))
+        add_loading_hint(Path(save_directory), self.peft_type.value.lower())  # pyright: ignore
 
 
 def _check_kinds(config: TensorConfig) -> None:
