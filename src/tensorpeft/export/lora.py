@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,24 +89,11 @@ def _write_lora(
     progress: bool,
 ) -> list[ExportedLayer]:
     model = load_on_skeleton(model_or_path) if isinstance(model_or_path, (str, os.PathLike)) else model_or_path
-    name = adapter_name or _active_adapter(model)
-    layers = {key: module for key, module in model.get_base_model().named_modules() if isinstance(module, TensorLayer)}
-    layers = {key: layer for key, layer in layers.items() if name in layer.updates}
-    if not layers:
-        raise ValueError(
-            f"no layer has an adapter {name!r} of tensorpeft; loaded are {sorted(model.peft_config)}. Pass a PeftModel "
-            "or a folder with one, and the adapter's name."
-        )
-    updates: dict[str, AbstractUpdate] = {key: layer.updates[name] for key, layer in layers.items()}  # type: ignore[misc]
-    for update in updates.values():
-        check_weight_update(name, update)
-    _check_rank(updates, rank)
-    for key, layer in layers.items():
-        _check_geometry(key, layer.get_base_layer())
+    name = adapter_name or active_adapter(model)
+    layers = adapted_layers(model, name)
     tensors: dict[str, Tensor] = {}
     exported = []
-    for key, update in tqdm(updates.items(), "Exporting", disable=not progress):
-        down, up, error = _two_factors(update, rank)
+    for key, down, up, error in lora_factors(layers, name, rank, progress):
         exported.append(ExportedLayer(key, len(down), error))
         kernel = getattr(layers[key].get_base_layer(), "kernel_size", ())
         tensors[f"{key}.lora_A.weight"] = down.unflatten(1, (-1, *kernel)) if kernel else down
@@ -119,10 +106,49 @@ def _write_lora(
     return exported
 
 
-def _active_adapter(model: PeftModel) -> str:
+def active_adapter(model: PeftModel) -> str:
+    """The name of the one adapter that is active.
+
+    Raises:
+        ValueError: none is, or several are.
+    """
     if len(model.active_adapters) != 1:
         raise ValueError(f"{len(model.active_adapters)} adapters are active: say which to export, adapter_name=...")
     return model.active_adapters[0]
+
+
+def adapted_layers(model: PeftModel, name: str) -> dict[str, TensorLayer]:
+    """The layers that an adapter of ours changes, by name, in the model's order.
+
+    Raises:
+        ValueError: there is none.
+    """
+    layers = {key: module for key, module in model.get_base_model().named_modules() if isinstance(module, TensorLayer)}
+    layers = {key: layer for key, layer in layers.items() if name in layer.updates}
+    if not layers:
+        raise ValueError(
+            f"no layer has an adapter {name!r} of tensorpeft; loaded are {sorted(model.peft_config)}. Pass a PeftModel "
+            "or a folder with one, and the adapter's name."
+        )
+    return layers
+
+
+def lora_factors(
+    layers: dict[str, TensorLayer], name: str, rank: int | None, progress: bool = False
+) -> Iterator[tuple[str, Tensor, Tensor, float]]:
+    """Of every layer: its name, A (r, in), B (out, r), and the relative error of B A; the scale is in B.
+
+    Raises:
+        ValueError: of `to_lora`, before the first layer.
+    """
+    updates: dict[str, AbstractUpdate] = {key: layer.updates[name] for key, layer in layers.items()}  # type: ignore[misc]
+    for update in updates.values():
+        check_weight_update(name, update)
+    _check_rank(updates, rank)
+    for key, layer in layers.items():
+        _check_geometry(key, layer.get_base_layer())
+    for key, update in tqdm(updates.items(), "Exporting", disable=not progress):
+        yield key, *_two_factors(update, rank)
 
 
 def _check_rank(updates: dict[str, AbstractUpdate], rank: int | None) -> None:
