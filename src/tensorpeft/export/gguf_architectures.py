@@ -164,3 +164,4 @@ class LlamaCppModel:
             writer.add_rope_scaling_factor(rope["factor"])
         if self._architecture.has_window:
             writer.add_sliding_window(config.sliding_window)
+            writer.add_float32(f"{self.name}.rope.freq_base_swa", _WINDOW_ROPE_BASE)

@@ -133,8 +133,18 @@ def _tokens(
 
 
 def _scores(tokens: list[str], merges: list[list[str]]) -> list[float]:
-    """Numbers by which llama.cpp, which merges the two tokens whose union has the largest, does so in this order."""
+    """Numbers by which llama.cpp, which merges the two tokens whose union has the largest, does so in this order.
+
+    Raises:
+        ValueError: there are two tokens whose union is a token, too, but which are not merged.
+    """
     ranks: dict[str, int] = {}
     for rank, (left, right) in enumerate(merges):
         ranks.setdefault(left + right, rank)
+    pairs, known = {(left, right) for left, right in merges}, set(tokens)
+    for token in ranks:
+        for k in range(1, len(token)):
+            pair = token[:k], token[k:]
+            if pair not in pairs and known.issuperset(pair):
+                raise _refused(f"does not merge {pair}, as llama.cpp would")
     return [-float(ranks.get(token, len(merges))) for token in tokens]
