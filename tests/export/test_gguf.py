@@ -119,7 +119,7 @@ def test_the_product_of_a_layer_s_factors_is_its_update(case, tmp_path):
     perturb(model)
     layers = {k: m for k, m in model.get_base_model().named_modules() if isinstance(m, TensorLayer)}
     is_exact = all(isinstance(layer.updates["default"], AbstractFactoredUpdate) for layer in layers.values())
-    exported = to_gguf_lora(model, tmp_path / "lora.gguf", rank=None if is_exact else 7)
+    exported = to_gguf_lora(model, tmp_path / "lora.gguf", rank=None if is_exact else 16)
     assert [layer.name for layer in exported] == list(layers)
     fields, factors = read(tmp_path / "lora.gguf")
     assert (fields["general.architecture"], fields["general.type"]) == ("llama", "adapter")
@@ -331,6 +331,16 @@ def test_llama_cpp_with_the_adapter_tells_what_peft_does(method, base, engine, t
 
 
 @pytest.mark.thorough
+def test_llama_cpp_takes_layers_of_different_ranks(base, engine, tmp_path):
+    config = DotaConfig(r=6, num_cores=3, target_modules=TARGETS, task_type="CAUSAL_LM")
+    model = adapted(resolve(base), config, tmp_path / "a")
+    ids = AutoTokenizer.from_pretrained(resolve(base))(TEXT).input_ids
+    layers = to_gguf_lora(model, tmp_path / "lora.gguf", rank=32)
+    assert {layer.rank for layer in layers} == {16, 32}  # all that keys have, and all that the others have
+    assert engine(base, tmp_path / "lora.gguf").greedy(ids, 32) == greedy(model, ids, 32)
+
+
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_llama_cpp_tells_what_the_merged_model_does(name, engine, tmp_path):
     config = DotaConfig(r=4, num_cores=3, target_modules=TARGETS, task_type="CAUSAL_LM")
@@ -361,6 +371,12 @@ def test_llama_cpp_tells_the_stories_of_a_real_model(engine, tmp_path):
             told = engine(tmp_path / "base.gguf", file)
         assert told.tokens(text) == ids
         assert told.greedy(ids, 32) == greedy(model, ids, 32)
+    model = adapted(STORIES, LortaConfig(r=6, target_modules=TARGETS, task_type="CAUSAL_LM"), tmp_path / "a", scale=0.3)
+    for outtype in ("f16", "bf16", "q8_0"):
+        to_gguf_lora(model, tmp_path / "lora.gguf", outtype=outtype)
+        to_gguf_model(tmp_path / "a", tmp_path / "merged.gguf", outtype=outtype)
+        for told in (engine(tmp_path / "base.gguf", tmp_path / "lora.gguf"), engine(tmp_path / "merged.gguf")):
+            assert told.greedy(ids, 6) == greedy(model, ids, 6)
 
 
 HARD = "It's  WE'LL\tdon't 1234567 3.14\n\n  x = a[10]; naïve Zoë 🙂 日本語!\r\n   end "

@@ -32,8 +32,9 @@ def add_vocabulary(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, confi
         ValueError: llama.cpp would cut texts into other tokens, or the model has too few of them.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    state = json.loads(backend.to_str()) if backend is not None else {"model": {"type": type(tokenizer).__name__}}
-    if (kind := state["model"]["type"]) != "BPE":
+    state: dict[str, Any] = json.loads(backend.to_str()) if backend is not None else {}
+    kind = state["model"]["type"] if state else type(tokenizer).__name__
+    if kind != "BPE":
         raise _refused(f"is {kind}, expected BPE")
     is_byte_level = not state["model"]["byte_fallback"]
     if is_byte_level:
@@ -51,6 +52,8 @@ def add_vocabulary(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, confi
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         config.save_pretrained(folder)
+        # What is put around a text is asked of the tokenizer below; of its description gguf knows the simple ones.
+        (Path(folder) / "tokenizer.json").write_text(json.dumps(state | {"post_processor": None}), encoding="utf-8")
         special = SpecialVocab(Path(folder), load_merges=is_byte_level, n_vocab=len(tokens))
     ids = tokenizer("a").input_ids
     special.add_special_token = {
