@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.request import Request, urlopen
 
+import gguf
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -34,8 +35,6 @@ from tensorpeft.networks.update import AbstractFactoredUpdate
 from tensorpeft.plugin.layer import TensorLayer
 from tensorpeft.reports.folders import sole_writer
 from tensorpeft_cli import main
-
-gguf = pytest.importorskip("gguf")
 
 STORIES = Path(os.environ.get("TENSORPEFT_DATA", "../shared")) / "models" / "stories260K"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
