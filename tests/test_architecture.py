@@ -36,7 +36,7 @@ ARROWS: dict[str, set[str]] = {
         "reports.folders",
         "sites",
     },
-    "export": {"loading", "networks", "plugin", "quantization", "reports.folders"},
+    "export": {"loading", "networks", "plugin", "quantization", "reports.files", "reports.folders"},
     "tasks": set(),
     "models": {"tasks"},
     "reports": set(),

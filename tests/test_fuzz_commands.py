@@ -47,6 +47,8 @@ LINES = [
     "evaluate adapter --base base --task instructions --data rows.jsonl --max-length 8 --batch-size 1",
     "chat adapter --base base --max-new-tokens 1 --sample 0.5",
     "recipes small/stories_sft",
+    "export gguf adapter out --outtype q8_0",
+    "export gguf adapter out --merged --base base",
 ]
 
 
@@ -153,7 +155,7 @@ def damage_files(draw, place):
     else:
         damaged = damage_text(draw, (place / name).read_bytes())
     (place / name).write_bytes(damaged)
-    of_base, of_adapter = [k for k, line in enumerate(LINES) if " base" in line], [8, 9, 13, 14]
+    of_base, of_adapter = [k for k, line in enumerate(LINES) if " base" in line], [8, 9, 13, 14, 16, 17]
     return LINES[draw.choice(of_base if name.startswith("base") else of_adapter)].split()
 
 

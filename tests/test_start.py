@@ -26,7 +26,7 @@ for line in sys.stdin.read().splitlines():
     names = {name.partition(".")[0] for name in set(sys.modules) - before} - sys.stdlib_module_names
     print(json.dumps([line, code, sorted(names), out.getvalue(), error.getvalue()]))
 """
-HELP = ["", *COMMANDS, "inspect bonds", "inspect quantization", "export lora", "export dense"]
+HELP = ["", *COMMANDS, "inspect bonds", "inspect quantization", "export lora", "export dense", "export gguf"]
 ERRORS = {
     "": "required: COMMAND",
     "no-such-command": "no-such-command",
@@ -56,6 +56,8 @@ ERRORS = {
     "quantize model out --num-cores 1": "--num-cores 1: expected a whole number of at least 2",
     "export lora no-such-adapter out": "no-such-adapter: no such file or folder",
     "export dense tests out --dtype int8": "int8",
+    "export gguf tests out --outtype q4_0": "q4_0",
+    "export gguf tests out --merged --rank 2": "--rank: a merged model has the whole update",
     "recipes no-such-recipe": "no recipe no-such-recipe",
 }
 

@@ -10,6 +10,7 @@ from tensorpeft_cli.package import import_package, one_line
 
 DISTIL_STEPS = 60
 HELP = "write an adapter in a form that other libraries read"
+OUTTYPES = ("f32", "f16", "bf16", "q8_0")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -23,9 +24,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "(exit code 1).",
     )
     _add_folders(lora)
-    size = lora.add_mutually_exclusive_group()
-    size.add_argument("--rank", type=whole(1), metavar="R", help="for an update of high rank: what it is cut to")
-    size.add_argument("--energy", type=positive, metavar="E", help="the share of every update's energy to keep: 0.99")
+    _add_size(lora)
     lora.add_argument("--dtype", choices=DTYPES, help="of the factors (default: float16 for a base in 16 bits)")
     lora.add_argument(
         "--distil", type=existing, metavar="FILE", help=f"train it for {DISTIL_STEPS} steps on a text per line"
@@ -48,11 +47,33 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     dense.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the weights (default: %(default)s)")
     add_cache(dense)
     dense.set_defaults(run=_dense)
+    gguf = forms.add_parser(
+        "gguf",
+        help="a GGUF LoRA, or with --merged a GGUF model, for llama.cpp and what is built on it",
+        description="Write a saved adapter as a GGUF LoRA, exactly if its updates are of low rank, or cut to --rank, "
+        "or merge it into its base model (--merged) and write that with its tokenizer.",
+    )
+    gguf.add_argument("adapter", type=existing, metavar="ADAPTER", help="folder of the saved adapter")
+    gguf.add_argument("out", type=Path, metavar="OUT", help="file to write, such as adapter.gguf")
+    gguf.add_argument("--merged", action="store_true", help="the whole model, the adapter merged into it")
+    _add_size(gguf)
+    gguf.add_argument("--base", type=model_name, metavar="MODEL", help="with --merged: see `tensorpeft export dense`")
+    gguf.add_argument(
+        "--outtype", choices=OUTTYPES, help="of the numbers (default: f32 for an adapter, f16 for a merged model)"
+    )
+    add_cache(gguf)
+    gguf.set_defaults(run=_gguf, extra="gguf")
 
 
 def _add_folders(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter", type=existing, metavar="ADAPTER", help="folder of the saved adapter")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
+
+
+def _add_size(parser: argparse.ArgumentParser) -> None:
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--rank", type=whole(1), metavar="R", help="for an update of high rank: what it is cut to")
+    size.add_argument("--energy", type=positive, metavar="E", help="the share of every update's energy to keep: 0.99")
 
 
 def _add_base(parser: argparse.ArgumentParser) -> None:
@@ -114,17 +135,14 @@ def _lora(arguments: argparse.Namespace, command: str) -> int:
             file=sys.stderr,
         )
         return 1
-    if any(layer.error > 0 for layer in layers):
-        width = max(len(layer.name) for layer in layers)
-        print(f"{'layer':{width}s}  rank  |ΔW - BA| / |ΔW|{', before --distil' if arguments.distil else ''}")
-        for layer in layers:
-            print(f"{layer.name:{width}s}  {layer.rank:4d}  {layer.error:.2%}")
+    _print_layers(layers, ", before --distil" if arguments.distil else "")
     for check in checks:
         _print_check(check)
     file = arguments.out / "adapter_model.safetensors"
     print(f"{len(layers)} layers, {file.stat().st_size / 1e6:.2f} MB, written to {one_line(arguments.out)}")
     for engine, line in start_commands(layers, arguments.out, arguments.base):
         print(f"{engine:9s} {one_line(line)}")
+    print(f"llama.cpp tensorpeft export gguf {one_line(arguments.adapter)} OUT.gguf")
     return 0
 
 
@@ -134,6 +152,14 @@ class _WorseError(Exception):
     def __init__(self, check: Any) -> None:
         super().__init__()
         self.check = check
+
+
+def _print_layers(layers: Any, more: str = "") -> None:
+    if any(layer.error > 0 for layer in layers):
+        width = max(len(layer.name) for layer in layers)
+        print(f"{'layer':{width}s}  rank  |ΔW - BA| / |ΔW|{more}")
+        for layer in layers:
+            print(f"{layer.name:{width}s}  {layer.rank:4d}  {layer.error:.2%}")
 
 
 def _print_check(check: Any) -> None:
@@ -152,3 +178,22 @@ def _dense(arguments: argparse.Namespace, command: str) -> None:
 
     to_dense(arguments.adapter, arguments.out, getattr(torch, arguments.dtype), arguments.base)
     print(f"Merged model in {arguments.dtype} written to {one_line(arguments.out)}")
+
+
+def _gguf(arguments: argparse.Namespace, command: str) -> None:
+    is_cut = arguments.rank is not None or arguments.energy is not None
+    if arguments.merged and is_cut:
+        raise ValueError("--rank, --energy: a merged model has the whole update. Leave them out, or --merged.")
+    if arguments.base is not None and not arguments.merged:
+        raise ValueError("--base: an adapter's file needs no base. Leave --base out, or pass --merged.")
+    import_package()
+    from tensorpeft.export import to_gguf_lora, to_gguf_model
+
+    if arguments.merged:
+        to_gguf_model(arguments.adapter, arguments.out, arguments.outtype or "f16", arguments.base)
+        print(f"Merged model written to {one_line(arguments.out)}")
+        return
+    outtype, size = arguments.outtype or "f32", {"rank": arguments.rank, "energy": arguments.energy}
+    layers = to_gguf_lora(arguments.adapter, arguments.out, outtype=outtype, progress=True, **size)
+    _print_layers(layers)
+    print(f"{len(layers)} layers written to {one_line(arguments.out)}")

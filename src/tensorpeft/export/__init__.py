@@ -3,6 +3,7 @@
 from tensorpeft.export.check import ExportCheck, check_export, is_measurable
 from tensorpeft.export.dense import to_dense
 from tensorpeft.export.distil import distil
+from tensorpeft.export.gguf import to_gguf_lora, to_gguf_model
 from tensorpeft.export.lora import ExportedLayer, start_commands, to_lora
 
 __all__ = [
@@ -13,5 +14,7 @@ __all__ = [
     "is_measurable",
     "start_commands",
     "to_dense",
+    "to_gguf_lora",
+    "to_gguf_model",
     "to_lora",
 ]

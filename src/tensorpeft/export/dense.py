@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tensorpeft.export.tokenizer import copy_tokenizer
+from tensorpeft.export.tokenizer import load_tokenizer
 from tensorpeft.loading.adapters import base_of, load_adapter_config, put_adapter
 from tensorpeft.loading.models import load_as_saved
 from tensorpeft.loading.names import resolve
@@ -45,18 +45,27 @@ def to_dense(
     """
     adapter = Path(adapter)
     with sole_writer(Path(out_dir)):
-        config = load_adapter_config(adapter)
-        base = base or base_of(config, adapter)
-        tensors = Source(str(adapter), {}).read_shapes() or {}
-        labels = next((tensor.shape[0] for name, tensor in tensors.items() if name.endswith(_HEADS)), None)
-        model = load_as_saved(base, config, dtype="auto", **({} if labels is None else {"num_labels": labels}))
-        if not any(name.endswith(BASE_DIGEST) for name in tensors):
-            # Merging into a 4-bit layer would quantise the sum. An adapter that starts from its residual base needs the
-            # layer as it is, and merges into a plain one by itself.
-            model = dequantize(model, dtype)
-        merge: Any = put_adapter(model, str(adapter), base).merge_and_unload
-        merged = dequantize(merge(dtype=dtype) if isinstance(config, TensorConfig) else merge(), dtype)
+        merged, tokenizer = merge(adapter, dtype, base)
         with replace_files(Path(out_dir), last="config.json", stale="model*.safetensors*") as unfinished:
-            merged.save_pretrained(unfinished)  # type: ignore
-            copy_tokenizer((str(adapter), resolve(base)), unfinished)
-        return merged  # type: ignore
+            merged.save_pretrained(unfinished)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(unfinished)
+        return merged
+
+
+def merge(
+    adapter: Path, dtype: torch.dtype, base: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """A saved adapter in its base, and their tokenizer where there is one; arguments and errors are `to_dense`'s."""
+    config = load_adapter_config(adapter)
+    base = base or base_of(config, adapter)
+    tensors = Source(str(adapter), {}).read_shapes() or {}
+    labels = next((tensor.shape[0] for name, tensor in tensors.items() if name.endswith(_HEADS)), None)
+    model = load_as_saved(base, config, dtype="auto", **({} if labels is None else {"num_labels": labels}))
+    if not any(name.endswith(BASE_DIGEST) for name in tensors):
+        # Merging into a 4-bit layer would quantise the sum. An adapter that starts from its residual base needs the
+        # layer as it is, and merges into a plain one by itself.
+        model = dequantize(model, dtype)
+    into: Any = put_adapter(model, str(adapter), base).merge_and_unload
+    merged: Any = dequantize(into(dtype=dtype) if isinstance(config, TensorConfig) else into(), dtype)
+    return merged, load_tokenizer((str(adapter), resolve(base)))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from tensorpeft.export.tokenizer import copy_tokenizer
+from tensorpeft.export.tokenizer import load_tokenizer
 from tensorpeft.export.truncation import of_energy, of_rank
 from tensorpeft.loading.adapters import load_on_skeleton
 from tensorpeft.loading.names import resolve
@@ -103,8 +103,8 @@ def to_lora(
     with sole_writer(Path(out_dir)):
         is_path = isinstance(model_or_path, (str, os.PathLike))
         model = load_on_skeleton(model_or_path, base) if is_path else model_or_path
-        name = adapter_name or _active_adapter(model)
-        layers = _adapted_layers(model, name)
+        name = adapter_name or active_adapter(model)
+        layers = adapted_layers(model, name)
         dtype = dtype or (torch.float16 if _is_half(model) else torch.float32)
         exported, tensors = list[ExportedLayer](), dict[str, Tensor]()
         low_ranks = low_rank_updates(layers, name, rank, energy)
@@ -123,8 +123,9 @@ def to_lora(
             save_file(tensors, unfinished / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
             config.save_pretrained(str(unfinished))
             _write_card(unfinished, model.peft_config[name], config.base_model_name_or_path)
-            if is_path and Path(model_or_path, _TOKENIZER).is_file():
-                copy_tokenizer([str(model_or_path)], unfinished)
+            has_tokenizer = is_path and Path(model_or_path, _TOKENIZER).is_file()
+            if has_tokenizer and (tokenizer := load_tokenizer([str(model_or_path)])) is not None:
+                tokenizer.save_pretrained(unfinished)
             with torch.enable_grad():
                 finish(unfinished)
         return exported
@@ -185,7 +186,12 @@ def start_commands(
     ]
 
 
-def _adapted_layers(model: PeftModel, name: str) -> dict[str, TensorLayer]:
+def adapted_layers(model: PeftModel, name: str) -> dict[str, TensorLayer]:
+    """The layers that an adapter of ours changes, by name, in the model's order.
+
+    Raises:
+        ValueError: there is none.
+    """
     modules = model.get_base_model().named_modules()
     layers = {key: module for key, module in modules if isinstance(module, TensorLayer) and name in module.updates}
     if not layers:
@@ -201,7 +207,12 @@ def _is_half(model: PeftModel) -> bool:
     return getattr(config, "dtype", None) in (torch.bfloat16, torch.float16)
 
 
-def _active_adapter(model: PeftModel) -> str:
+def active_adapter(model: PeftModel) -> str:
+    """The name of the one adapter that is active.
+
+    Raises:
+        ValueError: none is, or several are.
+    """
     if len(model.active_adapters) != 1:
         raise ValueError(f"{len(model.active_adapters)} adapters are active: say which to export, adapter_name=...")
     return model.active_adapters[0]

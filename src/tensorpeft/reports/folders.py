@@ -14,28 +14,34 @@ LOCK = ".lock"
 
 
 @contextlib.contextmanager
-def sole_writer(folder: Path) -> Iterator[None]:
+def sole_writer(
+    folder: Path,
+    file: str = "",  # the only file of the folder that is written
+) -> Iterator[None]:
     """Keep others from writing to a folder, which is made, until the block ends; left empty, it is removed again.
 
-    The system releases the lock of a process that dies, in whatever way. Processes that it starts need none.
+    With ``file`` they are kept from this file alone. The system releases the lock of a process that dies, in whatever
+    way. Processes that it starts need none.
 
     Raises:
-        BlockingIOError: another process, or another call of this one, writes to the folder.
+        BlockingIOError: another process, or another call of this one, writes to the folder, or this file in it.
     """
+    held = folder / (f".{file}{LOCK}" if file else LOCK)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK)
+    lock = FileLock(held)
     try:
         lock.acquire(timeout=0)
     except Timeout:
+        kind = "file" if file else "folder"
         raise BlockingIOError(
-            f"{folder}: another process is writing to this folder. Wait for its end, or name another folder."
+            f"{folder / file}: another process is writing to this {kind}. Wait for its end, or name another {kind}."
         ) from None
     try:
         yield
     finally:
         # Before it is released: afterwards the file may be the lock of another process.
-        (folder / LOCK).unlink(missing_ok=True)
+        held.unlink(missing_ok=True)
         lock.release()
         with contextlib.suppress(OSError):  # not empty
             for path in made:

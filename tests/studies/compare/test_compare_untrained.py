@@ -66,7 +66,7 @@ def test_the_next_commands_name_the_adapter_of_the_lowest_loss(finished):
     adapter = output / "entries" / best.entry.key / f"rate-{best.rate:g}" / "seed-0" / "adapter"
     assert (adapter / "adapter_config.json").is_file()
     assert f"Next, with {best.entry.label}:" in printed
-    for command in ("chat", "export lora", "export dense"):
+    for command in ("chat", "export lora", "export gguf", "export dense"):
         assert f"tensorpeft {command} {adapter}" in printed
 
 

@@ -129,7 +129,8 @@ def _next_commands(results: Sequence[EntryResult], folders: Mapping[str, Path]) 
         "",
         f"Next, with {best.entry.label}:",
         f"  tensorpeft chat {adapter}                 talk to it and to its base, side by side",
-        f"  tensorpeft export lora {adapter} OUT      as a plain LoRA, for vLLM and llama.cpp",
+        f"  tensorpeft export lora {adapter} OUT      as a plain LoRA, for vLLM and PEFT",
+        f"  tensorpeft export gguf {adapter} OUT      as a GGUF LoRA, for llama.cpp",
         f"  tensorpeft export dense {adapter} OUT     merged into its base",
     ]
 
