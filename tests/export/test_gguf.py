@@ -35,6 +35,7 @@ from tensorpeft.export import to_dense, to_gguf_lora, to_gguf_model, to_lora
 from tensorpeft.loading.names import resolve
 from tensorpeft.networks.update import AbstractFactoredUpdate
 from tensorpeft.plugin.layer import TensorLayer
+from tensorpeft.quantization import quantize_residual
 from tensorpeft.reports.folders import sole_writer
 from tensorpeft_cli import main
 
@@ -172,6 +173,21 @@ def test_transformers_reads_a_merged_file_as_the_merged_model(name, tmp_path):
         assert tokenizer(TEXT).input_ids == original(TEXT).input_ids
     assert tokenizer.chat_template == TEMPLATE
     assert tokenizer.eos_token == original.eos_token
+
+
+def test_a_base_in_four_bits_is_merged_in_full(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    config = DotaConfig(r=4, num_cores=3, target_modules=["down_proj"], task_type="CAUSAL_LM")
+    plain = other_base("qwen2", tmp_path)
+    model = quantize_residual(AutoModelForCausalLM.from_pretrained(plain), config)
+    model.save_pretrained(plain)
+    adapted(plain, config, tmp_path / "a")
+    to_gguf_model(tmp_path / "a", tmp_path / "merged.gguf", outtype="f32")
+    found, expected = read(tmp_path / "merged.gguf")[1], to_dense(tmp_path / "a", tmp_path / "dense", torch.float32)
+    weights = {"ffn_down": "mlp.down_proj", "attn_v": "self_attn.v_proj"}
+    for name, layer in weights.items():
+        weight = expected.get_submodule(f"model.layers.1.{layer}").weight.detach()
+        assert torch.equal(torch.tensor(found[f"blk.1.{name}.weight"]), weight)
 
 
 @pytest.mark.parametrize("outtype", ["f16", "bf16", "q8_0"])
