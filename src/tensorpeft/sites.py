@@ -138,6 +138,9 @@ def _find_site(site: Site, config: Any) -> Site:
     # The hidden layer of an MLP is the wider side; one of equal sides counts by its name.
     leaves = r"(^|\.)(down_proj|fc2|fc_out|c_proj|output\.dense|wo|Wo|lin2|dense_4h_to_h|w2|ff\.net\.2)$"
     inner_is_out = site.out > site.in_ if site.out != site.in_ else re.search(leaves, path) is None
+    hidden = _number(config, "hidden_size", "d_model")
+    if "experts" in parts and (site.out == hidden) != (site.in_ == hidden):  # an expert is often narrow
+        inner_is_out = site.in_ == hidden
     block = ".".join(parts[: last_number + 1])
     # A gate and an up-projection in one, as in Phi-3 and ModernBERT: first the rows of one, then those of the other.
     projections = (f"{path}.1", f"{path}.2") if parts[-1] in ("gate_up_proj", "Wi") else (path,)

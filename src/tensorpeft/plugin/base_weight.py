@@ -43,6 +43,40 @@ class UpdatableBackend(QuantizationBackend):
         set_innermost(peft_layer, plain_layer(base, as_matrix(base, weight_data)))
 
 
+class StackedWeight(nn.Module):
+    """One matrix of a parameter (stack, out, in) that a module multiplies by: a linear layer that is never called.
+
+    It has no parameters of its own, and refers to the module plainly.
+
+    Args:
+        owner: the module that holds the parameter. With a true `is_transposed` it stores (stack, in, out).
+        parameter: its name there.
+        index: the matrix's place in the stack.
+    """
+
+    owner: nn.Module
+
+    def __init__(self, owner: nn.Module, parameter: str, index: int):
+        super().__init__()
+        object.__setattr__(self, "owner", owner)
+        self.parameter = parameter
+        self.index = index
+        self.out_features, self.in_features = self.weight.shape
+
+    @property
+    def weight(self) -> Tensor:  # (out, in)
+        """A view of the matrix, without a graph."""
+        return as_stack(self.owner, getattr(self.owner, self.parameter).detach())[self.index]
+
+
+def as_stack(
+    owner: nn.Module,
+    stored: Tensor,  # (stack, out, in), or (stack, in, out)
+) -> Tensor:  # (stack, out, in)
+    """A stack of weights as its module stores it, or the inverse; a view."""
+    return stored.mT if getattr(owner, "is_transposed", False) else stored
+
+
 def find_backend(base: nn.Module, **quantization_kwargs: Any) -> QuantizationBackend | None:
     """Ours for a layer that adds updates by itself, else PEFT's; None for a layer that is not quantised."""
     if isinstance(base, AbstractUpdatableLinear):
@@ -98,7 +132,7 @@ def layer_shape(
     if isinstance(base, Conv1D):
         in_, out = base.weight.shape
         return out, in_
-    if isinstance(base, nn.Linear) or (backend is not None and hasattr(base, "in_features")):
+    if isinstance(base, (nn.Linear, StackedWeight)) or (backend is not None and hasattr(base, "in_features")):
         return int(base.out_features), int(base.in_features)  # type: ignore[arg-type]
     if may_be_convolution and is_convolution(base):
         return base.out_channels, base.in_channels  # type: ignore[return-value]
@@ -154,6 +188,20 @@ def as_matrix(base: nn.Module, stored: Tensor) -> Tensor:
     if isinstance(base, Conv1D):
         return stored.t()
     return stored.flatten(1) if is_convolution(base) else stored
+
+
+def unmerged_weight(base: nn.Module) -> Tensor:
+    """The weight of a layer as it stores it, to be put back by `put_weight` after another one was in its place."""
+    return base.weight.clone() if isinstance(base, StackedWeight) else base.weight.data  # type: ignore[return-value]
+
+
+def put_weight(base: nn.Module, weight: Tensor) -> None:
+    """Give a layer that is not quantised another weight, laid out as it stores its own."""
+    if isinstance(base, StackedWeight):
+        with torch.inference_mode(base.weight.is_inference()):
+            base.weight.copy_(weight)
+    else:
+        base.weight.data = weight
 
 
 def weight_of(layer: nn.Module) -> Tensor:  # (out, in)
