@@ -9,7 +9,7 @@ its whole ΔW, and its gradient, while one layer is at work.) Measured by `bench
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import accumulate, islice
+from itertools import islice
 from math import lcm
 from typing import Any, NamedTuple
 
@@ -272,24 +272,21 @@ class _TrainedWeight(torch.autograd.Function):
 
 def _needs_cores(layout: Layout, needs_tensors: Sequence[bool]) -> list[bool]:
     """Whether a trained tensor of each cut takes a gradient."""
-    return [any(needs_tensors[k : k + trained]) for k, (_, trained, _) in zip(_firsts(layout), layout)]
+    rest = iter(needs_tensors)
+    return [any(list(islice(rest, trained + constant))[:trained]) for _, trained, constant in layout]
 
 
 def _core_gradients(
     layout: Layout, tensors: Sequence[Tensor], grad_halves: Sequence[Halves | None]
 ) -> list[Tensor | None]:
     """The gradients of the cuts' tensors, from those of their halves."""
-    grads: list[Tensor | None] = [None for _ in tensors]
-    for k, (network, trained, _), gradient in zip(_firsts(layout), layout, grad_halves):
-        if gradient is not None:
-            pulled = gradient if network is None else _pull_back(network, tensors[k : k + trained], gradient)
-            grads[k : k + trained] = pulled
+    grads: list[Tensor | None] = []
+    for (network, trained, constant), gradient in zip(layout, grad_halves):
+        pulled: Sequence[Tensor | None] = gradient or [None] * trained
+        if network is not None and gradient is not None:
+            pulled = _pull_back(network, tensors[len(grads) : len(grads) + trained], gradient)
+        grads += [*pulled, *[None] * constant]
     return grads
-
-
-def _firsts(layout: Layout) -> Iterator[int]:
-    """The place of each cut's first tensor."""
-    return accumulate((trained + constant for _, trained, constant in layout), initial=0)
 
 
 def _pull_back(network: Network, cores: Sequence[Tensor], gradient: Halves) -> Sequence[Tensor]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.quantization_utils import QuantizationBackend, resolve_quantization_backend
+from peft.utils.quantization_utils import QuantizationBackend, TorchaoBackend, resolve_quantization_backend
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers.pytorch_utils import Conv1D
@@ -78,10 +78,31 @@ def as_stack(
 
 
 def find_backend(base: nn.Module, **quantization_kwargs: Any) -> QuantizationBackend | None:
-    """Ours for a layer that adds updates by itself, else PEFT's; None for a layer that is not quantised."""
+    """Ours for a layer that adds updates by itself, else PEFT's; None for a layer that is not quantised.
+
+    PEFT's for torchao wants to know how to quantise a merged weight again, which only a model that transformers has
+    quantised says. Another one can be trained, and not merged.
+    """
     if isinstance(base, AbstractUpdatableLinear):
         return UpdatableBackend()
-    return resolve_quantization_backend(base, **quantization_kwargs)
+    known = {"get_apply_tensor_subclass": _cannot_quantize_again, **quantization_kwargs}
+    backend = resolve_quantization_backend(base, **known)
+    if isinstance(backend, TorchaoBackend) and backend.get_apply_tensor_subclass is _cannot_quantize_again:
+        backend.supports_merge = False
+    return backend
+
+
+def _cannot_quantize_again() -> Any:
+    raise ValueError(cannot_merge("torchao"))
+
+
+def cannot_merge(backend_name: str) -> str:
+    """Why a layer with such a backend is not merged into, and what to do instead."""
+    return (
+        f"its weight is quantised by {backend_name}, and a merged one could not be quantised again in the same way. "
+        "Keep the adapter beside the model (save_pretrained), or merge it into the model before quantisation; of "
+        "torchao, a model that transformers has quantised (TorchAoConfig) can be merged into."
+    )
 
 
 def plain_layer(base: nn.Module, weight: Tensor) -> nn.Module:

@@ -266,8 +266,7 @@ def _find_parameters(model: nn.Module) -> Iterator[Stack]:
             around.pop()
         if around and not f"{name}.".startswith(f"{around[-1]}base_layer."):
             continue  # an adapter's own
-        if isinstance(module, BaseTunerLayer):
-            around.append(f"{name}.")
+        around += [f"{name}."] if isinstance(module, BaseTunerLayer) else []
         shown = f"{name}.".replace(".base_layer.", ".")
         for parameter, _ in module.named_parameters(recurse=False):
             yield Stack(f"{shown}{parameter}".removeprefix("."), shown.removesuffix("."), module, parameter)

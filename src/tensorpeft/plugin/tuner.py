@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tensorpeft.networks.update import AbstractUpdatableLinear, AbstractUpdate
 from tensorpeft.plugin.base_weight import (
     as_matrix,
+    cannot_merge,
     convolution_of,
     find_backend,
     layer_shape,
@@ -247,14 +248,18 @@ def _plan(tuner: BaseTuner, classes: MethodClasses, config: TensorConfig, key: s
 
 
 def check_mergeable(model: nn.Module, adapter_names: Iterable[str] | None = None) -> None:
-    """Raise a `ValueError` if one of these adapters, or an active one, is no update of a weight.
+    """Raise a `ValueError` if one of these adapters, or an active one, cannot be merged into the weights.
 
     One that is active and not to be merged counts too: what it adds depends on what the others have added before.
     """
-    for module in model.modules():
+    for key, module in model.named_modules():
         if isinstance(module, TensorLayer):
-            for name in {*(adapter_names or ()), *module.active_adapters} & set(module.updates):
+            names = {*(adapter_names or ()), *module.active_adapters} & set(module.updates)
+            for name in names:
                 check_weight_update(name, module.updates[name])
+            backend = module.quantization_backend
+            if names and backend is not None and not backend.supports_merge:
+                raise ValueError(f"{key}: {cannot_merge(backend.backend_name)}")
 
 
 def check_merged_weights(model: nn.Module, adapter_names: Iterable[str] | None = None) -> None:
