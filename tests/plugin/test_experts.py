@@ -6,12 +6,14 @@ import warnings
 import pytest
 import torch
 import transformers
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 from cases import CASES, MERGING_CASES, Case, Model, logits, over_merging_cases, over_pairs, perturb, tokens
-from tensorpeft import DotaConfig, LorettaAdapterConfig
+from tensorpeft import DotaConfig, LorettaAdapterConfig, print_tensor_map
+from tensorpeft.export import to_lora
 from tensorpeft.plugin.layer import TensorLayer
+from tensorpeft.quantization import quantize_residual
 
 SIZES = {
     "vocab_size": 96,
@@ -263,3 +265,41 @@ def test_narrow_experts_are_projections_of_the_hidden_states():
     peft_model = adapted(next(case for case in CASES if case.name == "lorta"), MODELS[1])
     shared = peft_model.base_model.model.shared_lorta.updates["default"]
     assert shared.sizes["mlp"] == {"A": 24, "B": 8, "C_L": 4, "C_M": 3}
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[7]], ids=lambda case: case.name)
+def test_a_full_state_dict_goes_over_a_fresh_base(case: Case):
+    peft_model = adapted(case, MODELS[0])
+    perturb(peft_model)
+    torch.manual_seed(9)
+    restored = get_peft_model(MODELS[0].build(), configured(case, MODELS[0])).eval()
+    restored.load_state_dict(peft_model.state_dict())
+    assert torch.equal(logits(restored), logits(peft_model))
+    if case.name == "dota":  # whose start shows which base it is for
+        other = {k: t for k, t in peft_model.state_dict().items() if not k.endswith("base_layer.down_proj")}
+        with pytest.raises(ValueError, match="this adapter was started from another base model"):
+            get_peft_model(MODELS[0].build(), configured(case, MODELS[0])).load_state_dict(other, strict=False)
+
+
+def test_what_knows_layers_alone_says_so(tmp_path):
+    model = MODELS[0]
+    with pytest.raises(ValueError, match=r"experts\.0\.gate_up_proj: an expert that is a part of a parameter"):
+        to_lora(adapted(CASES[7], model, target_modules=[]), tmp_path)
+    config = configured(CASES[0], model)
+    with pytest.raises(ValueError, match="a residual base is made of linear layers"):
+        quantize_residual(model.fresh(), config)
+    with pytest.raises(ValueError, match="a PeftMixedModel adapts layers alone"):
+        get_peft_model(model.fresh(), config, mixed=True)
+
+
+def test_another_adapter_around_the_experts_is_named():
+    lora = get_peft_model(MODELS[0].fresh(), LoraConfig(target_modules=[], target_parameters=TARGETS, lora_dropout=0))
+    with pytest.raises(ValueError, match=r"mlp\.experts is wrapped by another adapter \(ParamWrapper\) already"):
+        get_peft_model(lora.base_model.model, configured(CASES[0], MODELS[0]))
+
+
+def test_the_map_names_every_expert(capsys):
+    print_tensor_map(MODELS[1].fresh(), configured(CASES[7], MODELS[1], target_modules=[]))
+    shown = capsys.readouterr().out
+    assert "LOTR: 2 tensors, 8 weights" in shown
+    assert "model.layers.0.mlp.experts.3.down_proj" in shown

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -267,6 +268,6 @@ def _find_parameters(model: nn.Module) -> Iterator[Stack]:
         if around and not f"{name}.".startswith(f"{around[-1]}base_layer."):
             continue  # an adapter's own
         around += [f"{name}."] if isinstance(module, BaseTunerLayer) else []
-        shown = f"{name}.".replace(".base_layer.", ".")
+        shown = re.sub(r"(\.base_layer)+\.", ".", f"{name}.")
         for parameter, _ in module.named_parameters(recurse=False):
             yield Stack(f"{shown}{parameter}".removeprefix("."), shown.removesuffix("."), module, parameter)
