@@ -69,7 +69,8 @@ class Site:
         block: full name of that block, such as `model.layers.0.self_attn`. Cross attention is a block of its own.
         projections: what it projects: "query", "key", "value", "output", or the layer's name in an MLP. A fused
             projection has several; none where a fused projection's rows are in an unknown order.
-        interleaved: of a fused projection: each head has its rows of all projections together.
+        interleaved: of a fused projection: each head, in an MLP each hidden unit, has its rows of all projections
+            together.
         inner_is_out: whether the heads (in an MLP: the hidden units) are on the output side.
         heads: the number of heads of each projection; None where the configuration does not say it.
         head_dim: features of a head, from the configuration; None where that does not say it.

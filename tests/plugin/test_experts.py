@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -113,10 +114,13 @@ def test_gradients_are_those_of_a_dense_twin(model: Model, case: Case):
     for parameter, gradient in zip(parameters, gradients):
         assert gradient.abs().max() > 0
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6 * gradient.abs().max().item())
-    if case.name in ("dota", "lorta"):
-        gradients = [parameter.grad.clone() for parameter in parameters]
+    if case.name not in ("dota", "lorta"):
+        return
+    gradients = [parameter.grad.clone() for parameter in parameters]
+    peft_model.enable_input_require_grads()
+    for use_reentrant in (False, True):
         peft_model.zero_grad()
-        peft_model.gradient_checkpointing_enable({"use_reentrant": False})
+        peft_model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
         peft_model(**batch).loss.backward()
         for parameter, gradient in zip(parameters, gradients):
             torch.testing.assert_close(parameter.grad, gradient, rtol=1e-10, atol=1e-12)
@@ -303,3 +307,33 @@ def test_the_map_names_every_expert(capsys):
     shown = capsys.readouterr().out
     assert "LOTR: 2 tensors, 8 weights" in shown
     assert "model.layers.0.mlp.experts.3.down_proj" in shown
+
+
+def test_rows_of_gate_and_up_alternate_where_the_model_says_so():
+    """GPT-OSS stores them so: what is one projection's must not reach the other's rows."""
+    case = next(case for case in CASES if case.name == "lorta-no-start")
+    for model, rows in ((MODELS[2], slice(1, None, 2)), (MODELS[0], slice(48, None))):
+        peft_model = adapted(case, model)
+        shared = peft_model.base_model.model.shared_lorta.updates["default"]
+        nn.init.zeros_(shared.mlp_C_M[1])  # of the up-projections
+        delta = peft_model.get_submodule("base_model.model.model.layers.1.mlp.experts.2.gate_up_proj").get_delta_weight(
+            "default"
+        )
+        zero = (delta == 0).all(1)
+        assert zero[rows].all()
+        assert zero.sum() == len(delta) // 2
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[7]], ids=lambda case: case.name)
+def test_forwards_in_several_threads_do_not_mix_up_the_parameters(case: Case):
+    peft_model = adapted(case, MODELS[0])
+    perturb(peft_model)
+    rows = [tokens(seed=seed) for seed in range(4)]
+    wanted = [logits(peft_model, part) for part in rows]
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(5):
+            peft_model.train()  # what evaluation keeps is freed
+            peft_model.eval()
+            assert all(map(torch.equal, threads.map(lambda part: logits(peft_model, part), rows), wanted))
+    names = [name for name, _ in peft_model.named_parameters() if name.endswith("experts.base_layer.down_proj")]
+    assert len(names) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers.pytorch_utils import Conv1D
 
 from tensorpeft.networks.update import AbstractUpdatableLinear
-from tensorpeft.sites import Convolution
+from tensorpeft.sites import Convolution, Site
 
 
 class UpdatableBackend(QuantizationBackend):
@@ -181,6 +182,12 @@ def convolution_of(base: Any) -> Convolution | None:
             (tuple(base._reversed_padding_repeated_twice), base.padding_mode),
         )
     return Convolution(base.kernel_size, base.stride, padding, base.dilation, base.groups, border)
+
+
+def with_layer(site: Site, base: nn.Module) -> Site:
+    """The site with what only its layer tells: the geometry of a convolution, the order of an expert's rows."""
+    rows_alternate = isinstance(base, StackedWeight) and not getattr(base.owner, "is_concatenated", True)
+    return replace(site, convolution=convolution_of(base), interleaved=site.interleaved or rows_alternate)
 
 
 def addable_weight(base: nn.Module) -> Tensor | None:

@@ -6,7 +6,9 @@ import copy
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
+from threading import RLock
 from typing import Any
 
 import torch
@@ -24,6 +26,9 @@ from tensorpeft.plugin.base_weight import StackedWeight, as_stack
 from tensorpeft.plugin.config import TensorConfig
 from tensorpeft.plugin.holder import UpdateHolder
 from tensorpeft.plugin.layer import TensorLayer
+
+# Another thread must neither read nor run a module to which this one has lent a parameter.
+_lending = RLock()
 
 
 class ExpertsLayer(UpdateHolder):
@@ -68,9 +73,10 @@ class ExpertsLayer(UpdateHolder):
         if adapter_names is not None:
             self._check_unmixed(adapter_names)
             return self.base_layer(*args, **kwargs)
-        sums = {name: self._sum(name) for name in self._kept}
-        changed = {name: tensor for name, tensor in sums.items() if tensor is not None}
-        return functional_call(self.base_layer, changed, args, kwargs) if changed else self.base_layer(*args, **kwargs)
+        with nullcontext() if torch.compiler.is_compiling() else _lending:
+            sums = {name: self._sum(name) for name in self._kept}
+            lent = {name: tensor for name, tensor in sums.items() if tensor is not None}
+            return functional_call(self.base_layer, lent, args, kwargs) if lent else self.base_layer(*args, **kwargs)
 
     def _check_unmixed(self, adapter_names: list[str]) -> None:
         adapted = {name for parameter in self._kept for layer in self.layers(parameter) for name in layer.updates}

@@ -20,10 +20,10 @@ from tensorpeft.networks.update import AbstractUpdatableLinear, AbstractUpdate
 from tensorpeft.plugin.base_weight import (
     as_matrix,
     cannot_merge,
-    convolution_of,
     find_backend,
     layer_shape,
     restore_row_order,
+    with_layer,
 )
 from tensorpeft.plugin.checkpoint import shapes_to_load
 from tensorpeft.plugin.config import TensorConfig
@@ -334,8 +334,7 @@ def bases_of(tuner: BaseTuner, config: TensorConfig) -> tuple[list[Site], _Bases
             layers[name] = (weight, None)
             shapes.append((name, weight.out_features, weight.in_features))
     sites = [
-        replace(site, convolution=convolution_of(layers[site.name][0]))
-        for site in find_sites(shapes, getattr(tuner.model, "config", None))
+        with_layer(site, layers[site.name][0]) for site in find_sites(shapes, getattr(tuner.model, "config", None))
     ]
     return sites, _Bases(layers)
 
