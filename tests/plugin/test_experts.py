@@ -207,6 +207,10 @@ def test_a_mixed_batch_is_refused_where_experts_are_adapted():
         logits(peft_model, adapter_names=["default", "layers", "__base__"])
     logits(peft_model, adapter_names=["layers", "layers", "__base__"])
     assert torch.equal(logits(peft_model, adapter_names=["__base__"] * 3), logits(MODELS[0].fresh()))
+    alone = adapted(CASES[0], MODELS[0], target_modules=[])
+    alone.merge_adapter()
+    with pytest.raises(ValueError, match="when there are merged adapters"):
+        logits(alone, adapter_names=["__base__"] * 3)
 
 
 def test_keys_name_the_experts(tmp_path):
@@ -237,7 +241,7 @@ def test_all_linear_says_what_it_leaves_out():
             ["experts.gate_proj"],
             "no parameter of the model is called 'experts.gate_proj'; its experts' are experts.dow",
         ),
-        (["gate.weight"], r"mlp.gate.weight is a Parameter \(3, 24\).*expected a plain floating-point parameter"),
+        (["gate.weight"], r"mlp.gate.weight is a Parameter \(3, 24\).*expected a plain parameter"),
         (["q_proj.weight"], "The weight of a layer is adapted with target_modules"),
     ],
 )
@@ -249,6 +253,15 @@ def test_what_is_no_stack_of_weights_is_refused_by_name(targets: list[str], mess
     assert [name for name, _ in model.named_modules()] == before
 
 
+def test_experts_of_8_bits_are_refused():
+    """Their scales are somewhere else: what lies there is no weight."""
+    model = MODELS[0].fresh()
+    experts = model.model.layers[1].mlp.experts
+    experts.down_proj = nn.Parameter(experts.down_proj.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(ValueError, match=r"experts\.down_proj is a Parameter .* of torch.float8_e4m3fn"):
+        get_peft_model(model, configured(CASES[0], MODELS[0]))
+
+
 def test_a_network_behind_a_layer_has_no_experts():
     model = MODELS[0].fresh()
     with pytest.raises(ValueError, match=r"experts\.0\.down_proj: LorettaAdapterConfig puts a network behind a layer"):
@@ -258,7 +271,7 @@ def test_a_network_behind_a_layer_has_no_experts():
 
 def test_layers_and_names_can_be_left_out():
     model = MODELS[0]
-    for fields in ({"layers_to_transform": [1]}, {"exclude_modules": ["0.mlp.experts.down_proj"]}):
+    for fields in ({"layers_to_transform": [1]}, {"exclude_modules": ["0.mlp.experts"]}):
         peft_model = adapted(CASES[0], model, target_modules=[], target_parameters=TARGETS[1:], **fields)
         names = {name.split(".")[4] for name, parameter in peft_model.named_parameters() if parameter.requires_grad}
         assert names == {"1"}

@@ -27,6 +27,8 @@ from tensorpeft.plugin.config import TensorConfig
 from tensorpeft.plugin.holder import UpdateHolder
 from tensorpeft.plugin.layer import TensorLayer
 
+# One of 8 bits is a weight only together with its scales, which are elsewhere.
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Another thread must neither read nor run a module to which this one has lent a parameter.
 _lending = RLock()
 
@@ -79,7 +81,13 @@ class ExpertsLayer(UpdateHolder):
             return functional_call(self.base_layer, lent, args, kwargs) if lent else self.base_layer(*args, **kwargs)
 
     def _check_unmixed(self, adapter_names: list[str]) -> None:
-        adapted = {name for parameter in self._kept for layer in self.layers(parameter) for name in layer.updates}
+        layers = [layer for parameter in self._kept for layer in self.layers(parameter)]
+        if merged := sorted({name for layer in layers for name in layer.merged_adapters}):
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first. "
+                f"Merged are: {', '.join(merged)}."
+            )
+        adapted = {name for layer in layers for name in layer.updates}
         if mixed := sorted(adapted.intersection(adapter_names)):
             raise ValueError(
                 f"Cannot pass `adapter_names` with {', '.join(mixed)}: experts see tokens, not the rows of a batch, so "
@@ -201,8 +209,8 @@ def target_stacks(
             )
     as_modules.target_modules = list(config.target_parameters)
     for stack in found:
-        match = is_target(as_modules, stack.name)
-        if match and not isinstance(match, _ExcludedModule):
+        matches = [is_target(as_modules, name) for name in (stack.name, stack.module)]  # either can be excluded
+        if matches[0] and not any(isinstance(match, _ExcludedModule) for match in matches):
             _check_stack(model, stack, config)
             chosen.append(stack)
     return chosen
@@ -210,12 +218,12 @@ def target_stacks(
 
 def _check_stack(model: nn.Module, stack: Stack, config: TensorConfig) -> None:
     tensor = stack.tensor
-    plain = type(tensor) in (Tensor, nn.Parameter, FakeTensor) and tensor.is_floating_point()
+    plain = type(tensor) in (Tensor, nn.Parameter, FakeTensor) and tensor.dtype in _DTYPES
     if tensor.ndim != 3 or not plain or isinstance(stack.owner, _ConvNd) or not stack.module:
         raise ValueError(
             f"target_parameters: {stack.name} is a {type(tensor).__name__} {tuple(tensor.shape)} of {tensor.dtype} in "
-            f"a {type(stack.owner).__name__}, expected a plain floating-point parameter (experts, out, in), such as "
-            "experts.gate_up_proj. The weight of a layer is adapted with target_modules."
+            f"a {type(stack.owner).__name__}, expected a plain parameter (experts, out, in) in full or half precision, "
+            "such as experts.gate_up_proj. The weight of a layer is adapted with target_modules."
         )
     layer = model.get_submodule(stack.module)
     is_ours = isinstance(layer, ExpertsLayer) and layer.is_of(config)
@@ -273,7 +281,8 @@ def _find_parameters(model: nn.Module) -> Iterator[Stack]:
             around.pop()
         if around and not f"{name}.".startswith(f"{around[-1]}base_layer."):
             continue  # an adapter's own
-        around += [f"{name}."] if isinstance(module, BaseTunerLayer) else []
         shown = re.sub(r"(\.base_layer)+\.", ".", f"{name}.")
         for parameter, _ in module.named_parameters(recurse=False):
             yield Stack(f"{shown}{parameter}".removeprefix("."), shown.removesuffix("."), module, parameter)
+        if isinstance(module, BaseTunerLayer):
+            around.append(f"{name}.")
