@@ -69,7 +69,8 @@ class Site:
         block: full name of that block, such as `model.layers.0.self_attn`. Cross attention is a block of its own.
         projections: what it projects: "query", "key", "value", "output", or the layer's name in an MLP. A fused
             projection has several; none where a fused projection's rows are in an unknown order.
-        interleaved: of a fused projection: each head has its rows of all projections together.
+        interleaved: of a fused projection: each head, in an MLP each hidden unit, has its rows of all projections
+            together.
         inner_is_out: whether the heads (in an MLP: the hidden units) are on the output side.
         heads: the number of heads of each projection; None where the configuration does not say it.
         head_dim: features of a head, from the configuration; None where that does not say it.
@@ -138,6 +139,9 @@ def _find_site(site: Site, config: Any) -> Site:
     # The hidden layer of an MLP is the wider side; one of equal sides counts by its name.
     leaves = r"(^|\.)(down_proj|fc2|fc_out|c_proj|output\.dense|wo|Wo|lin2|dense_4h_to_h|w2|ff\.net\.2)$"
     inner_is_out = site.out > site.in_ if site.out != site.in_ else re.search(leaves, path) is None
+    hidden = _number(config, "hidden_size", "d_model")
+    if "experts" in parts and (site.out == hidden) != (site.in_ == hidden):  # an expert is often narrow
+        inner_is_out = site.in_ == hidden
     block = ".".join(parts[: last_number + 1])
     # A gate and an up-projection in one, as in Phi-3 and ModernBERT: first the rows of one, then those of the other.
     projections = (f"{path}.1", f"{path}.2") if parts[-1] in ("gate_up_proj", "Wi") else (path,)

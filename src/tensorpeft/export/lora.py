@@ -27,6 +27,7 @@ from tensorpeft.loading.names import resolve
 from tensorpeft.networks.dtypes import at_least_float32
 from tensorpeft.networks.low_rank import Pair
 from tensorpeft.networks.update import AbstractFactoredUpdate, AbstractUpdate
+from tensorpeft.plugin.base_weight import StackedWeight
 from tensorpeft.plugin.config import TensorConfig
 from tensorpeft.plugin.layer import TensorLayer, check_weight_update
 from tensorpeft.reports.folders import replace_files, sole_writer
@@ -240,7 +241,15 @@ def _check_rank(updates: Mapping[str, AbstractUpdate], rank: int | None, energy:
 
 
 def _check_geometry(key: str, base: nn.Module) -> None:
-    """Raise a `ValueError` for a convolution that PEFT's LoRA layer, made of its kernel and stride, does not match."""
+    """Raise a `ValueError` for a convolution that PEFT's LoRA layer, made of its kernel and stride, does not match.
+
+    Or for an expert that is a part of a parameter, which is no layer at all.
+    """
+    if isinstance(base, StackedWeight):
+        raise ValueError(
+            f"{key}: an expert that is a part of a parameter; a plain LoRA checkpoint has layers alone. Merge the "
+            "adapter instead (merge_and_unload, or `tensorpeft export dense`)."
+        )
     plain: dict[str, Any] = {
         "groups": 1,
         "padding_mode": "zeros",

@@ -62,7 +62,8 @@ class CpUpdate(AbstractLowRankUpdate):
         heads: the heads of each projection, the first so many rows of C_H; ignored where there is no C_H.
         scale: s.
         inner_is_out: whether K is on the output side (query, key, value) or A is (output).
-        interleaved: whether a fused projection has each head's rows of all projections together.
+        interleaved: whether a fused projection has each head's rows of all projections together; without heads, each
+            hidden unit's.
     """
 
     def __init__(
@@ -97,7 +98,9 @@ class CpUpdate(AbstractLowRankUpdate):
                 self._inner(tensors, heads) * coefficients[..., projection, None, None, :]
                 for projection, heads in zip(self.projections, self.heads)
             ]
-            inner = torch.stack(parts, -3).flatten(-4, -2) if self.interleaved else torch.cat(parts, -3).flatten(-3, -2)
+            axis = -3 if f"{self.tensor}_C_H" in tensors else -2  # around each head, or each hidden unit
+            inner = torch.stack(parts, axis) if self.interleaved else torch.cat(parts, -3)
+            inner = inner.flatten(-4, -2) if self.interleaved else inner.flatten(-3, -2)
         return Factors(model.mT, core, inner) if self.inner_is_out else Factors(inner.mT, core, model)
 
     def group_key(self) -> Hashable | None:

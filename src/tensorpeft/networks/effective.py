@@ -8,8 +8,8 @@ its whole ΔW, and its gradient, while one layer is at work.) Measured by `bench
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate, islice
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from math import lcm
 from typing import Any, NamedTuple
 
@@ -132,6 +132,18 @@ def effective_weight(
         return _effective_weight(weight, _updates(*_flattened(cuts)), dtype)
 
 
+def trained_weight(
+    weight: Tensor,  # (out, in), floating point, any strides
+    cuts: Sequence[Cut],
+) -> Tensor:  # (out, in), dtype and strides of `weight`
+    """`effective_weight` with the gradients that `effective_linear` has, for who multiplies by it himself.
+
+    He keeps it until backward; neither a ΔW nor its graph is kept.
+    """
+    layout, tensors = _flattened(cuts)
+    return _TrainedWeight.apply(weight, layout, *tensors)  # type: ignore[no-any-return]
+
+
 def _effective_weight(weight: Tensor | None, updates: Sequence[_Update], dtype: torch.dtype) -> Tensor:
     blocks = list(_blocks(updates, dim=0))
     if len(blocks) == 1:
@@ -226,20 +238,55 @@ class _EffectiveLinear(torch.autograd.Function):
         with without_autocast(x.device):
             rows_x = x.reshape(-1, x.shape[-1])
             rows_y = grad_output.reshape(-1, grad_output.shape[-1])
-            updates = _updates(ctx.layout, tensors)
-            counts = [(trained, trained + constant) for _, trained, constant in ctx.layout]
-            starts = list(accumulate((count for _, count in counts), initial=0))
-            needs_cores = [any(needs_tensors[k : k + trained]) for k, (trained, _) in zip(starts, counts)]
+            updates, needs_cores = _updates(ctx.layout, tensors), _needs_cores(ctx.layout, needs_tensors)
             grad_x, grad_weight, grad_halves = _block_gradients(
                 rows_x, rows_y, weight, updates, needs_x, needs_weight, needs_cores
             )
-            grads: list[Tensor | None] = [None for _ in tensors]
-            for k, (network, trained, _), gradient in zip(starts, ctx.layout, grad_halves):
-                if gradient is not None:
-                    pulled = gradient if network is None else _pull_back(network, tensors[k : k + trained], gradient)
-                    grads[k : k + trained] = pulled
+            grads = _core_gradients(ctx.layout, tensors, grad_halves)
             grad_bias = rows_y.sum(0) if needs_bias else None
         return None if grad_x is None else grad_x.view_as(x), grad_weight, grad_bias, None, *grads
+
+
+class _TrainedWeight(torch.autograd.Function):
+    """Saves the cores."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, layout: Layout, *tensors: Tensor) -> Tensor:
+        ctx.layout = layout
+        ctx.save_for_backward(*tensors)
+        with without_autocast(weight.device):
+            return _effective_weight(weight, _updates(layout, tensors), weight.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (grad,) = grad_outputs
+        tensors = ctx.saved_tensors  # which a checkpoint hands out once
+        needs_weight, _, *needs_tensors = ctx.needs_input_grad
+        with without_autocast(grad.device):
+            updates, needs_cores = _updates(ctx.layout, tensors), _needs_cores(ctx.layout, needs_tensors)
+            blocks = ((start, stop, grad[start:stop]) for start, stop in _blocks(updates, dim=0))
+            grads = _core_gradients(ctx.layout, tensors, _fold_blocks(blocks, updates, needs_cores))
+        return grad if needs_weight else None, None, *grads
+
+
+def _needs_cores(layout: Layout, needs_tensors: Sequence[bool]) -> list[bool]:
+    """Whether a trained tensor of each cut takes a gradient."""
+    rest = iter(needs_tensors)
+    return [any(list(islice(rest, trained + constant))[:trained]) for _, trained, constant in layout]
+
+
+def _core_gradients(
+    layout: Layout, tensors: Sequence[Tensor], grad_halves: Sequence[Halves | None]
+) -> list[Tensor | None]:
+    """The gradients of the cuts' tensors, from those of their halves."""
+    grads: list[Tensor | None] = []
+    for (network, trained, constant), gradient in zip(layout, grad_halves):
+        pulled: Sequence[Tensor | None] = gradient or [None] * trained
+        if network is not None and gradient is not None:
+            pulled = _pull_back(network, tensors[len(grads) : len(grads) + trained], gradient)
+        grads += [*pulled, *[None] * constant]
+    return grads
 
 
 def _pull_back(network: Network, cores: Sequence[Tensor], gradient: Halves) -> Sequence[Tensor]:
@@ -317,12 +364,26 @@ def _block_gradients(
                 part = _effective_part(weight, updates, 1, start, stop, x.dtype)
                 torch.mm(grad_y, part, out=grad_x[:, start:stop])
     grad_weight = torch.empty_like(weight) if needs_weight and weight is not None else None
+
+    def grad_blocks() -> Iterator[tuple[int, int, Tensor]]:
+        for start, stop in _blocks(updates, dim=0) if needs_weight or any(needs_cores) else ():
+            block = grad_y[:, start:stop].t() @ x
+            if grad_weight is not None:
+                grad_weight[start:stop] = block
+            yield start, stop, block
+
+    return grad_x, grad_weight, _fold_blocks(grad_blocks(), updates, needs_cores)
+
+
+def _fold_blocks(
+    blocks: Iterable[tuple[int, int, Tensor]],  # rows [start, stop), and the weight's gradient there
+    updates: Sequence[_Update],
+    needs_cores: Sequence[bool],  # of each update
+) -> list[Halves | None]:
+    """The gradients of the updates' halves."""
     lefts: list[list[Tensor]] = [[] for _ in updates]
     rights: list[Tensor | None] = [None for _ in updates]
-    for start, stop in _blocks(updates, dim=0) if needs_weight or any(needs_cores) else ():
-        block = grad_y[:, start:stop].t() @ x
-        if grad_weight is not None:
-            grad_weight[start:stop] = block
+    for start, stop, block in blocks:
         for k, update in enumerate(updates):
             if needs_cores[k]:
                 left, right = fold_gradient(block, *update.trained.part(0, start, stop))
@@ -335,4 +396,4 @@ def _block_gradients(
         else:
             grad_left = left[0] if len(left) == 1 else torch.cat(left)
             grad_halves.append(Halves(grad_left, right))
-    return grad_x, grad_weight, grad_halves
+    return grad_halves

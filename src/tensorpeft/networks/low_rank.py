@@ -122,4 +122,10 @@ def _halves(factors: Sequence[Tensor]) -> Halves:
     return Halves(up.unsqueeze(1), down.unsqueeze(1))
 
 
+def _halves_of_pair(pair: Sequence[Tensor]) -> Halves:
+    down, up = map(at_least_float32, pair)
+    return Halves(up.unsqueeze(1), down.unsqueeze(1))
+
+
 MATRIX_PRODUCT = Network(_halves)
+PAIR_PRODUCT = Network(_halves_of_pair)

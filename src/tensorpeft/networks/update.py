@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tensorpeft.networks.dtypes import product_dtype
 from tensorpeft.networks.effective import Cut, fold
 from tensorpeft.networks.group import Parts, Place, Tensors, parts_of, tensors_of
-from tensorpeft.networks.low_rank import MATRIX_PRODUCT, Factors, Pair, low_rank_linear
+from tensorpeft.networks.low_rank import MATRIX_PRODUCT, PAIR_PRODUCT, Factors, Pair, low_rank_linear
 from tensorpeft.networks.versions import Kept
 
 # The buffer that an update has where a part of it is stored in the base layer: which base that must be.
@@ -213,6 +213,10 @@ class AbstractLowRankUpdate(AbstractFactoredUpdate):
     ) -> Pair:
         """What the layer multiplies by. Differentiable."""
         return Pair(*parts_of(self, dtype))
+
+    def cut(self) -> Cut:
+        """The two halves that the layer multiplies by."""
+        return Cut(PAIR_PRODUCT, self.pair())
 
     def group_key(self) -> Hashable | None:
         """As `networks.group.Member` has it; None, where a method says no other: the update is made alone."""

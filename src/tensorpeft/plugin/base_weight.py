@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.quantization_utils import QuantizationBackend, resolve_quantization_backend
+from peft.utils.quantization_utils import QuantizationBackend, TorchaoBackend, resolve_quantization_backend
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers.pytorch_utils import Conv1D
 
 from tensorpeft.networks.update import AbstractUpdatableLinear
-from tensorpeft.sites import Convolution
+from tensorpeft.sites import Convolution, Site
 
 
 class UpdatableBackend(QuantizationBackend):
@@ -43,11 +44,66 @@ class UpdatableBackend(QuantizationBackend):
         set_innermost(peft_layer, plain_layer(base, as_matrix(base, weight_data)))
 
 
+class StackedWeight(nn.Module):
+    """One matrix of a parameter (stack, out, in) that a module multiplies by: a linear layer that is never called.
+
+    It has no parameters of its own, and refers to the module plainly.
+
+    Args:
+        owner: the module that holds the parameter. With a true `is_transposed` it stores (stack, in, out).
+        parameter: its name there.
+        index: the matrix's place in the stack.
+    """
+
+    owner: nn.Module
+
+    def __init__(self, owner: nn.Module, parameter: str, index: int):
+        super().__init__()
+        object.__setattr__(self, "owner", owner)
+        self.parameter = parameter
+        self.index = index
+        self.out_features, self.in_features = self.weight.shape
+
+    @property
+    def weight(self) -> Tensor:  # (out, in)
+        """A view of the matrix, without a graph."""
+        return as_stack(self.owner, getattr(self.owner, self.parameter).detach())[self.index]
+
+
+def as_stack(
+    owner: nn.Module,
+    stored: Tensor,  # (stack, out, in), or (stack, in, out)
+) -> Tensor:  # (stack, out, in)
+    """A stack of weights as its module stores it, or the inverse; a view."""
+    return stored.mT if getattr(owner, "is_transposed", False) else stored
+
+
 def find_backend(base: nn.Module, **quantization_kwargs: Any) -> QuantizationBackend | None:
-    """Ours for a layer that adds updates by itself, else PEFT's; None for a layer that is not quantised."""
+    """Ours for a layer that adds updates by itself, else PEFT's; None for a layer that is not quantised.
+
+    PEFT's for torchao wants to know how to quantise a merged weight again, which only a model that transformers has
+    quantised says. Another one can be trained, and not merged.
+    """
     if isinstance(base, AbstractUpdatableLinear):
         return UpdatableBackend()
-    return resolve_quantization_backend(base, **quantization_kwargs)
+    known = {"get_apply_tensor_subclass": _cannot_quantize_again, **quantization_kwargs}
+    backend = resolve_quantization_backend(base, **known)
+    if isinstance(backend, TorchaoBackend) and backend.get_apply_tensor_subclass is _cannot_quantize_again:
+        backend.supports_merge = False
+    return backend
+
+
+def _cannot_quantize_again() -> Any:
+    raise ValueError(cannot_merge("torchao"))
+
+
+def cannot_merge(backend_name: str) -> str:
+    """Why a layer with such a backend is not merged into, and what to do instead."""
+    return (
+        f"its weight is quantised by {backend_name}, and a merged one could not be quantised again in the same way. "
+        "Keep the adapter beside the model (save_pretrained), or merge it into the model before quantisation; of "
+        "torchao, a model that transformers has quantised (TorchAoConfig) can be merged into."
+    )
 
 
 def plain_layer(base: nn.Module, weight: Tensor) -> nn.Module:
@@ -98,7 +154,7 @@ def layer_shape(
     if isinstance(base, Conv1D):
         in_, out = base.weight.shape
         return out, in_
-    if isinstance(base, nn.Linear) or (backend is not None and hasattr(base, "in_features")):
+    if isinstance(base, (nn.Linear, StackedWeight)) or (backend is not None and hasattr(base, "in_features")):
         return int(base.out_features), int(base.in_features)  # type: ignore[arg-type]
     if may_be_convolution and is_convolution(base):
         return base.out_channels, base.in_channels  # type: ignore[return-value]
@@ -128,6 +184,12 @@ def convolution_of(base: Any) -> Convolution | None:
     return Convolution(base.kernel_size, base.stride, padding, base.dilation, base.groups, border)
 
 
+def with_layer(site: Site, base: nn.Module) -> Site:
+    """The site with what only its layer tells: the geometry of a convolution, the order of an expert's rows."""
+    rows_alternate = isinstance(base, StackedWeight) and not getattr(base.owner, "is_concatenated", True)
+    return replace(site, convolution=convolution_of(base), interleaved=site.interleaved or rows_alternate)
+
+
 def addable_weight(base: nn.Module) -> Tensor | None:
     """The weight (out, in) where `base(x)` is exactly `F.linear(x, weight, bias)`, as a view; else None.
 
@@ -154,6 +216,20 @@ def as_matrix(base: nn.Module, stored: Tensor) -> Tensor:
     if isinstance(base, Conv1D):
         return stored.t()
     return stored.flatten(1) if is_convolution(base) else stored
+
+
+def unmerged_weight(base: nn.Module) -> Tensor:
+    """The weight of a layer as it stores it, to be put back by `put_weight` after another one was in its place."""
+    return base.weight.clone() if isinstance(base, StackedWeight) else base.weight.data  # type: ignore[return-value]
+
+
+def put_weight(base: nn.Module, weight: Tensor) -> None:
+    """Give a layer that is not quantised another weight, laid out as it stores its own."""
+    if isinstance(base, StackedWeight):
+        with torch.inference_mode(base.weight.is_inference()):
+            base.weight.copy_(weight)
+    else:
+        base.weight.data = weight
 
 
 def weight_of(layer: nn.Module) -> Tensor:  # (out, in)

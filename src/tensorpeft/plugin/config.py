@@ -46,6 +46,8 @@ class TensorConfig(PeftConfig, ABC):
     Args:
         target_modules: names (endings) of the linear layers to adapt, a regular expression for their full names, or
             "all-linear" (all but the output head). None: the layers of PEFT's LoRA mapping for the architecture.
+        target_parameters: names (endings) of parameters (experts, out, in) to adapt beside the layers, such as
+            "experts.gate_up_proj"; with `target_modules=[]` they alone. Every expert's matrix is a weight of its own.
         exclude_modules: names (endings), or a regular expression, of layers to leave out.
         modules_to_save: names of further modules to train in full and save, such as a new classification head.
         layers_to_transform: index or indices of the layers to adapt, for `target_modules` given as a list.
@@ -56,6 +58,7 @@ class TensorConfig(PeftConfig, ABC):
     """
 
     target_modules: list[str] | str | None = field(default=None, metadata={"help": "Which linear layers to adapt."})
+    target_parameters: list[str] | None = field(default=None, metadata={"help": "Stacks of experts' weights to adapt."})
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Which layers to leave out."})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules to train in full and save."})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Indices of layers to adapt."})

@@ -6,6 +6,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from tensorpeft.plugin.base_weight import put_weight
+
 
 class UpdateHolder(nn.Module, BaseTunerLayer):
     """A module with something of every adapter.
@@ -39,7 +41,10 @@ class UpdateHolder(nn.Module, BaseTunerLayer):
             # A parameter of one kind whose data are of the other cannot be used.
             with torch.inference_mode(is_inference):
                 weight_data = weight_data.clone()
-        super().set_base_weight(weight_data)
+        if self.quantization_backend is not None:
+            super().set_base_weight(weight_data)
+        else:
+            put_weight(self.get_base_layer(), weight_data)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """As PEFT's, but the tensors keep their dtype: small steps would be lost in a half-precision copy."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,13 +27,17 @@ from tensorpeft.networks.update import (
 )
 from tensorpeft.networks.versions import Kept
 from tensorpeft.plugin.base_weight import (
+    StackedWeight,
+    UpdatableBackend,
     addable_weight,
     as_matrix,
     as_stored,
     has_own_forward,
     is_convolution,
+    put_weight,
     restore_row_order,
     set_innermost,
+    unmerged_weight,
 )
 from tensorpeft.plugin.holder import UpdateHolder
 from tensorpeft.plugin.routes import Route, choose_route
@@ -82,10 +87,13 @@ class TensorLayer(UpdateHolder):
         """(*batch, in) -> (*batch, out). `adapter_names`: one per row of the batch, "__base__" for none."""
         if adapter_names is not None:
             return self._mixed_forward(x, adapter_names, *args, **kwargs)
+        return self._adapted_forward(x, self.unmerged_updates(), *args, **kwargs)
+
+    def unmerged_updates(self) -> list[AbstractUpdate]:
+        """What the active adapters add to the base weight as it is; disabled ones that are merged are unmerged."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        updates = [] if self.disable_adapters or self.merged else self._named(self.active_adapters)
-        return self._adapted_forward(x, updates, *args, **kwargs)
+        return [] if self.disable_adapters or self.merged else self._named(self.active_adapters)
 
     def _adapted_forward(
         self, x: Tensor, updates: Sequence[AbstractUpdate], *args: Any, may_cache: bool = True, **kwargs: Any
@@ -196,7 +204,7 @@ class TensorLayer(UpdateHolder):
         if self.owns_base and not self.merged and isinstance(base, AbstractUpdatableLinear):
             object.__setattr__(self, "_unmerged", base)  # not as a submodule
         elif self.owns_base and not self.merged and self.quantization_backend is None:
-            self._unmerged = base.weight.data  # type: ignore[assignment]
+            self._unmerged = unmerged_weight(base)
         self.set_base_weight(merged)
         self.merged_adapters.extend(names)
         self._cached.clear()
@@ -226,7 +234,7 @@ class TensorLayer(UpdateHolder):
         if not self.merged:
             return
         if isinstance(self._unmerged, Tensor):
-            self.get_base_layer().weight.data = self._unmerged
+            put_weight(self.get_base_layer(), self._unmerged)
         elif self._unmerged is not None:
             set_innermost(self, self._unmerged)
         else:
@@ -247,7 +255,8 @@ class TensorLayer(UpdateHolder):
         # PEFT asks a layer without a name, whatever its adapter's is; and its conversion knows matrices only.
         updates = self._named([adapter_name]) or self.updates.values()
         are_weights = all(isinstance(update, AbstractWeightUpdate) for update in updates)
-        return are_weights and not is_convolution(self.get_base_layer())
+        base = self.get_base_layer()
+        return are_weights and not is_convolution(base) and not isinstance(base, StackedWeight)
 
     def _weight_update(self, adapter_name: str) -> AbstractWeightUpdate:
         return check_weight_update(adapter_name, self.updates[adapter_name])
@@ -288,3 +297,24 @@ def _trains(weight: Tensor | None, updates: Sequence[nn.Module]) -> bool:
     """Whether a gradient of the weight or of the updates will be asked for."""
     parameters = [parameter for update in updates for parameter in update.parameters()]
     return torch.is_grad_enabled() and any(t.requires_grad for t in (*parameters, weight) if t is not None)
+
+
+@contextmanager
+def merging_in(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    """While it is open, layers that are made plain by merging get this dtype; those merged before are merged anew."""
+    layers = [module for module in model.modules() if isinstance(module, TensorLayer)]
+    layers = [
+        layer for layer in layers if dtype is not None and isinstance(layer.quantization_backend, UpdatableBackend)
+    ]
+    backends = [layer.quantization_backend for layer in layers]
+    for layer, backend in zip(layers, backends):
+        backend.dtype = dtype  # type: ignore[union-attr]
+        if layer.merged:
+            names = list(layer.merged_adapters)
+            layer.unmerge()
+            layer.merge(adapter_names=names)
+    try:
+        yield
+    finally:
+        for backend in backends:
+            backend.dtype = None  # type: ignore[union-attr]

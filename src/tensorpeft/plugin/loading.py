@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tensorpeft.networks.update import BASE_DIGEST, AbstractUpdatableLinear, AbstractWeightUpdate
-from tensorpeft.plugin.base_weight import as_matrix
+from tensorpeft.plugin.base_weight import StackedWeight, as_matrix, as_stack
 from tensorpeft.plugin.checkpoint import reads_files, verifies_base
 from tensorpeft.plugin.config import TensorConfig, own_fields
 from tensorpeft.plugin.holder import UpdateHolder
@@ -261,8 +261,20 @@ def check_state_dict(tuner: BaseTuner, state_dict: dict[str, Tensor], prefix: st
             if problem := _other_own_part(update, part) or _misfit(update, part, config):
                 raise ValueError(f"{shown}: {problem}")
             if isinstance(layer, TensorLayer):
-                weight = state_dict.get(f"{prefix}{key_of(name)}.{_path_to_base(layer)}weight")
+                weight = _weight_in(state_dict, f"{prefix}{key_of(name)}", layer)
                 _check_start(tuner.model, shown, layer, adapter_name, part, weight)
+
+
+def _weight_in(state_dict: Mapping[str, Tensor], name: str, layer: TensorLayer) -> Tensor | None:
+    """The weight of an adapted layer's base in a state dict of the whole model, as the base stores it, if it is there.
+
+    An expert's is a part of the parameter `experts.base_layer.down_proj` where its own name is `experts.3.down_proj`.
+    """
+    base = layer.get_base_layer()
+    if not isinstance(base, StackedWeight):
+        return state_dict.get(f"{name}.{_path_to_base(layer)}weight")
+    stack = state_dict.get(f"{name.rsplit('.', 2)[0]}.base_layer.{base.parameter}")
+    return None if stack is None else as_stack(base.owner, stack)[base.index]
 
 
 def _holders_of(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, UpdateHolder]]:

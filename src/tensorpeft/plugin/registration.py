@@ -16,6 +16,7 @@ from peft.utils import PeftType, register_peft_method
 from transformers.integrations.peft import PeftAdapterMixin
 
 from tensorpeft.plugin.config import TensorConfig
+from tensorpeft.plugin.experts import ExpertsLayer
 from tensorpeft.plugin.guards import guarded_load, guarded_load_of_transformers, guarded_save
 from tensorpeft.plugin.holder import SharedHolder, UpdateHolder
 from tensorpeft.plugin.layer import TensorLayer
@@ -56,6 +57,7 @@ def register(name: str) -> Callable[[ConfigClass], ConfigClass]:
         classes = MethodClasses(
             layer=_subclass((TensorLayer, holder_cls), f"{title}Layer", config_cls),
             shared=_subclass((SharedHolder, holder_cls), f"{title}SharedHolder", config_cls),
+            experts=_subclass((ExpertsLayer, holder_cls), f"{title}ExpertsLayer", config_cls),
         )
         fields = {
             "prefix": f"{name}_",
@@ -157,6 +159,11 @@ def _merge_all_or_none(self: Any, adapter_names: list[str] | None = None, safe_m
 
 def _prepare_with_our_defaults(config: Any, model_config: dict[str, Any]) -> Any:
     """PeftMixedModel takes LoRA's default targets for every method."""
+    if isinstance(config, TensorConfig) and config.target_parameters:
+        raise ValueError(
+            f"target_parameters={config.target_parameters!r}: a PeftMixedModel adapts layers alone. Use a PeftModel "
+            "(get_peft_model without mixed=True), or leave the experts out."
+        )
     if isinstance(config, TensorConfig) and config.target_modules is None:
         targets = config.default_targets.get(model_config.get("model_type", ""))
         if targets is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,23 +11,25 @@ from typing import Any, NamedTuple
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import _get_submodules
+from peft.utils.integrations import init_empty_weights
 from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from tensorpeft.networks.update import AbstractUpdatableLinear, AbstractUpdate
 from tensorpeft.plugin.base_weight import (
-    UpdatableBackend,
     as_matrix,
-    convolution_of,
+    cannot_merge,
     find_backend,
     layer_shape,
     restore_row_order,
+    with_layer,
 )
 from tensorpeft.plugin.checkpoint import shapes_to_load
 from tensorpeft.plugin.config import TensorConfig
+from tensorpeft.plugin.experts import ExpertsLayer, check_stacked_updates, target_stacks, warn_of_stacks
 from tensorpeft.plugin.holder import SharedHolder, UpdateHolder
-from tensorpeft.plugin.layer import TensorLayer, check_finite, check_weight_update
+from tensorpeft.plugin.layer import TensorLayer, check_finite, check_weight_update, merging_in
 from tensorpeft.plugin.loading import check_checkpoint, check_starts, check_state_dict, check_tensors, own_key
 from tensorpeft.sites import Site, find_sites
 
@@ -37,13 +39,14 @@ class MethodClasses(NamedTuple):
 
     layer: type[TensorLayer]
     shared: type[SharedHolder]
+    experts: type[ExpertsLayer]
 
 
 class TensorModel(BaseTuner):
     """A model whose target layers carry updates. Each method has a subclass, made by `plugin.registration`."""
 
     tuner_layer_cls = UpdateHolder
-    classes = MethodClasses(TensorLayer, SharedHolder)
+    classes = MethodClasses(TensorLayer, SharedHolder, ExpertsLayer)
 
     def inject_adapter(
         self,
@@ -57,6 +60,7 @@ class TensorModel(BaseTuner):
 
         A state dict of shared factors alone names no layers: they are the configuration's.
         """
+        warn_of_stacks(model, self.peft_config[adapter_name])  # type: ignore[arg-type]
         self._allocates_only = low_cpu_mem_usage
         names = {key.rsplit(f".{self.prefix}", 1)[0] for key in state_dict or ()}
         if names == {_name_of_owner(self.classes)}:
@@ -78,6 +82,25 @@ class TensorModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         wrap_layer(self, self.classes, peft_config, adapter_name, current_key)
+
+    def _inject_parameters(
+        self, peft_config: TensorConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        stacks = target_stacks(model, peft_config, self._check_target_module_exists)
+        with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+            for stack in stacks:
+                keys = list(stack.weights())
+                _plan(self, self.classes, peft_config, keys[0])
+                stack.split(model, self.classes.experts)
+                for key in keys:
+                    wrap_layer(self, self.classes, peft_config, adapter_name, key)
+        return [stack.name for stack in stacks]
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, ExpertsLayer):  # whose module has no `weight` for PEFT to move
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         # Of the whole tuner, before its first layer is loaded: a checkpoint that does not fit changes nothing.
@@ -142,7 +165,7 @@ class TensorModel(BaseTuner):
             adapter_names: PEFT's.
             dtype: of the weights that a residual base (QDoTA) gets; None: that of the model.
         """
-        with _merging_in(self.model, dtype):
+        with merging_in(self.model, dtype):
             return super().merge_and_unload(progressbar, safe_merge, adapter_names)
 
     @contextmanager
@@ -166,7 +189,7 @@ class TensorModel(BaseTuner):
         with ExitStack() as stack:
             for module in self.modules():
                 # modules_to_save have a copy per adapter too.
-                if isinstance(module, (TensorLayer, AuxiliaryTrainingWrapper)):
+                if isinstance(module, (TensorLayer, ExpertsLayer, AuxiliaryTrainingWrapper)):
                     # Beams are rows of a decoder's batch, not of its encoder's.
                     names = adapter_names if module in in_encoder else repeated
                     handle = module.register_forward_pre_hook(partial(_pass_names, names), with_kwargs=True)
@@ -189,13 +212,7 @@ def wrap_layer(
         ValueError: the method cannot adapt a target, or serve it.
     """
     key = key.removeprefix("base_model.model.")  # PeftMixedModel adds its second adapter from its own root
-    planned: tuple[Any, dict[str, AbstractUpdate]] | None = getattr(tuner, "_planned", None)
-    if planned is None or planned[0] is not config or key not in planned[1]:
-        if (shapes := shapes_to_load()) is not None:
-            _check_shapes(tuner, classes, config, shapes)
-        planned = (config, dict(build_updates(tuner, config)))
-        tuner._planned = planned  # type: ignore[assignment]
-    update = planned[1].pop(key)
+    update = _plan(tuner, classes, config, key).pop(key)
     parent, target, target_name = _get_submodules(tuner.model, key)
     if isinstance(target, classes.layer):
         target.hold(adapter_name, update, config.inference_mode)
@@ -219,15 +236,30 @@ def wrap_layer(
             update.shared.requires_grad_(is_active and not config.inference_mode)
 
 
+def _plan(tuner: BaseTuner, classes: MethodClasses, config: TensorConfig, key: str) -> dict[str, AbstractUpdate]:
+    """The updates of a new adapter that have no layer yet, that of the layer `key` being one of them."""
+    planned: tuple[Any, dict[str, AbstractUpdate]] | None = getattr(tuner, "_planned", None)
+    if planned is None or planned[0] is not config or key not in planned[1]:
+        if (shapes := shapes_to_load()) is not None:
+            _check_shapes(tuner, classes, config, shapes)
+        planned = (config, dict(build_updates(tuner, config)))
+        tuner._planned = planned  # type: ignore[assignment]
+    return planned[1]
+
+
 def check_mergeable(model: nn.Module, adapter_names: Iterable[str] | None = None) -> None:
-    """Raise a `ValueError` if one of these adapters, or an active one, is no update of a weight.
+    """Raise a `ValueError` if one of these adapters, or an active one, cannot be merged into the weights.
 
     One that is active and not to be merged counts too: what it adds depends on what the others have added before.
     """
-    for module in model.modules():
+    for key, module in model.named_modules():
         if isinstance(module, TensorLayer):
-            for name in {*(adapter_names or ()), *module.active_adapters} & set(module.updates):
+            names = {*(adapter_names or ()), *module.active_adapters} & set(module.updates)
+            for name in names:
                 check_weight_update(name, module.updates[name])
+            backend = module.quantization_backend
+            if names and backend is not None and not backend.supports_merge:
+                raise ValueError(f"{key}: {cannot_merge(backend.backend_name)}")
 
 
 def check_merged_weights(model: nn.Module, adapter_names: Iterable[str] | None = None) -> None:
@@ -280,7 +312,9 @@ def build_updates(tuner: BaseTuner, config: TensorConfig) -> Mapping[str, Abstra
     """The method's updates for all targets of a config, which is settled first. Changes nothing in the model."""
     sites, bases = bases_of(tuner, config)
     config.settle(sites, bases)
-    return config.build(sites, replace(bases, allocates_only=getattr(tuner, "_allocates_only", False)))
+    updates = config.build(sites, replace(bases, allocates_only=getattr(tuner, "_allocates_only", False)))
+    check_stacked_updates(updates, bases.layers, config)
+    return updates
 
 
 def bases_of(tuner: BaseTuner, config: TensorConfig) -> tuple[list[Site], _Bases]:
@@ -295,9 +329,12 @@ def bases_of(tuner: BaseTuner, config: TensorConfig) -> tuple[list[Site], _Bases
         out, in_ = layer_shape(base, name, parent, backend, config.adapts_convolutions)
         layers[name] = (base, backend)
         shapes.append((name, out, in_))
+    for stack in target_stacks(tuner.model, config, tuner._check_target_module_exists):
+        for name, weight in stack.weights().items():
+            layers[name] = (weight, None)
+            shapes.append((name, weight.out_features, weight.in_features))
     sites = [
-        replace(site, convolution=convolution_of(layers[site.name][0]))
-        for site in find_sites(shapes, getattr(tuner.model, "config", None))
+        with_layer(site, layers[site.name][0]) for site in find_sites(shapes, getattr(tuner.model, "config", None))
     ]
     return sites, _Bases(layers)
 
@@ -339,27 +376,6 @@ def _target_names(tuner: BaseTuner, config: TensorConfig) -> list[str]:
 
 def _innermost(target: nn.Module) -> nn.Module:
     return target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-
-
-@contextmanager
-def _merging_in(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
-    """While it is open, layers that are made plain by merging get this dtype; those merged before are merged anew."""
-    layers = [module for module in model.modules() if isinstance(module, TensorLayer)]
-    layers = [
-        layer for layer in layers if dtype is not None and isinstance(layer.quantization_backend, UpdatableBackend)
-    ]
-    backends = [layer.quantization_backend for layer in layers]
-    for layer, backend in zip(layers, backends):
-        backend.dtype = dtype  # type: ignore[union-attr]
-        if layer.merged:
-            names = list(layer.merged_adapters)
-            layer.unmerge()
-            layer.merge(adapter_names=names)
-    try:
-        yield
-    finally:
-        for backend in backends:
-            backend.dtype = None  # type: ignore[union-attr]
 
 
 def _encoder_modules(model: nn.Module) -> set[nn.Module]:

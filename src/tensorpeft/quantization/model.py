@@ -101,6 +101,7 @@ def plan_layers(
             "the model is quantised or has adapters already. Load it in full or half precision, without "
             "quantization_config, and quantise it before get_peft_model."
         )
+    check_targets(config)
     if config is not None:
         settle(model, config)  # in the configuration itself: the adapter has to fit the base that is made with it
     updates = {} if config is None else plan_updates(model, config)
@@ -126,6 +127,15 @@ def plan_layers(
                 "in one of these, without quantization_config."
             )
     return shapes, plain
+
+
+def check_targets(config: TensorConfig | None) -> None:
+    """Raise a `ValueError` if a configuration adapts what is no layer: that has no 4-bit form here."""
+    if config is not None and config.target_parameters:
+        raise ValueError(
+            f"target_parameters={config.target_parameters!r}: a residual base is made of linear layers; experts that "
+            "are one parameter stay as they are. Leave them out here, or adapt them on the base as it was."
+        )
 
 
 def _is_in(name: str, keys: Iterable[str]) -> bool:

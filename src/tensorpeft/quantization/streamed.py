@@ -27,7 +27,7 @@ from tensorpeft.loading.errors import explained, require_config
 from tensorpeft.loading.names import resolve
 from tensorpeft.plugin.config import TensorConfig
 from tensorpeft.plugin.tensor_map import settle
-from tensorpeft.quantization.model import Shapes, network_of, plan_layers
+from tensorpeft.quantization.model import Shapes, check_targets, network_of, plan_layers
 from tensorpeft.quantization.quantizer import ResidualConfig
 from tensorpeft.reports.files import UNFINISHED, write_json, write_lines, write_whole
 from tensorpeft.reports.folders import LOCK, sole_writer
@@ -90,6 +90,7 @@ def quantize_checkpoint(
     source, out = _find_source(source), Path(out)
     with sole_writer(out):
         model_config, model = _empty_model(source)
+        check_targets(config)
         if config is not None:
             settle(model, config, lambda sites: _StoredBases(source, model, sites))
         shapes, plain = plan_layers(model, config, skip_modules)
