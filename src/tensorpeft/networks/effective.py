@@ -9,6 +9,7 @@ its whole ΔW, and its gradient, while one layer is at work.) Measured by `bench
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial, reduce
 from itertools import accumulate, islice
 from math import lcm
 from typing import Any, NamedTuple
@@ -17,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd.function import once_differentiable
 
+from tensorpeft.networks.derivatives import is_transformed, linear_gradients
 from tensorpeft.networks.dtypes import product_dtype, without_autocast
 from tensorpeft.networks.kernels import build, dither
 from tensorpeft.networks.kernels import fold as fold_gradient
@@ -85,7 +86,7 @@ def effective_linear(
     bias: Tensor | None,  # (out,)
     cuts: Sequence[Cut],
 ) -> Tensor:  # (*batch, out)
-    """`x (weight + Σ ΔW)ᵀ + bias` in one product, differentiable in everything but the cuts' starts.
+    """`x (weight + Σ ΔW)ᵀ + bias` in one product, differentiable any number of times in all but the cuts' starts.
 
     A weight that is stored in another form is given as a function that makes the matrix: called in forward and once
     more in backward, so that the matrix is never kept, and without a gradient of its own.
@@ -94,6 +95,8 @@ def effective_linear(
     """
     x = x.to(product_dtype(x))
     layout, tensors = _flattened(cuts)
+    if is_transformed():
+        return _plain_linear(layout, bias, x, weight() if callable(weight) else weight, *tensors)
     return _EffectiveLinear.apply(x, weight, bias, layout, *tensors)  # type: ignore[no-any-return]
 
 
@@ -194,6 +197,28 @@ def _difference(network: Network, now: Halves, cores: Sequence[Tensor], start: S
     return Halves(torch.cat([now.left, left], dim=-1), torch.cat([now.right, -right]) * moved)
 
 
+def _plain_linear(layout: Layout, bias: Tensor | None, x: Tensor, weight: Tensor | None, *tensors: Tensor) -> Tensor:
+    """`effective_linear` of plain operations, every update in a product of its own."""
+    rest, updates = iter(tensors), list[Tensor]()
+    with without_autocast(x.device):
+        for network, *counts in layout:
+            trained, constant = (tuple(islice(rest, count)) for count in counts)
+            update = fold(Halves(*trained) if network is None else network.halves(trained))
+            if constant and network is None:  # of the difference, which has the update's derivatives
+                update = update + (fold(Halves(*constant)) - update).detach()
+            elif constant and network is not None:
+                update = update - fold(network.halves(constant)).detach()
+            updates.append(update)
+        return plain_sum(x, weight, bias, [F.linear(x, update.to(x.dtype)) for update in updates])
+
+
+def plain_sum(x: Tensor, weight: Tensor | None, bias: Tensor | None, added: Sequence[Tensor]) -> Tensor:
+    """What is added to the base's product, and that, if there is a base."""
+    if weight is not None:
+        added = [F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)), *added]
+    return reduce(torch.add, added)
+
+
 class _EffectiveLinear(torch.autograd.Function):
     """Saves x, the frozen weight and the cores: tensors that are there anyway; and per cut a number."""
 
@@ -216,13 +241,17 @@ class _EffectiveLinear(torch.autograd.Function):
             return F.linear(x, effective, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad_output,) = grad_outputs
         x, weight, *tensors = ctx.saved_tensors
         if ctx.make_weight is not None:
             weight = ctx.make_weight()
         needs_x, needs_weight, needs_bias, _, *needs_tensors = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # create_graph=True
+            wanted = (needs_x, needs_weight, needs_bias, *needs_tensors)
+            plain = partial(_plain_linear, ctx.layout, None)
+            *firsts, grads = linear_gradients(plain, (x, weight, *tensors), wanted, grad_output)
+            return *firsts, None, *grads
         with without_autocast(x.device):
             rows_x = x.reshape(-1, x.shape[-1])
             rows_y = grad_output.reshape(-1, grad_output.shape[-1])

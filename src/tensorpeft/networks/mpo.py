@@ -22,6 +22,7 @@ from tensorpeft.networks.chains import (
     halves_of_difference,
     sorted_halves,
 )
+from tensorpeft.networks.derivatives import is_transformed
 from tensorpeft.networks.dtypes import at_least_float32
 from tensorpeft.networks.effective import Cut, Halves, Ready, effective_linear, fold
 from tensorpeft.networks.group import Parts, Tensors, parts_of
@@ -59,7 +60,7 @@ class FrozenCores(nn.Module):
 
     @torch.no_grad()
     def halves(self) -> Halves:
-        """The cores contracted; kept, as they never change."""
+        """The cores contracted; kept, as they seldom change."""
         cores = self.cores()
         if torch.compiler.is_compiling():
             return contract_to_halves(cores)
@@ -118,6 +119,8 @@ class MpoUpdate(AbstractFusedUpdate):
     def cut(self) -> Cut:
         """Both networks, to be cut at the bond that makes the halves smallest."""
         start = tuple(self.start())
+        if is_transformed():
+            return Cut(MPO, tuple(self.cores()), start)
         left, right, *difference = parts_of(self)
         ready = Ready(Halves(left, right), Halves(*difference) if difference else None)
         return Cut(MPO, tuple(self.cores()), start, ready)
