@@ -28,7 +28,8 @@ from transformers.utils import logging
 from minilm_runs import TARGETS, Schedule, build_model, load_rows, train
 from tensorpeft import DotaConfig
 from tensorpeft.networks import kernels
-from tensorpeft.networks.effective import Cut, effective_weight
+from tensorpeft.networks.cut import Cut
+from tensorpeft.networks.effective import effective_weight
 from tensorpeft.networks.mpo import MPO, contract, random_cores
 from tensorpeft.plugin import layer
 

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from tensorpeft.networks import effective
-from tensorpeft.networks.effective import Cut, effective_linear, effective_weight
+from tensorpeft.networks.cut import Cut
+from tensorpeft.networks.effective import effective_linear, effective_weight
 from tensorpeft.networks.kernels import dither
 from tensorpeft.networks.mpo import MPO, MpoUpdate, contract, random_cores
 

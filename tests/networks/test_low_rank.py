@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tensorpeft.networks.effective import Cut, effective_linear, effective_weight
+from tensorpeft.networks.cut import Cut
+from tensorpeft.networks.effective import effective_linear, effective_weight
 from tensorpeft.networks.low_rank import MATRIX_PRODUCT, Factors, low_rank_linear, low_rank_rows
 
 OUT, IN = 7, 5

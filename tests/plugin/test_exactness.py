@@ -20,9 +20,11 @@ from cases import (
     over_models,
     over_pairs,
     perturb,
+    tiny_llama,
     tokens,
 )
 from tensorpeft.networks.update import AbstractFusedUpdate
+from tensorpeft.plugin.layer import TensorLayer
 
 MERGED_TOLERANCE = 2e-6  # absolute, of float32 logits of order one
 
@@ -81,6 +83,35 @@ def test_reloaded_adapter_is_the_saved_one(model: Model, case: Case, low_cpu_mem
     peft_model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(model.fresh(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage).eval()
     assert torch.equal(logits(loaded), logits(peft_model))
+
+
+@over_cases
+@pytest.mark.parametrize("key_value_heads", [3, 1])
+def test_what_was_trained_and_what_is_loaded_for_inference_have_the_same_bits(
+    case: Case, key_value_heads: int, tmp_path
+):
+    """Of odd ranks and sizes: which product torch takes for a tensor of three axes may depend on `requires_grad`."""
+    sizes = {"hidden_size": 60, "num_attention_heads": 3, "num_key_value_heads": key_value_heads}
+    model = Model("odd-llama", lambda: tiny_llama(**sizes), MODELS[0].targets, "CAUSAL_LM")
+    peft_model = adapted(model, case, **({"r": 5} if isinstance(case.arguments.get("r"), int) else {}))
+    perturb(peft_model)
+    peft_model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(model.fresh(), tmp_path, is_trainable=False).eval()
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    assert torch.equal(logits(loaded), logits(peft_model))
+    if case.merges:
+        pairs = list(zip(layers(loaded), layers(peft_model), strict=True))
+        assert pairs
+        for one, other in pairs:
+            assert torch.equal(one.get_delta_weight("default"), other.get_delta_weight("default"))
+            assert torch.equal(one.merged_weight(["default"]), other.merged_weight(["default"]))
+    names = ["default", "__base__", "default"]
+    assert torch.equal(logits(loaded, adapter_names=names), logits(peft_model, adapter_names=names))
+    assert torch.equal(logits(loaded.train()), logits(peft_model.train()))
+
+
+def layers(model: nn.Module) -> list[TensorLayer]:
+    return [module for module in model.modules() if isinstance(module, TensorLayer)]
 
 
 @over_models

@@ -6,7 +6,7 @@ from peft import PeftModel, get_peft_model
 
 from cases import MODELS, Case, logits, over_cases, perturb, tiny_llama
 from tensorpeft import DotaConfig
-from tensorpeft.networks.effective import fold
+from tensorpeft.networks.cut import fold
 from tensorpeft.networks.mpo import MpoUpdate, random_cores
 from tensorpeft.networks.update import AbstractWeightUpdate
 from tensorpeft.plugin.layer import TensorLayer

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tensorpeft.networks.cut import Halves, Network
 from tensorpeft.networks.dtypes import at_least_float32, without_autocast
-from tensorpeft.networks.effective import Halves, Network
 
 
 def flat_cores(cores: Sequence[Tensor], num_networks: int) -> Tensor:  # (networks, elements of a network)

@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import checkpoint
 
+from tensorpeft.networks.cut import Cut, Halves, Network
+from tensorpeft.networks.derivatives import is_transformed
 from tensorpeft.networks.dtypes import at_least_float32, product_dtype, without_autocast
-from tensorpeft.networks.effective import Cut, Halves, Network
 from tensorpeft.networks.update import AbstractFusedUpdate
 
 _checkpoint: Any = checkpoint  # has no types
@@ -124,7 +125,7 @@ def apply_circuit(
     """
     dtype = product_dtype(x)
     rows = x.reshape(-1, *shapes.in_axes)
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and not is_transformed():  # which know no checkpoint
         update: Tensor = _checkpoint.checkpoint(_run, rows, *deviations, use_reentrant=False, preserve_rng_state=False)
     else:
         update = _run(rows, *deviations)

@@ -9,6 +9,7 @@ its whole ΔW, and its gradient, while one layer is at work.) Measured by `bench
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from math import lcm
 from typing import Any, NamedTuple
@@ -17,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd.function import once_differentiable
 
+from tensorpeft.networks.cut import Cut, Halves, Layout, Network, flattened, fold, plain_linear, plain_weight
+from tensorpeft.networks.derivatives import gradients, is_transformed, linear_gradients
 from tensorpeft.networks.dtypes import product_dtype, without_autocast
 from tensorpeft.networks.kernels import build, dither
 from tensorpeft.networks.kernels import fold as fold_gradient
@@ -29,63 +31,13 @@ _BLOCK_ELEMENTS = {"cpu": 2**22, "cuda": 2**25}
 _DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}
 
 
-class Halves(NamedTuple):
-    """A network contracted to the two sides of one bond, of dimension r."""
-
-    left: Tensor  # (out_left, in_left, bond)
-    right: Tensor  # (bond, out_right, in_right)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in)."""
-        return self.left.shape[0] * self.right.shape[1], self.left.shape[1] * self.right.shape[2]
-
-    def part(self, dim: int, start: int, stop: int) -> Halves:
-        """Those of rows (dim 0) or columns (dim 1) [start, stop): whole slices of the left half."""
-        slice_size = self.right.shape[1 + dim]
-        return Halves(self.left.narrow(dim, start // slice_size, (stop - start) // slice_size), self.right)
-
-
-class Network(NamedTuple):
-    """How a kind of tensor network is cut in two. In float32 or float64, whatever the cores are in."""
-
-    halves: Callable[[Sequence[Tensor]], Halves]  # cores -> halves; differentiable
-
-
-class Ready(NamedTuple):
-    """What was contracted for several weights together (`networks.group`)."""
-
-    halves: Halves  # of the cores; they take the gradient
-    difference: Halves | None = None  # to the start, where there is one
-
-
-class Cut(NamedTuple):
-    """An update `ΔW = fold(halves(cores)) − fold(halves(start))`, the second term where there is a start.
-
-    `fold(left, right)[(a c), (b d)] = Σ_r left[a, b, r] right[r, c, d]` for output indices (a c) and input indices
-    (b d), the first of each the slower one.
-    """
-
-    network: Network
-    cores: tuple[Tensor, ...]
-    start: tuple[Tensor, ...] = ()  # frozen, as many as the cores, or none
-    ready: Ready | None = None  # what would be contracted, where it is there; of a start, or without
-
-
-def fold(halves: Halves) -> Tensor:  # (out, in)
-    """The matrix of two halves. Differentiable."""
-    left, right = halves
-    product = (left.flatten(0, 1) @ right.flatten(1)).view(*left.shape[:2], *right.shape[1:])
-    return product.transpose(1, 2).reshape(left.shape[0] * right.shape[1], left.shape[1] * right.shape[2])
-
-
 def effective_linear(
     x: Tensor,  # (*batch, in)
     weight: Tensor | Callable[[], Tensor] | None,  # (out, in); None: the update alone
     bias: Tensor | None,  # (out,)
     cuts: Sequence[Cut],
 ) -> Tensor:  # (*batch, out)
-    """`x (weight + Σ ΔW)ᵀ + bias` in one product, differentiable in everything but the cuts' starts.
+    """`x (weight + Σ ΔW)ᵀ + bias` in one product, differentiable any number of times in all but the cuts' starts.
 
     A weight that is stored in another form is given as a function that makes the matrix: called in forward and once
     more in backward, so that the matrix is never kept, and without a gradient of its own.
@@ -93,7 +45,9 @@ def effective_linear(
     Where every ΔW is exactly zero, the result is `F.linear(x, weight, bias)` bit for bit.
     """
     x = x.to(product_dtype(x))
-    layout, tensors = _flattened(cuts)
+    layout, tensors = flattened(cuts)
+    if is_transformed():
+        return plain_linear(layout, bias, x, weight() if callable(weight) else weight, *tensors)
     return _EffectiveLinear.apply(x, weight, bias, layout, *tensors)  # type: ignore[no-any-return]
 
 
@@ -108,7 +62,7 @@ def add_apart(
     """
     rows, sums = x.reshape(-1, x.shape[-1]), list[Tensor]()
     with without_autocast(x.device):
-        for _, (left, right) in _updates(*_flattened(cuts)):
+        for _, (left, right) in _updates(*flattened(cuts)):
             if len(rows) * (1 / len(left) + 1 / right.shape[2]) >= 1:
                 return None
             grouped = rows.to(left.dtype).view(-1, left.shape[1], right.shape[2])
@@ -129,7 +83,7 @@ def effective_weight(
     The cast to bfloat16 or float16 dithers (see `kernels.dither`), so that no small update is lost.
     """
     with without_autocast(cuts[0].cores[0].device):
-        return _effective_weight(weight, _updates(*_flattened(cuts)), dtype)
+        return _effective_weight(weight, _updates(*flattened(cuts)), dtype)
 
 
 def trained_weight(
@@ -140,7 +94,9 @@ def trained_weight(
 
     He keeps it until backward; neither a ΔW nor its graph is kept.
     """
-    layout, tensors = _flattened(cuts)
+    layout, tensors = flattened(cuts)
+    if is_transformed():
+        return plain_weight(layout, weight, *tensors)
     return _TrainedWeight.apply(weight, layout, *tensors)  # type: ignore[no-any-return]
 
 
@@ -154,24 +110,6 @@ def _effective_weight(weight: Tensor | None, updates: Sequence[_Update], dtype: 
     for start, stop in blocks:
         _effective_part(weight, updates, 0, start, stop, dtype, result[start:stop])
     return result
-
-
-# Of each cut: its network, the number of its trained tensors, and of the constant ones behind them. No network: these
-# are halves already, and those of the difference to a start.
-Layout = Sequence[tuple[Network | None, int, int]]
-
-
-def _flattened(cuts: Sequence[Cut]) -> tuple[Layout, list[Tensor]]:
-    """What autograd is given of the cuts."""
-    layout: list[tuple[Network | None, int, int]] = []
-    tensors: list[Tensor] = []
-    for cut in cuts:
-        network, trained, constant = cut.network, cut.cores, cut.start
-        if cut.ready is not None and (not cut.start or cut.ready.difference is not None):
-            network, trained, constant = None, cut.ready.halves, (cut.ready.difference if cut.start else None) or ()
-        layout.append((network, len(trained), len(constant)))
-        tensors += [*trained, *constant]
-    return layout, tensors
 
 
 class _Update(NamedTuple):
@@ -228,13 +166,17 @@ class _EffectiveLinear(torch.autograd.Function):
             return F.linear(x, effective, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad_output,) = grad_outputs
         x, weight, *tensors = ctx.saved_tensors
         if ctx.make_weight is not None:
             weight = ctx.make_weight()
         needs_x, needs_weight, needs_bias, _, *needs_tensors = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # create_graph=True
+            wanted = (needs_x, needs_weight, needs_bias, *needs_tensors)
+            plain = partial(plain_linear, ctx.layout, None)
+            *firsts, grads = linear_gradients(plain, (x, weight, *tensors), wanted, grad_output)
+            return *firsts, None, *grads
         with without_autocast(x.device):
             rows_x = x.reshape(-1, x.shape[-1])
             rows_y = grad_output.reshape(-1, grad_output.shape[-1])
@@ -248,21 +190,28 @@ class _EffectiveLinear(torch.autograd.Function):
 
 
 class _TrainedWeight(torch.autograd.Function):
-    """Saves the cores."""
+    """Saves the frozen weight and the cores, which are there anyway."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, layout: Layout, *tensors: Tensor) -> Tensor:
         ctx.layout = layout
-        ctx.save_for_backward(*tensors)
+        ctx.save_for_backward(weight, *tensors)
         with without_autocast(weight.device):
             return _effective_weight(weight, _updates(layout, tensors), weight.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad,) = grad_outputs
-        tensors = ctx.saved_tensors  # which a checkpoint hands out once
+        weight, *tensors = ctx.saved_tensors  # which a checkpoint hands out once
         needs_weight, _, *needs_tensors = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # create_graph=True
+            grad_weight, *grads = gradients(
+                lambda given: [plain_weight(ctx.layout, *given)],
+                (weight, *tensors),
+                (needs_weight, *needs_tensors),
+                [grad],
+            )
+            return grad_weight, None, *grads
         with without_autocast(grad.device):
             updates, needs_cores = _updates(ctx.layout, tensors), _needs_cores(ctx.layout, needs_tensors)
             blocks = ((start, stop, grad[start:stop]) for start, stop in _blocks(updates, dim=0))

@@ -1,4 +1,4 @@
-"""What the updates of many weights need, made for all of them at once: few operations, once per pass over the model."""
+"""What the updates of many weights need, made for all at once: few operations, once per pass of training."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from tensorpeft.networks.derivatives import gradients, is_transformed
 from tensorpeft.networks.versions import version_of
 
 # Larger groups save no more time, and keep the gradients of more weights until the last of them is there.
@@ -24,6 +24,7 @@ class Member(Protocol):
     """An update that may be one of a group: a module with tensors of its own, and perhaps shared ones."""
 
     shared: Any  # the module that owns those
+    training: bool
     place: Place | None
 
     def group_key(self) -> Hashable | None:
@@ -67,8 +68,13 @@ def parts_of(
     member: Member,
     dtype: torch.dtype | None = None,  # that they are wanted in; None: in that of their computation
 ) -> Parts:
-    """The parts of an update: read from its group, if it has one. Differentiable."""
-    if member.place is None or torch.compiler.is_compiling():  # a compiler fuses what lies in its graph
+    """The parts of an update: in training read from its group, if it has one. Differentiable.
+
+    In evaluation they are made alone, whenever they are asked for: what others wrote in between is seen, however they
+    did, and nothing says where a pass over parts of a model ends.
+    """
+    # A compiler fuses what lies in its graph.
+    if member.place is None or not member.training or torch.compiler.is_compiling() or is_transformed():
         return _make([member], dtype)[0]
     return member.place.group.parts(member.place.number, member, dtype)
 
@@ -76,8 +82,8 @@ def parts_of(
 class Group:
     """Updates whose parts are made together, at the first question of a pass over the model.
 
-    A pass ends when a member asks again, outside of a backward pass: what is kept is then made anew. So the parts are
-    always those of the tensors as they are, whoever has written to them and how; forward, backward and what
+    A pass ends when a backward pass has come by, or a member asks again outside of one: what is kept is then made anew.
+    So the parts are those of the tensors as they are, whoever has written to them and how; forward, backward and what
     checkpointing computes again read the same ones.
 
     Members know their group; it refers to them weakly. The members of a copied model have a group of their own.
@@ -89,6 +95,7 @@ class Group:
     def __init__(self, size: int):
         self._members: list[Callable[[], Member | None]] = [_nobody] * size
         self._made: _Made | None = None
+        self._is_over = False  # the pass that what is made belongs to
 
     def admit(self, index: int, member: Member) -> None:
         """From now on this is the one at that place."""
@@ -106,6 +113,7 @@ class Group:
         is_current = made is not None and made.versions.get(index) == version
         if torch._C._current_graph_task_id() != -1:  # pyright: ignore[reportPrivateUsage]
             # Computed again for the backward pass of a checkpoint.
+            self.end()
             if made is None or not is_current:
                 return _make([member], dtype)[0]
             if needs_grad and not made.asked.get(index):
@@ -113,7 +121,13 @@ class Group:
                 # walk a graph that the blocks share. So this member's own, in the company that gave the forward's bits.
                 members = {k: company for k in made.parts if (company := self._members[k]()) is not None}
                 return _make(list(members.values()), dtype, member)[list(members).index(index)]
-        elif made is None or not is_current or index in made.asked or (needs_grad and not made.needs_grad):
+        elif (
+            made is None
+            or self._is_over
+            or not is_current
+            or index in made.asked
+            or (needs_grad and not made.needs_grad)
+        ):
             self._made = None  # free the old one first
             made = self._made = self._make(member, dtype)
         made.asked.setdefault(index, needs_grad)
@@ -126,8 +140,13 @@ class Group:
             if (member := known()) is not None and _layout(member) == layout:
                 members[index] = member
         versions = {index: _version(member, dtype) for index, member in members.items()}
-        parts = _make(list(members.values()), dtype)
+        parts = _make(list(members.values()), dtype, end=_ending(self))
+        self._is_over = False
         return _Made(versions, dict(zip(members, parts)), any(map(_needs_grad, members.values())), {})
+
+    def end(self) -> None:
+        """The pass is over: its parts are for backward alone."""
+        self._is_over = True
 
     def clear(self) -> None:
         """Keep nothing."""
@@ -159,6 +178,19 @@ def _nobody() -> None:
     return None
 
 
+def _nothing() -> None: ...
+
+
+def _ending(group: Group) -> Callable[[], None]:
+    known = weakref.ref(group)  # the group keeps the parts, and those their graph
+
+    def end() -> None:
+        if (group := known()) is not None:
+            group.end()
+
+    return end
+
+
 def tensors_of(module: object) -> dict[str, Tensor]:
     """A module's own parameters and buffers by name."""
     attributes = vars(module)
@@ -188,13 +220,18 @@ def _layout(member: Member) -> object:
     return forms, id(member.shared)
 
 
-def _make(members: Sequence[Member], dtype: torch.dtype | None, only: Member | None = None) -> list[Parts]:
+def _make(
+    members: Sequence[Member],
+    dtype: torch.dtype | None,
+    only: Member | None = None,
+    end: Callable[[], None] = _nothing,  # called when a backward pass comes by
+) -> list[Parts]:
     """The parts of all members, with a graph of all; or of only one, and of what is shared."""
     first = members[0]
     own, shared = [tensors_of(member) for member in members], {}
     if first.shared is not None:
         shared = tensors_of(first.shared)
-    if torch.compiler.is_compiling() or not any(map(_needs_grad, members)):
+    if torch.compiler.is_compiling() or is_transformed() or not any(map(_needs_grad, members)):
         return first.make_parts(members, own, shared, dtype)
 
     def make(tensors: Sequence[Tensor]) -> list[Parts]:
@@ -206,7 +243,7 @@ def _make(members: Sequence[Member], dtype: torch.dtype | None, only: Member | N
     if only is not None:
         kept = {id(tensor) for tensor in _all_tensors(only)}
         tensors = [tensor if id(tensor) in kept else tensor.detach() for tensor in tensors]
-    flat = cast("Sequence[Tensor]", cast("Any", _Together).apply(make, len(members), len(own[0]), *tensors))
+    flat = cast("Sequence[Tensor]", cast("Any", _Together).apply(make, end, len(own[0]), *tensors))
     count = len(flat) // len(members)
     return [tuple(flat[k : k + count]) for k in range(0, len(flat), count)]
 
@@ -223,10 +260,11 @@ class _Together(torch.autograd.Function):
     def forward(
         ctx: Any,
         make: Callable[[Sequence[Tensor]], list[Parts]],
-        num_members: int,
+        end: Callable[[], None],
         num_own: int,  # tensors of each member
         *tensors: Tensor,  # of all members, then the shared ones
     ) -> tuple[Tensor, ...]:
+        ctx.make, ctx.end, ctx.inputs = make, end, tensors
         ctx.tensors = [t.detach().requires_grad_() if t.requires_grad else t for t in tensors]
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
             ctx.parts = make(ctx.tensors)
@@ -238,8 +276,15 @@ class _Together(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.end()
+        if torch.is_grad_enabled():  # create_graph=True
+            wanted = [tensor.requires_grad for tensor in ctx.inputs]
+
+            def plain(tensors: Sequence[Any]) -> list[Tensor]:
+                return [part for parts in ctx.make(tensors) for part in parts]
+
+            return None, None, None, *gradients(plain, ctx.inputs, wanted, grads)
         rest, outputs, given = iter(grads), list[Tensor](), list[Tensor]()
         results: list[Tensor | None] = list(ctx.tensors)
         for k, parts in enumerate(ctx.parts):

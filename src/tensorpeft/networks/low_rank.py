@@ -7,15 +7,16 @@ its own gradient of x: no pass over either beyond those of the base. Measured by
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from tensorpeft.networks.cut import Halves, Network, plain_sum
+from tensorpeft.networks.derivatives import is_transformed, linear_gradients
 from tensorpeft.networks.dtypes import at_least_float32, product_dtype, without_autocast
-from tensorpeft.networks.effective import Halves, Network
 
 
 class Factors(NamedTuple):
@@ -45,13 +46,15 @@ def low_rank_linear(
     bias: Tensor | None,  # (out,)
     pairs: Sequence[Pair],
 ) -> Tensor:  # (*batch, out)
-    """`x (weight + Σ ΔW)ᵀ + bias` without forming a ΔW, differentiable once in everything.
+    """`x (weight + Σ ΔW)ᵀ + bias` without forming a ΔW, differentiable in everything, any number of times.
 
     All products run in the dtype of x, under autocast in autocast's: factors are cast to it, which are small.
     Where every ΔW is exactly zero, the result is `F.linear(x, weight, bias)` bit for bit.
     """
     x = x.to(product_dtype(x))
     tensors = [factor.to(device=x.device, dtype=x.dtype) for pair in pairs for factor in pair]
+    if is_transformed():
+        return _plain_linear(bias, x, weight, *tensors)
     return _LowRankLinear.apply(x, weight, bias, *tensors)  # type: ignore[no-any-return]
 
 
@@ -65,6 +68,12 @@ def low_rank_rows(
     hidden = x.reshape(len(x), -1, x.shape[-1]) @ down.mT
     hidden = hidden * core[:, None] if core.ndim == 2 else hidden @ core.mT
     return (hidden @ up.mT).view(*x.shape[:-1], -1)
+
+
+def _plain_linear(bias: Tensor | None, x: Tensor, weight: Tensor | None, *tensors: Tensor) -> Tensor:
+    """`low_rank_linear` of plain operations."""
+    with without_autocast(x.device):
+        return plain_sum(x, weight, bias, [F.linear(F.linear(x, down), up) for down, up in _pairs(tensors)])
 
 
 class _LowRankLinear(torch.autograd.Function):
@@ -83,12 +92,16 @@ class _LowRankLinear(torch.autograd.Function):
         return result.view(*x.shape[:-1], -1)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad_output,) = grad_outputs
         x, weight, *saved = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, *needs_tensors = ctx.needs_input_grad
         tensors, projected = saved[: len(needs_tensors)], saved[len(needs_tensors) :]
+        if torch.is_grad_enabled():  # create_graph=True
+            wanted = (needs_x, needs_weight, needs_bias, *needs_tensors)
+            plain = partial(_plain_linear, None)
+            *firsts, given = linear_gradients(plain, (x, weight, *tensors), wanted, grad_output)
+            return *firsts, *given
         rows_x, rows_y = x.reshape(-1, x.shape[-1]), grad_output.reshape(-1, grad_output.shape[-1])
         with without_autocast(x.device):
             grad_x = None

@@ -22,8 +22,10 @@ from tensorpeft.networks.chains import (
     halves_of_difference,
     sorted_halves,
 )
+from tensorpeft.networks.cut import Cut, Halves, Ready, fold
+from tensorpeft.networks.derivatives import is_transformed
 from tensorpeft.networks.dtypes import at_least_float32
-from tensorpeft.networks.effective import Cut, Halves, Ready, effective_linear, fold
+from tensorpeft.networks.effective import effective_linear
 from tensorpeft.networks.group import Parts, Tensors, parts_of
 from tensorpeft.networks.subspace import Steps, run_together, subspace_steps
 from tensorpeft.networks.update import BASE_DIGEST, AbstractFusedUpdate, keeping_dtype
@@ -59,7 +61,7 @@ class FrozenCores(nn.Module):
 
     @torch.no_grad()
     def halves(self) -> Halves:
-        """The cores contracted; kept, as they never change."""
+        """The cores contracted; kept, as they seldom change."""
         cores = self.cores()
         if torch.compiler.is_compiling():
             return contract_to_halves(cores)
@@ -118,6 +120,8 @@ class MpoUpdate(AbstractFusedUpdate):
     def cut(self) -> Cut:
         """Both networks, to be cut at the bond that makes the halves smallest."""
         start = tuple(self.start())
+        if is_transformed():
+            return Cut(MPO, tuple(self.cores()), start)
         left, right, *difference = parts_of(self)
         ready = Ready(Halves(left, right), Halves(*difference) if difference else None)
         return Cut(MPO, tuple(self.cores()), start, ready)

@@ -122,7 +122,9 @@ class TuckerUpdate(AbstractLowRankUpdate):
             core = cores[..., self.index, :, :]
         else:
             row = tensors[f"{self.tensor}_P"][..., self.index, :]
-            core = (tensors[f"{self.tensor}_C"] @ row[..., None, :, None]).squeeze(-1)
+            small = tensors[f"{self.tensor}_C"]
+            # Of matrices: which product `matmul` takes for tensors of more axes, it decides by `requires_grad`.
+            core = torch.unflatten((small.flatten(-3, -2) @ row.unsqueeze(-1)).squeeze(-1), -1, small.shape[-3:-1])
         return Factors(tensors[f"{self.tensor}_V"].mT, core * self.scale, tensors[f"{self.tensor}_U"])
 
     def tensor_name(self) -> str:

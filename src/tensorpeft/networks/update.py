@@ -9,16 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tensorpeft.networks.cut import Cut, fold
 from tensorpeft.networks.dtypes import product_dtype
-from tensorpeft.networks.effective import Cut, fold
 from tensorpeft.networks.group import Parts, Place, Tensors, parts_of, tensors_of
 from tensorpeft.networks.low_rank import MATRIX_PRODUCT, PAIR_PRODUCT, Factors, Pair, low_rank_linear
-from tensorpeft.networks.versions import Kept
 
 # The buffer that an update has where a part of it is stored in the base layer: which base that must be.
 BASE_DIGEST = "base_digest"
-# Attributes of a module that it was not made with: torch's own, and the reference to what it shares.
-_NO_FIELDS = frozenset(vars(nn.Module())) | {"shared", "place"}
 
 
 def keeping_dtype(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -152,24 +149,6 @@ class SharedFactors(nn.Module):
     Parameters are trained; buffers are frozen.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._stacked: Kept[Mapping[str, Tensor]] = Kept()
-
-    def stacked_with(self, others: Sequence[nn.Module]) -> Mapping[str, Tensor]:
-        """The factors of several adapters, these first, each stacked along a leading axis.
-
-        Kept until one of them changes: all layers of a mixed batch ask for the same ones.
-        """
-        modules = (self, *others)
-        tensors = [tensor for module in modules for tensor in tensors_of(module).values()]
-        return self._stacked.get(lambda: _stack(modules, _stack_or_expand), tensors)
-
-    def train(self, mode: bool = True) -> SharedFactors:
-        """As torch's; what was stacked for inference goes."""
-        self._stacked.clear()
-        return super().train(mode)
-
 
 class AbstractFusedUpdate(AbstractWeightUpdate):
     """An update of high rank: a layer adds it to the base weight and multiplies once (`networks.effective`)."""
@@ -198,8 +177,8 @@ class AbstractLowRankUpdate(AbstractFactoredUpdate):
     def factors_from(self, tensors: Mapping[str, Tensor]) -> Factors:
         """The three factors made of these tensors, named as the parameters and buffers (shared ones, its own) are.
 
-        Where every tensor has one more leading axis, of adapters, so have the factors. What else they depend on, as a
-        scale, is an attribute of the update or of what it shares: updates that differ in one are not stacked.
+        Where every tensor has one more leading axis, of the members of a group, so have the factors. What else they
+        depend on, as a scale, is an attribute of the update, and part of its group's key.
         """
 
     def factors(self) -> Factors:
@@ -245,56 +224,10 @@ def _cast(pair: Pair, dtype: torch.dtype | None) -> Pair:
 def stacked_factors(updates: Sequence[AbstractUpdate]) -> Factors | None:
     """The factors of one weight's updates in several adapters, each stacked along a leading axis.
 
-    None where they cannot be: not all of low rank, or different in more than the numbers in their tensors.
+    None where they cannot be: not all of low rank, or of different ranks.
     """
-    first = updates[0]
-    if not isinstance(first, AbstractLowRankUpdate):
+    factors = [update.factors() for update in updates if isinstance(update, AbstractLowRankUpdate)]
+    forms = {tuple((factor.shape, factor.dtype) for factor in each) for each in factors}
+    if len(factors) < len(updates) or len(forms) > 1:
         return None
-    form = _form(first)
-    if not all(_same(_form(update), form) for update in updates[1:]):
-        return None
-    shared: Mapping[str, Tensor] = {}
-    if first.shared is not None:
-        shared = first.shared.stacked_with([update.shared for update in updates[1:] if update.shared])
-    return first.factors_from({**shared, **_stack(updates)})
-
-
-def _stack(
-    modules: Sequence[nn.Module],
-    join: Callable[[list[Tensor]], Tensor] = torch.stack,
-) -> dict[str, Tensor]:
-    """Their tensors by name, each stacked along a leading axis."""
-    named = [tensors_of(module) for module in modules]
-    return {name: join([tensors[name] for tensors in named]) for name in named[0]}
-
-
-def _stack_or_expand(tensors: list[Tensor]) -> Tensor:
-    """Tensors along a leading axis, as one where all are equal: frozen bases are large, and those of one seed are."""
-    first, *others = tensors
-    is_one = all(other.dtype == first.dtype and torch.equal(other, first) for other in others)
-    return first.expand(len(tensors), *first.shape) if is_one else torch.stack(tensors)
-
-
-def _form(update: AbstractUpdate) -> list[object]:
-    """All that an update, and what it shares, was made with but the numbers in its tensors.
-
-    Of every module in them the class, the shapes and the attributes: all of these, so that no class can forget to name
-    one; but for torch's own, for what is kept of a computation, and for `shared`, which is looked at itself.
-    """
-    modules = [*update.modules(), *(() if update.shared is None else update.shared.modules())]
-    form: list[object] = []
-    for module in modules:
-        attributes = vars(module)
-        tensors = {**attributes["_parameters"], **attributes["_buffers"]}
-        fields = {name: attributes[name] for name in attributes.keys() - _NO_FIELDS}
-        form += [type(module), {name: None if tensor is None else tensor.shape for name, tensor in tensors.items()}]
-        form += [{name: value for name, value in fields.items() if not isinstance(value, Kept)}]
-    return form
-
-
-def _same(first: list[object], other: list[object]) -> bool:
-    """Whether two forms are surely equal."""
-    try:
-        return first == other
-    except (RuntimeError, ValueError):  # of tensors and arrays, whose `==` is neither true nor false
-        return False
+    return Factors(*(torch.stack(each) for each in zip(*factors)))

@@ -21,11 +21,11 @@ from torch.nn.modules.conv import _ConvNd
 
 from tensorpeft.networks.effective import effective_weight, trained_weight
 from tensorpeft.networks.update import AbstractUpdate, AbstractWeightUpdate
-from tensorpeft.networks.versions import Kept
+from tensorpeft.networks.versions import Kept, version_of
 from tensorpeft.plugin.base_weight import StackedWeight, as_stack
 from tensorpeft.plugin.config import TensorConfig
 from tensorpeft.plugin.holder import UpdateHolder
-from tensorpeft.plugin.layer import TensorLayer
+from tensorpeft.plugin.layer import TensorLayer, diagonals
 
 # One of 8 bits is a weight only together with its scales, which are elsewhere.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -111,7 +111,13 @@ class ExpertsLayer(UpdateHolder):
         trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         if trains or self.training or torch.compiler.is_compiling() or not all(layer.owns_base for layer in layers):
             return self._make(stored, updates, trains)
-        return self._kept[parameter].get(lambda: self._make(stored, updates, False), tensors)
+        if (version := version_of([stored])) is None:
+            return self._make(stored, updates, False)
+        # As `TensorLayer` compares them.
+        numbers = [tensor for tensor in tensors[1:] if tensor.is_floating_point()]
+        return self._kept[parameter].get(
+            lambda: self._make(stored, updates, False), [*diagonals(stored), *numbers], version
+        )
 
     def _make(self, stored: Tensor, updates: list[list[AbstractWeightUpdate]], trains: bool) -> Tensor:
         matrices: list[Tensor] = []

@@ -30,7 +30,7 @@ class UpdateHolder(nn.Module, BaseTunerLayer):
 
     def hold(self, adapter_name: str, tensors: nn.Module, inference_mode: bool = False) -> None:
         """Add (or replace) what is held of an adapter."""
-        self.updates[adapter_name] = tensors
+        self.updates[adapter_name] = tensors.train(self.training)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 

@@ -25,7 +25,7 @@ from tensorpeft.networks.update import (
     AbstractWeightUpdate,
     stacked_factors,
 )
-from tensorpeft.networks.versions import Kept
+from tensorpeft.networks.versions import Kept, can_compare, version_of
 from tensorpeft.plugin.base_weight import (
     StackedWeight,
     UpdatableBackend,
@@ -109,7 +109,7 @@ class TensorLayer(UpdateHolder):
             is_updatable=is_updatable,
             has_fused=bool(fused),
             has_low_rank=bool(low_rank),
-            may_keep=may_cache and self.owns_base and not trains and not torch.compiler.is_compiling(),
+            may_keep=may_cache and self.owns_base and not trains and can_compare(x),
             is_cheaper_apart=all(update.is_cheaper_apart(rows) for update in fused),
         )
         bias: Any = self.base_layer.bias if weight is not None else None
@@ -140,11 +140,19 @@ class TensorLayer(UpdateHolder):
         return result
 
     def _cached_weight(self, weight: Tensor, updates: Sequence[AbstractFusedUpdate], dtype: torch.dtype) -> Tensor:
-        """The effective weight of these updates, made anew when any tensor it is made of has changed."""
-        tensors = (weight, *(t for update in updates for t in (*update.parameters(), *update.buffers())))
-        return self._cached.get(
-            lambda: effective_weight(weight, [update.cut() for update in updates], dtype), tensors, dtype
-        )
+        """The effective weight of these updates, made anew when what it is made of has changed.
+
+        Of the base weight, which is too large to be compared, torch's count of writes tells, and a sample.
+        """
+
+        def make() -> Tensor:
+            return effective_weight(weight, [update.cut() for update in updates], dtype)
+
+        version = version_of([weight])
+        if version is None:
+            return make()
+        numbers = [t for update in updates for t in (*update.parameters(), *update.buffers()) if t.is_floating_point()]
+        return self._cached.get(make, [*diagonals(weight), *numbers], version, dtype)
 
     def train(self, mode: bool = True) -> TensorLayer:
         """As torch's; the cached weight goes, so that training and a new evaluation start from what is there."""
@@ -318,3 +326,9 @@ def merging_in(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
     finally:
         for backend in backends:
             backend.dtype = None  # type: ignore[union-attr]
+
+
+def diagonals(weight: Tensor) -> list[Tensor]:
+    """Views that have an entry of every row and of every column."""
+    out, in_ = weight.shape[-2:]
+    return [weight.diagonal(k, -2, -1) for k in (range(0, in_, out) if out < in_ else range(0, -out, -in_))]

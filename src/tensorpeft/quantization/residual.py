@@ -12,8 +12,10 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn.modules import Linear4bit, Params4bit, fix_4bit_weight_quant_state_from_module
 from torch import Tensor, nn
 
+from tensorpeft.networks.cut import Cut, Ready
+from tensorpeft.networks.derivatives import is_transformed
 from tensorpeft.networks.dtypes import at_least_float32, product_dtype
-from tensorpeft.networks.effective import Cut, Ready, add_apart, effective_linear, effective_weight
+from tensorpeft.networks.effective import add_apart, effective_linear, effective_weight
 from tensorpeft.networks.mpo import MPO, FrozenCores, contract, decompose
 from tensorpeft.networks.update import AbstractUpdatableLinear
 from tensorpeft.plugin.base_weight import plain_layer, restore_row_order
@@ -174,7 +176,7 @@ class ResidualLinear4bit(Linear4bit, AbstractUpdatableLinear):
         dtype, cuts = x.dtype, self._with_start(cuts)
         if self.compute_dtype is not None:
             x = x.to(self.compute_dtype)
-        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if not (torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed()):
             # Decoding: for a few tokens the sum of both parts of the weight is not worth making.
             added = add_apart(x, cuts)
             if added is not None:
