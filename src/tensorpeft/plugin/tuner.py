@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,8 +27,9 @@ from tensorpeft.plugin.base_weight import (
 from tensorpeft.plugin.checkpoint import shapes_to_load
 from tensorpeft.plugin.config import TensorConfig
 from tensorpeft.plugin.holder import SharedHolder, UpdateHolder
-from tensorpeft.plugin.layer import TensorLayer, check_finite, check_weight_update
+from tensorpeft.plugin.layer import TensorLayer
 from tensorpeft.plugin.loading import check_checkpoint, check_starts, check_state_dict, check_tensors, own_key
+from tensorpeft.plugin.unloading import merging, unloading
 from tensorpeft.sites import Site, find_sites
 
 
@@ -104,11 +105,9 @@ class TensorModel(BaseTuner):
                     module.updates[adapter_name].to(dtype)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """As PEFT's; with `safe_merge` every layer is checked before the first one is changed."""
-        check_mergeable(self.model, adapter_names)
-        if safe_merge:
-            check_merged_weights(self.model, adapter_names)
-        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        """As PEFT's, in all layers or, after an error, in none."""
+        with merging(self.model, adapter_names, safe_merge):
+            super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def _unload_and_optionally_merge(
         self,
@@ -117,15 +116,13 @@ class TensorModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        if merge:
-            check_mergeable(self.model, adapter_names)
-        if merge and safe_merge:
-            check_merged_weights(self.model, adapter_names)
-        if not merge:
-            self.unmerge_adapter()  # what is merged would stay in the base weights that are handed back
-        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        remove_shared_factors(self.model)
+        with unloading(self, merge, adapter_names, safe_merge):
+            model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         return model  # type: ignore[return-value]
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """As LoRA's: what comes out of a wrapper has parameters of its own, and need not have a `weight`."""
+        setattr(parent, child_name, new_module)
 
     def merge_and_unload(
         self,
@@ -219,27 +216,6 @@ def wrap_layer(
             update.shared.requires_grad_(is_active and not config.inference_mode)
 
 
-def check_mergeable(model: nn.Module, adapter_names: Iterable[str] | None = None) -> None:
-    """Raise a `ValueError` if one of these adapters, or an active one, is no update of a weight.
-
-    One that is active and not to be merged counts too: what it adds depends on what the others have added before.
-    """
-    for module in model.modules():
-        if isinstance(module, TensorLayer):
-            for name in {*(adapter_names or ()), *module.active_adapters} & set(module.updates):
-                check_weight_update(name, module.updates[name])
-
-
-def check_merged_weights(model: nn.Module, adapter_names: Iterable[str] | None = None) -> None:
-    """Raise a `ValueError` if merging these adapters, or the active ones, would make a weight that is not finite."""
-    for module in model.modules():
-        if isinstance(module, TensorLayer):
-            names = [name for name in adapter_names or module.active_adapters if name in module.updates]
-            names = [name for name in names if name not in module.merged_adapters]
-            if names:
-                check_finite(module.merged_weight(names), names)
-
-
 def _check_shapes(tuner: BaseTuner, classes: MethodClasses, config: TensorConfig, shapes: dict[str, Tensor]) -> None:
     """Raise a `ValueError` unless a checkpoint's tensors are those of this adapter. Allocates nothing."""
     sites, bases = bases_of(tuner, config)
@@ -267,13 +243,6 @@ def _owner_of_shared(model: nn.Module, layer: TensorLayer, classes: MethodClasse
         owner._active_adapter = layer._active_adapter
         model.add_module(name, owner)
     return getattr(model, name)
-
-
-def remove_shared_factors(model: nn.Module) -> None:
-    """Take out what the adapters of an unloaded model shared."""
-    for name, module in list(model.named_children()):
-        if isinstance(module, SharedHolder):
-            delattr(model, name)
 
 
 def build_updates(tuner: BaseTuner, config: TensorConfig) -> Mapping[str, AbstractUpdate]:
