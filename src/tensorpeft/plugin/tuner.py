@@ -26,9 +26,16 @@ from tensorpeft.plugin.base_weight import (
 )
 from tensorpeft.plugin.checkpoint import shapes_to_load
 from tensorpeft.plugin.config import TensorConfig
-from tensorpeft.plugin.holder import SharedHolder, UpdateHolder
+from tensorpeft.plugin.holder import SharedHolder, UpdateHolder, home_of_shared
 from tensorpeft.plugin.layer import TensorLayer
-from tensorpeft.plugin.loading import check_checkpoint, check_starts, check_state_dict, check_tensors, own_key
+from tensorpeft.plugin.loading import (
+    check_checkpoint,
+    check_starts,
+    check_state_dict,
+    check_tensors,
+    key_of,
+    own_key,
+)
 from tensorpeft.plugin.unloading import merging, unloading
 from tensorpeft.sites import Site, find_sites
 
@@ -60,7 +67,7 @@ class TensorModel(BaseTuner):
         """
         self._allocates_only = low_cpu_mem_usage
         names = {key.rsplit(f".{self.prefix}", 1)[0] for key in state_dict or ()}
-        if names == {_name_of_owner(self.classes)}:
+        if names <= {_name_of_owner(self.classes), _place_of_owner(model, self.classes)}:
             state_dict = None
         self._injected_names = None if state_dict is None else names
         try:
@@ -88,6 +95,8 @@ class TensorModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
+        owner = (name for name, module in model.named_modules() if isinstance(module, cls.classes.shared))
+        state_dict = _with_owner_in_place(own_key(key_of(next(owner, ""))), cls.classes, state_dict)
         checked = check_checkpoint(model, config, adapter_name, state_dict)
         if not any(isinstance(module, TensorModel) for module in model.modules()):  # whose own hook asks
             check_starts(model, adapter_name, checked)
@@ -226,7 +235,9 @@ def _check_shapes(tuner: BaseTuner, classes: MethodClasses, config: TensorConfig
     modules: dict[str, nn.Module] = {f"{name}.{attribute}.": update for name, update in updates.items()}
     shared = [update.shared for update in updates.values() if update.shared is not None]
     if shared:
-        modules[f"{_name_of_owner(classes)}.{attribute}."] = shared[0]
+        place = _place_of_owner(tuner.model, classes)
+        modules[f"{place}.{attribute}."] = shared[0]
+        shapes = _with_owner_in_place(place, classes, shapes)
     check_tensors(modules, {own_key(key): tensor for key, tensor in shapes.items()}, config)
 
 
@@ -235,14 +246,34 @@ def _name_of_owner(classes: MethodClasses) -> str:
     return f"shared_{classes.layer.adapter_layer_names[0].removesuffix('_update')}"
 
 
+def _place_of_owner(model: nn.Module, classes: MethodClasses) -> str:
+    """Its full name."""
+    return f"{home_of_shared(model)}.{_name_of_owner(classes)}".removeprefix(".")
+
+
+def _with_owner_in_place(
+    place: str,  # the owner's full name; "": there is none
+    classes: MethodClasses,
+    state_dict: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """A checkpoint's tensors by the names that they have now: an older one names the owner as the model's own child."""
+    older = f"{_name_of_owner(classes)}."
+    renamed = {}
+    for key, tensor in state_dict.items():
+        own = own_key(key)
+        prefix = key.removesuffix(own)
+        renamed[f"{prefix}{place}.{own.removeprefix(older)}" if place and own.startswith(older) else key] = tensor
+    return renamed
+
+
 def _owner_of_shared(model: nn.Module, layer: TensorLayer, classes: MethodClasses) -> SharedHolder:
     """The owner of what the layers of a method share, made at first use."""
-    name = _name_of_owner(classes)
-    if not hasattr(model, name):
+    name, home = _name_of_owner(classes), model.get_submodule(home_of_shared(model))
+    if not hasattr(home, name):
         owner = classes.shared(layer)
         owner._active_adapter = layer._active_adapter
-        model.add_module(name, owner)
-    return getattr(model, name)
+        home.add_module(name, owner)
+    return getattr(home, name)
 
 
 def build_updates(tuner: BaseTuner, config: TensorConfig) -> Mapping[str, AbstractUpdate]:
