@@ -36,6 +36,7 @@ from tensorpeft.plugin.loading import (
     key_of,
     own_key,
 )
+from tensorpeft.plugin.towers import find_tower
 from tensorpeft.plugin.unloading import merging, unloading
 from tensorpeft.sites import Site, find_sites
 
@@ -287,18 +288,16 @@ def bases_of(tuner: BaseTuner, config: TensorConfig) -> tuple[list[Site], _Bases
     """All targets of a config, and what the model has there."""
     quantization = get_quantization_kwargs(tuner.model)
     layers: dict[str, tuple[nn.Module, Any]] = {}
-    shapes = []
+    sites = []
     for name in _target_names(tuner, config):
         parent, target, _ = _get_submodules(tuner.model, name)
         base = _innermost(target)
         backend = find_backend(base, **quantization)
         out, in_ = layer_shape(base, name, parent, backend, config.adapts_convolutions)
         layers[name] = (base, backend)
-        shapes.append((name, out, in_))
-    sites = [
-        replace(site, convolution=convolution_of(layers[site.name][0]))
-        for site in find_sites(shapes, getattr(tuner.model, "config", None))
-    ]
+        tower, own_config = find_tower(tuner.model, name)
+        (site,) = find_sites([(name, out, in_)], own_config, tower)
+        sites.append(replace(site, convolution=convolution_of(base)))
     return sites, _Bases(layers)
 
 
