@@ -9,7 +9,7 @@ import transformers
 from peft import get_peft_model
 from torch import Tensor, nn
 
-from cases import Case, over_cases, tiny_bert, tiny_gpt2, tiny_llama
+from cases import Case, over_cases, perturb, tiny_bert, tiny_gpt2, tiny_llama
 from tensorpeft import FloraConfig, LotrConfig
 from tensorpeft.plugin.direct_reads import reads_weight_itself
 
@@ -111,3 +111,55 @@ def test_a_class_without_source_is_not_judged():
     namespace: dict[str, type[nn.Module]] = {}
     exec("from torch import nn\nclass Made(nn.Module):\n    def forward(self, x): return x @ self.a.weight", namespace)
     assert not reads_weight_itself(namespace["Made"](), "a")
+
+
+@over_cases
+def test_read_on_some_ways_only_is_refused_when_it_happens(case: Case):
+    config = case.make(target_modules=["either"], **({"budget": 200} if case.name == "dota-auto" else {}))
+    model = get_peft_model(nn.Sequential(Reader()), config)
+    x = torch.randn(3, 8)
+    model(x).sum().backward()
+    model.eval()
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=r"^0.either: the model reads this layer's"):
+            model(x)
+    with model.disable_adapter():
+        model(x)
+    if case.merges:
+        model.merge_adapter()
+        model(x)
+
+
+@over_cases
+def test_torch_s_fused_encoder_layers_call_their_layers(case: Case):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(24, 4, 44, batch_first=True)
+    base = nn.TransformerEncoder(layer, 2).eval()
+    model = get_peft_model(base, case.make(target_modules=["linear1", "linear2"]))
+    perturb(model)
+    x = torch.randn(3, 5, 24)
+    with torch.no_grad():
+        found = model.eval()(x)
+    with torch.no_grad(), model.disable_adapter():
+        assert not torch.allclose(found, model(x), atol=1e-4)
+    if case.merges:
+        model.merge_adapter()
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), found, rtol=1e-4, atol=1e-4)
+
+
+def test_what_does_not_depend_on_the_numbers_may_be_asked():
+    model = get_peft_model(tiny_llama(), LotrConfig(target_modules=["q_proj"]))
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    base = layer.base_layer.weight
+    assert isinstance(layer.weight, Tensor)
+    assert (layer.weight.dtype, layer.weight.device, layer.weight.shape) == (base.dtype, base.device, base.shape)
+    assert layer.weight.data_ptr() == base.data_ptr()
+    assert torch.equal(layer.weight, base)
+    for look in (layer.weight.data, layer.weight.detach(), layer.weight.clone()):
+        assert type(look) is Tensor
+        assert torch.equal(look, base)
+    before = base.clone()
+    with pytest.raises(ValueError, match=r"layers.0.self_attn.q_proj: .*zero_"):
+        nn.init.zeros_(layer.weight)
+    assert torch.equal(base, before)

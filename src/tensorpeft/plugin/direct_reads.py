@@ -1,14 +1,17 @@
-"""Layers whose weight is read by the module around them, which never calls them: an adapter there would do nothing."""
+"""Layers whose weight is read by the module around them, instead of a call: an adapter there would do nothing."""
 
 from __future__ import annotations
 
 import ast
 import inspect
 import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 # What is asked about a child without calling it, and about a weight without a look at its numbers.
@@ -93,3 +96,52 @@ def _reads_and_others(method: ast.FunctionDef) -> tuple[set[str], set[str]]:
 def _asks_about(node: ast.AST | None) -> bool:
     """Whether this takes of a weight what does not depend on its numbers."""
     return isinstance(node, ast.Attribute) and node.attr in _FACTS
+
+
+# What gives the numbers to who looks at a model, not to who computes with it.
+_LOOKS = ("detach", "clone", "cpu", "cuda", "numpy", "tolist")
+
+
+class UncalledWeight(Tensor):
+    """The base weight of an adapted layer, as the module around it sees it: with its facts, but not to multiply by.
+
+    torch's own fused encoder layers see that it is no plain tensor, and call their layers. Made by `uncalled`.
+    """
+
+    layer_name: str
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """What the function says of the weight.
+
+        Raises:
+            ValueError: it computes a tensor from it, or writes to it.
+        """
+        name = func.__name__
+        with torch._C.DisableTorchFunctionSubclass():
+            result = NotImplemented if name.endswith("_") and not name.endswith("__") else func(*args, **(kwargs or {}))
+        makes_tensor = any(isinstance(leaf, Tensor) for leaf in tree_leaves(result))
+        is_a_look = name in _LOOKS or func == Tensor.data.__get__  # type: ignore[attr-defined]
+        if result is NotImplemented or (makes_tensor and not is_a_look):
+            (layer, *_) = (leaf.layer_name for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, cls))
+            raise ValueError(
+                f"{layer}: the model reads this layer's weight ({name}) instead of calling the layer, so that the "
+                "active adapter would have no effect here. Name it in exclude_modules, or merge the adapter first "
+                "(merge_adapter)."
+            )
+        return result
+
+
+def uncalled(weight: Tensor, layer_name: str) -> Tensor:
+    """A plain weight as an `UncalledWeight`; any other, as it is."""
+    if type(weight) not in (Tensor, nn.Parameter) or torch.compiler.is_compiling():
+        return weight
+    seen = weight.detach().as_subclass(UncalledWeight)
+    seen.layer_name = layer_name
+    return seen

@@ -212,7 +212,7 @@ def wrap_layer(
         backend = find_backend(base, **get_quantization_kwargs(tuner.model))
         shape = layer_shape(base, key, parent, backend, config.adapts_convolutions)
         owns_base = isinstance(tuner, TensorModel) and not isinstance(target, BaseTunerLayer)
-        layer = classes.layer(target, shape, backend, owns_base).train(target.training)
+        layer = classes.layer(target, shape, key, backend, owns_base).train(target.training)
         layer._active_adapter = adapter_name
         layer.hold(adapter_name, update, config.inference_mode)
         tuner._replace_module(parent, target_name, layer, target)
