@@ -184,20 +184,21 @@ def _config(model: PeftModel, adapter_name: str, layers: dict[str, TensorLayer],
             "adapter_config.json, which servers ask for.",
             stacklevel=3,
         )
-    if ours.modules_to_save:
-        warnings.warn(
-            f"modules_to_save={sorted(ours.modules_to_save)} are exported as they are: PEFT loads them, vLLM and "
-            "llama.cpp do not.",
-            stacklevel=3,
-        )
+    in_full = {"modules_to_save": ours.modules_to_save, "trainable_token_indices": ours.trainable_token_indices}
+    for name, value in in_full.items():
+        if value:
+            warnings.warn(
+                f"{name}={value} are exported as they are: PEFT loads them, vLLM and llama.cpp do not.", stacklevel=3
+            )
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
         fan_in_fan_out=any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers.values()),
         base_model_name_or_path=ours.base_model_name_or_path,
         task_type=ours.task_type,
-        modules_to_save=ours.modules_to_save,
+        ensure_weight_tying=ours.ensure_weight_tying,
         inference_mode=True,
+        **in_full,  # type: ignore[arg-type]
     )
     # Set afterwards: PEFT makes a set of what it is given, in another order in every process.
     config.target_modules = _target_names(model.get_base_model(), layers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import sqrt
 from typing import Literal
 
@@ -54,6 +54,10 @@ class FactConfig(TensorConfig):
         check_scale("scale", self.scale)
         if self.core not in ("tt", "tk"):
             raise ValueError(f'core={self.core!r}: expected "tt" (tensor train) or "tk" (Tucker3).')
+
+    def of_rank(self, rank: int) -> FactConfig:
+        """Itself with another rank, and a scale of 1."""
+        return replace(self, r=rank, scale=1.0)
 
     def build(self, sites: Sequence[Site], bases: Bases) -> Mapping[str, TuckerUpdate]:
         """A weight of its shape's tensor per site. Reads no weight."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tensorpeft.networks.cp import CpFactors, CpUpdate
 from tensorpeft.networks.group import join
@@ -54,6 +54,10 @@ class LortaConfig(TensorConfig):
         check_scale("alpha", self.alpha)
         if self.head_dim is not None:
             check_rank("head_dim", self.head_dim)
+
+    def of_rank(self, rank: int) -> LortaConfig:
+        """Itself with another rank, and a scale of 1."""
+        return replace(self, r=rank, alpha=rank)
 
     def build(self, sites: Sequence[Site], bases: Bases) -> Mapping[str, CpUpdate]:
         """A slice of the attention's or the MLP's tensor per site. Reads no weight."""

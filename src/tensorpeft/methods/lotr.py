@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import sqrt
 
 from torch import nn
@@ -48,6 +48,10 @@ class LotrConfig(TensorConfig):
         check_rank("r", self.r)
         check_is_bool("init_weights", self.init_weights)
         check_scale("alpha", self.alpha)
+
+    def of_rank(self, rank: int) -> LotrConfig:
+        """Itself with another rank, and a scale of 1."""
+        return replace(self, r=rank, alpha=rank)
 
     def build(self, sites: Sequence[Site], bases: Bases) -> Mapping[str, TuckerUpdate]:
         """A weight of its shape's tensor per site. Reads no weight."""

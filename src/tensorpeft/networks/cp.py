@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from tensorpeft.networks.group import Parts, Tensors
 from tensorpeft.networks.low_rank import Factors, Pair
-from tensorpeft.networks.update import AbstractLowRankUpdate, SharedFactors
+from tensorpeft.networks.update import AbstractLowRankUpdate, AbstractSummableFactors
 
 
-class CpFactors(SharedFactors):
+class CpFactors(AbstractSummableFactors):
     """The factors of several CP tensors, each under its own name: `attention_A` and so on.
 
     Args:
@@ -39,6 +39,18 @@ class CpFactors(SharedFactors):
                 self.register_parameter(f"{name}_{factor}", nn.Parameter(start))
             if is_zero:
                 nn.init.zeros_(getattr(self, f"{name}_B"))
+
+    def summed(self, others: Sequence[CpFactors], scales: Sequence[float]) -> dict[str, Tensor]:
+        """The terms of all, side by side; each one's C_L scaled."""
+        if any(other.sizes != self.sizes for other in others):
+            raise ValueError(f"tensors of the modes {[other.sizes for other in (self, *others)]}: expected equal ones.")
+        parts = [dict(factors.named_parameters()) for factors in (self, *others)]
+        return {
+            key: torch.cat(
+                [part[key] * (scale if key.endswith("_C_L") else 1) for part, scale in zip(parts, scales)], dim=1
+            )
+            for key in parts[0]
+        }
 
     def extra_repr(self) -> str:
         """Modes of every tensor."""

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from tensorpeft.networks.group import Parts, Tensors
 from tensorpeft.networks.low_rank import Factors
-from tensorpeft.networks.update import AbstractLowRankUpdate, SharedFactors
+from tensorpeft.networks.update import AbstractLowRankUpdate, AbstractSummableFactors
 
 
-class TuckerFactors(SharedFactors):
+class TuckerFactors(AbstractSummableFactors):
     """The factors of several tensors of stacked weights, each under its own name: `1024x4096_U` and so on.
 
     Made without values worth keeping: the method fills them.
@@ -39,6 +39,27 @@ class TuckerFactors(SharedFactors):
                 shapes = {"U": (out, rank), "V": (in_, rank), "P": (count, rank), "C": (rank, rank, rank)}
             for factor, shape in shapes.items():
                 self.register_parameter(f"{name}_{factor}", nn.Parameter(torch.zeros(shape)))
+
+    def summed(self, others: Sequence[TuckerFactors], scales: Sequence[float]) -> dict[str, Tensor]:
+        """U, V and P side by side; the cores, scaled, on the diagonal of larger ones."""
+        if any((other.sizes, other.has_small_core) != (self.sizes, self.has_small_core) for other in others):
+            raise ValueError(f"tensors of the modes {[str(other) for other in (self, *others)]}: expected equal ones.")
+        parts: list[Mapping[str, Tensor]] = [dict(factors.named_parameters()) for factors in (self, *others)]
+        found = dict[str, Tensor]()
+        for key in parts[0]:
+            tensors = [part[key] for part in parts]
+            if key[-1] in "UVP":
+                found[key] = torch.cat(tensors, dim=1)
+                continue
+            scaled = [tensor * scale for tensor, scale in zip(tensors, scales)]
+            total = sum(tensor.shape[-1] for tensor in scaled)
+            first_mode = total if key[-1] == "C" else len(scaled[0])
+            found[key] = scaled[0].new_zeros(first_mode, total, total)
+            start = 0
+            for tensor in scaled:
+                block = slice(start, start := start + tensor.shape[-1])
+                found[key][block if key[-1] == "C" else slice(None), block, block] = tensor
+        return found
 
     def extra_repr(self) -> str:
         """Modes of every tensor."""

@@ -171,6 +171,24 @@ class SharedFactors(nn.Module):
         return super().train(mode)
 
 
+class AbstractSummableFactors(SharedFactors, ABC):
+    """Shared factors whose linear combinations have the same form, at the sum of their ranks."""
+
+    rank: int
+
+    @abstractmethod
+    def summed(
+        self,
+        others: Sequence[Any],  # of the same class
+        scales: Sequence[float],  # these factors' first
+    ) -> dict[str, Tensor]:
+        """The tensors, by name, of the factors whose updates at scale 1 are `Σ_k scales[k] · update_k`.
+
+        Raises:
+            ValueError: factors for other weights, or of another kind.
+        """
+
+
 class AbstractFusedUpdate(AbstractWeightUpdate):
     """An update of high rank: a layer adds it to the base weight and multiplies once (`networks.effective`)."""
 

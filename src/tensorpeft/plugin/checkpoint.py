@@ -43,11 +43,13 @@ class Source:
         model_id: a folder, or a name on the Hub.
         download: of `hf_hub_download`.
         verifies_base: whether the digests of a base that holds an update's start itself are made again.
+        ignores_sizes: whether PEFT is asked to pass over tensors of other sizes, which is refused.
     """
 
     model_id: str
     download: Mapping[str, Any]
     verifies_base: bool = True
+    ignores_sizes: bool = False
 
     @property
     def folder(self) -> Path:
@@ -58,8 +60,14 @@ class Source:
         """The checkpoint's tensors on the meta device, all float32; None if there is no file to be had: as PEFT says.
 
         Raises:
-            ValueError: the weights are a pickle, or a safetensors file that is truncated, empty or not one at all.
+            ValueError: the weights are a pickle, or a safetensors file that is truncated, empty or not one at all; or
+                tensors of other sizes are to be passed over.
         """
+        if self.ignores_sizes:
+            raise ValueError(
+                "ignore_mismatched_sizes=True would leave tensors at random where the checkpoint has others. Load the "
+                "adapter on a model with as many tokens or labels as the one it was trained on; change that afterwards."
+            )
         safe, pickled = self.folder / SAFETENSORS_WEIGHTS_NAME, self.folder / WEIGHTS_NAME
         if not self.folder.is_dir():
             safe = self._download()

@@ -50,9 +50,13 @@ class TensorConfig(PeftConfig, ABC):
         modules_to_save: names of further modules to train in full and save, such as a new classification head.
         layers_to_transform: index or indices of the layers to adapt, for `target_modules` given as a list.
         layers_pattern: name of the list of layers that the indices count in, if it is not found by itself.
+        trainable_token_indices: tokens whose embeddings are trained too, of the input embeddings or of {name: tokens}.
+        ensure_weight_tying: whether what is trained of tied embeddings (`modules_to_save`, `trainable_token_indices`)
+            stays tied.
+        target_parameters: PEFT's field for bare parameters; none of our methods adapts any.
 
     Raises:
-        ValueError: `layers_to_transform` beside a regular expression, or `layers_pattern` alone.
+        ValueError: `layers_to_transform` beside a regular expression, `layers_pattern` alone, or `target_parameters`.
     """
 
     target_modules: list[str] | str | None = field(default=None, metadata={"help": "Which linear layers to adapt."})
@@ -60,6 +64,11 @@ class TensorConfig(PeftConfig, ABC):
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules to train in full and save."})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Indices of layers to adapt."})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Tokens whose embeddings are trained too."}
+    )
+    ensure_weight_tying: bool = field(default=False, metadata={"help": "Whether tied embeddings stay tied."})
+    target_parameters: list[str] | None = field(default=None, metadata={"help": "Not supported."})
 
     # Set by `plugin.registration.register`.
     registered_type: ClassVar[PeftType]
@@ -73,6 +82,8 @@ class TensorConfig(PeftConfig, ABC):
         for name in ("target_modules", "exclude_modules", "layers_pattern"):
             if isinstance(pattern := getattr(self, name), str):
                 _check_pattern(name, pattern)
+        check_no_parameters(self)
+        check_is_bool("ensure_weight_tying", self.ensure_weight_tying)
         super().__post_init__()
         self.peft_type = self.registered_type
         if isinstance(self.target_modules, list):
@@ -100,6 +111,12 @@ class TensorConfig(PeftConfig, ABC):
             ValueError: a weight that is needed cannot be read.
         """
 
+    def of_rank(self, rank: int) -> TensorConfig:
+        """Itself with another rank, and a scale of 1, of a method whose shared factors can be summed
+        (`AbstractSummableFactors`).
+        """
+        raise NotImplementedError
+
     @abstractmethod
     def build(
         self,
@@ -120,6 +137,16 @@ class TensorConfig(PeftConfig, ABC):
         """As PEFT's, and tells the model card's readers to `import tensorpeft`."""
         super().save_pretrained(save_directory, **kwargs)
         add_loading_hint(Path(save_directory))
+
+
+def check_no_parameters(config: TensorConfig) -> None:
+    """Raise a `ValueError` if a configuration names bare parameters to adapt."""
+    if config.target_parameters:
+        raise ValueError(
+            f"target_parameters={sorted(config.target_parameters)}: expected none, as {type(config).__name__} adapts "
+            "linear layers, not bare parameters such as the stacked experts of a mixture. Name layers in "
+            "target_modules, or use PEFT's LoraConfig for the parameters."
+        )
 
 
 def _check_kinds(config: TensorConfig) -> None:

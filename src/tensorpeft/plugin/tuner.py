@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import _get_submodules
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -25,7 +26,7 @@ from tensorpeft.plugin.base_weight import (
     restore_row_order,
 )
 from tensorpeft.plugin.checkpoint import shapes_to_load
-from tensorpeft.plugin.config import TensorConfig
+from tensorpeft.plugin.config import TensorConfig, check_no_parameters
 from tensorpeft.plugin.holder import SharedHolder, UpdateHolder, home_of_shared
 from tensorpeft.plugin.layer import TensorLayer
 from tensorpeft.plugin.loading import (
@@ -38,6 +39,7 @@ from tensorpeft.plugin.loading import (
 )
 from tensorpeft.plugin.towers import find_tower
 from tensorpeft.plugin.unloading import merging, unloading
+from tensorpeft.plugin.weighted import add_weighted_adapter
 from tensorpeft.sites import Site, find_sites
 
 
@@ -75,6 +77,20 @@ class TensorModel(BaseTuner):
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         finally:
             self._planned = None
+
+    # LoRA's, which reads nothing but the model.
+    _add_modules_to_save_to_tie = LoraModel._add_modules_to_save_to_tie  # type: ignore[assignment]
+
+    def _add_targets_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
+        raise ValueError(
+            "ensure_weight_tying=True: the adapter of a tied layer cannot be tied to one of the input embeddings, "
+            f"which are no linear layer. Take {', '.join(sorted(tied_weight_keys))} out of target_modules, or name it "
+            "in modules_to_save instead."
+        )
+
+    def _prepare_adapter_config(self, peft_config: TensorConfig, model_config: dict[str, Any]) -> Any:
+        check_no_parameters(peft_config)  # PEFT makes some of the targets of an older mixture of experts
+        return BaseTuner._prepare_adapter_config(self, peft_config, model_config)
 
     def _create_and_replace(
         self,
@@ -151,6 +167,26 @@ class TensorModel(BaseTuner):
         """
         with _merging_in(self.model, dtype):
             return super().merge_and_unload(progressbar, safe_merge, adapter_names)
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "cat"
+    ) -> None:
+        """As LoRA's, by concatenation: see `plugin.weighted`.
+
+        Args:
+            adapters: names of the adapters to combine.
+            weights: one for each, of either sign.
+            adapter_name: of the new adapter.
+            combination_type: "cat".
+
+        Raises:
+            ValueError: another type; see `plugin.weighted`.
+        """
+        if combination_type != "cat":
+            raise ValueError(
+                f'combination_type={combination_type!r}: expected "cat", which is exact; the others round.'
+            )
+        add_weighted_adapter(self, adapters, weights, adapter_name)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
