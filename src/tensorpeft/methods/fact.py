@@ -56,7 +56,7 @@ class FactConfig(TensorConfig):
             raise ValueError(f'core={self.core!r}: expected "tt" (tensor train) or "tk" (Tucker3).')
 
     def of_rank(self, rank: int) -> FactConfig:
-        """Itself with another rank, and a scale of 1."""
+        """Itself with another rank, and updates scaled by 1."""
         return replace(self, r=rank, scale=1.0)
 
     def build(self, sites: Sequence[Site], bases: Bases) -> Mapping[str, TuckerUpdate]:

@@ -56,7 +56,7 @@ class LortaConfig(TensorConfig):
             check_rank("head_dim", self.head_dim)
 
     def of_rank(self, rank: int) -> LortaConfig:
-        """Itself with another rank, and a scale of 1."""
+        """Itself with another rank, and updates scaled by 1."""
         return replace(self, r=rank, alpha=rank)
 
     def build(self, sites: Sequence[Site], bases: Bases) -> Mapping[str, CpUpdate]:

@@ -50,7 +50,7 @@ class LotrConfig(TensorConfig):
         check_scale("alpha", self.alpha)
 
     def of_rank(self, rank: int) -> LotrConfig:
-        """Itself with another rank, and a scale of 1."""
+        """Itself with another rank, and updates scaled by 1."""
         return replace(self, r=rank, alpha=rank)
 
     def build(self, sites: Sequence[Site], bases: Bases) -> Mapping[str, TuckerUpdate]:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from tensorpeft.networks.group import Parts, Tensors
 from tensorpeft.networks.low_rank import Factors, Pair
-from tensorpeft.networks.update import AbstractLowRankUpdate, AbstractSummableFactors
+from tensorpeft.networks.update import AbstractSummableUpdate, SharedFactors
 
 
-class CpFactors(AbstractSummableFactors):
+class CpFactors(SharedFactors):
     """The factors of several CP tensors, each under its own name: `attention_A` and so on.
 
     Args:
@@ -40,18 +40,6 @@ class CpFactors(AbstractSummableFactors):
             if is_zero:
                 nn.init.zeros_(getattr(self, f"{name}_B"))
 
-    def summed(self, others: Sequence[CpFactors], scales: Sequence[float]) -> dict[str, Tensor]:
-        """The terms of all, side by side; each one's C_L scaled."""
-        if any(other.sizes != self.sizes for other in others):
-            raise ValueError(f"tensors of the modes {[other.sizes for other in (self, *others)]}: expected equal ones.")
-        parts = [dict(factors.named_parameters()) for factors in (self, *others)]
-        return {
-            key: torch.cat(
-                [part[key] * (scale if key.endswith("_C_L") else 1) for part, scale in zip(parts, scales)], dim=1
-            )
-            for key in parts[0]
-        }
-
     def extra_repr(self) -> str:
         """Modes of every tensor."""
         return f"r {self.rank}; " + "; ".join(
@@ -60,7 +48,7 @@ class CpFactors(AbstractSummableFactors):
         )
 
 
-class CpUpdate(AbstractLowRankUpdate):
+class CpUpdate(AbstractSummableUpdate):
     """One weight of a CP tensor: `ΔW = scale · K diag(C_L[layer]) Aᵀ`, of rank at most r, or its transpose.
 
     K (inner dimension, r) stacks the rows of the weight's projections; for a single one it is the Khatri-Rao product
@@ -111,6 +99,19 @@ class CpUpdate(AbstractLowRankUpdate):
             ]
             inner = torch.stack(parts, -3).flatten(-4, -2) if self.interleaved else torch.cat(parts, -3).flatten(-3, -2)
         return Factors(model.mT, core, inner) if self.inner_is_out else Factors(inner.mT, core, model)
+
+    def sum_shared(self, others: Sequence[CpUpdate], weights: Sequence[float]) -> dict[str, Tensor]:
+        """The terms of all, side by side; each one's C_L with its weight and scale."""
+        updates = (self, *others)
+        shared = [cast(CpFactors, update.shared) for update in updates]
+        if any(factors.sizes != shared[0].sizes for factors in shared):
+            raise ValueError(f"tensors of the modes {[factors.sizes for factors in shared]}: expected equal ones.")
+        parts = [dict(factors.named_parameters()) for factors in shared]
+        factors = [weight * update.scale for weight, update in zip(weights, updates)]
+        return {
+            key: torch.cat([part[key] * (k if key.endswith("_C_L") else 1) for part, k in zip(parts, factors)], dim=1)
+            for key in parts[0]
+        }
 
     def group_key(self) -> Hashable | None:
         """Of one tensor, on one side of it, with as many heads; fused projections are made alone."""

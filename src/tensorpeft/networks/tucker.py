@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from tensorpeft.networks.group import Parts, Tensors
 from tensorpeft.networks.low_rank import Factors
-from tensorpeft.networks.update import AbstractLowRankUpdate, AbstractSummableFactors
+from tensorpeft.networks.update import AbstractLowRankUpdate, AbstractSummableUpdate, SharedFactors
 
 
-class TuckerFactors(AbstractSummableFactors):
+class TuckerFactors(SharedFactors):
     """The factors of several tensors of stacked weights, each under its own name: `1024x4096_U` and so on.
 
     Made without values worth keeping: the method fills them.
@@ -39,27 +39,6 @@ class TuckerFactors(AbstractSummableFactors):
                 shapes = {"U": (out, rank), "V": (in_, rank), "P": (count, rank), "C": (rank, rank, rank)}
             for factor, shape in shapes.items():
                 self.register_parameter(f"{name}_{factor}", nn.Parameter(torch.zeros(shape)))
-
-    def summed(self, others: Sequence[TuckerFactors], scales: Sequence[float]) -> dict[str, Tensor]:
-        """U, V and P side by side; the cores, scaled, on the diagonal of larger ones."""
-        if any((other.sizes, other.has_small_core) != (self.sizes, self.has_small_core) for other in others):
-            raise ValueError(f"tensors of the modes {[str(other) for other in (self, *others)]}: expected equal ones.")
-        parts: list[Mapping[str, Tensor]] = [dict(factors.named_parameters()) for factors in (self, *others)]
-        found = dict[str, Tensor]()
-        for key in parts[0]:
-            tensors = [part[key] for part in parts]
-            if key[-1] in "UVP":
-                found[key] = torch.cat(tensors, dim=1)
-                continue
-            scaled = [tensor * scale for tensor, scale in zip(tensors, scales)]
-            total = sum(tensor.shape[-1] for tensor in scaled)
-            first_mode = total if key[-1] == "C" else len(scaled[0])
-            found[key] = scaled[0].new_zeros(first_mode, total, total)
-            start = 0
-            for tensor in scaled:
-                block = slice(start, start := start + tensor.shape[-1])
-                found[key][block if key[-1] == "C" else slice(None), block, block] = tensor
-        return found
 
     def extra_repr(self) -> str:
         """Modes of every tensor."""
@@ -101,7 +80,7 @@ class TuckerMatrixUpdate(AbstractLowRankUpdate):
         return f"U {len(self.U)} · V {len(self.V)}, r {len(self.G)}"
 
 
-class TuckerUpdate(AbstractLowRankUpdate):
+class TuckerUpdate(AbstractSummableUpdate):
     """One weight of a stacked tensor.
 
     Args:
@@ -146,6 +125,24 @@ class TuckerUpdate(AbstractLowRankUpdate):
             core = (tensors[f"{self.tensor}_C"] @ row[..., None, :, None]).squeeze(-1)
         return Factors(tensors[f"{self.tensor}_V"].mT, core * self.scale, tensors[f"{self.tensor}_U"])
 
+    def sum_shared(self, others: Sequence[TuckerUpdate], weights: Sequence[float]) -> dict[str, Tensor]:
+        """U, V and P side by side; the cores, with weights and scales, on the diagonal of larger ones."""
+        updates = (self, *others)
+        shared = [cast(TuckerFactors, update.shared) for update in updates]
+        forms = [(factors.sizes, factors.has_small_core) for factors in shared]
+        if any(form != forms[0] for form in forms):
+            raise ValueError(f"tensors of the modes {forms} (with a small core or not): expected equal ones.")
+        parts = [dict(factors.named_parameters()) for factors in shared]
+        scales = [weight * update.scale for weight, update in zip(weights, updates)]
+        found = dict[str, Tensor]()
+        for key in parts[0]:
+            if key[-1] in "UVP":
+                found[key] = torch.cat([part[key] for part in parts], dim=1)
+            else:
+                cores = [part[key] * scale for part, scale in zip(parts, scales)]
+                found[key] = _on_diagonal(cores, num_modes=3 if key[-1] == "C" else 2)
+        return found
+
     def tensor_name(self) -> str:
         """The tensor and its modes."""
         shared = cast(TuckerFactors, self.shared)
@@ -155,3 +152,15 @@ class TuckerUpdate(AbstractLowRankUpdate):
     def extra_repr(self) -> str:
         """Which weight of which tensor."""
         return f"{self.tensor}, weight {self.index}"
+
+
+def _on_diagonal(cores: Sequence[Tensor], num_modes: int) -> Tensor:
+    """Cores in the corners that meet on the diagonal of their last modes; the modes before are those of each."""
+    before, total = cores[0].shape[:-num_modes], sum(core.shape[-1] for core in cores)
+    result = cores[0].new_zeros(*before, *(total,) * num_modes)
+    start = 0
+    for core in cores:
+        end = start + core.shape[-1]
+        result[(..., *(slice(start, end),) * num_modes)] = core
+        start = end
+    return result

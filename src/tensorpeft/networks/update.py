@@ -171,24 +171,6 @@ class SharedFactors(nn.Module):
         return super().train(mode)
 
 
-class AbstractSummableFactors(SharedFactors, ABC):
-    """Shared factors whose linear combinations have the same form, at the sum of their ranks."""
-
-    rank: int
-
-    @abstractmethod
-    def summed(
-        self,
-        others: Sequence[Any],  # of the same class
-        scales: Sequence[float],  # these factors' first
-    ) -> dict[str, Tensor]:
-        """The tensors, by name, of the factors whose updates at scale 1 are `Σ_k scales[k] · update_k`.
-
-        Raises:
-            ValueError: factors for other weights, or of another kind.
-        """
-
-
 class AbstractFusedUpdate(AbstractWeightUpdate):
     """An update of high rank: a layer adds it to the base weight and multiplies once (`networks.effective`)."""
 
@@ -249,6 +231,22 @@ class AbstractLowRankUpdate(AbstractFactoredUpdate):
     def forward(self, x: Tensor) -> Tensor:
         """`x downᵀ upᵀ`; under autocast in its dtype."""
         return low_rank_linear(x, None, None, [self.pair(product_dtype(x))])
+
+
+class AbstractSummableUpdate(AbstractLowRankUpdate):
+    """One of the updates of shared factors whose linear combinations have the same form, at the sum of their ranks."""
+
+    @abstractmethod
+    def sum_shared(
+        self,
+        others: Sequence[Any],  # updates of the same weight, of other adapters
+        weights: Sequence[float],  # this one's first
+    ) -> dict[str, Tensor]:
+        """The tensors of the shared factors of `Σ_k weights[k] · ΔW_k` of all weights, for updates that scale nothing.
+
+        Raises:
+            ValueError: the others' factors are for other weights, or have another form.
+        """
 
 
 def _cast(pair: Pair, dtype: torch.dtype | None) -> Pair:

@@ -112,8 +112,8 @@ class TensorConfig(PeftConfig, ABC):
         """
 
     def of_rank(self, rank: int) -> TensorConfig:
-        """Itself with another rank, and a scale of 1, of a method whose shared factors can be summed
-        (`AbstractSummableFactors`).
+        """Itself with another rank, for updates that nothing multiplies: asked of methods with an
+        `AbstractSummableUpdate`.
         """
         raise NotImplementedError
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,14 +16,11 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
-from tensorpeft.networks.update import AbstractUpdatableLinear, AbstractUpdate
+from tensorpeft.networks.update import AbstractUpdate
 from tensorpeft.plugin.base_weight import (
     UpdatableBackend,
-    as_matrix,
-    convolution_of,
     find_backend,
     layer_shape,
-    restore_row_order,
 )
 from tensorpeft.plugin.checkpoint import shapes_to_load
 from tensorpeft.plugin.config import TensorConfig, check_no_parameters
@@ -37,10 +34,9 @@ from tensorpeft.plugin.loading import (
     key_of,
     own_key,
 )
-from tensorpeft.plugin.towers import find_tower
+from tensorpeft.plugin.targets import bases_of, build_updates, innermost
 from tensorpeft.plugin.unloading import merging, unloading
 from tensorpeft.plugin.weighted import add_weighted_adapter
-from tensorpeft.sites import Site, find_sites
 
 
 class MethodClasses(NamedTuple):
@@ -244,7 +240,7 @@ def wrap_layer(
         target.hold(adapter_name, update, config.inference_mode)
         layer = target
     else:
-        base = _innermost(target)
+        base = innermost(target)
         backend = find_backend(base, **get_quantization_kwargs(tuner.model))
         shape = layer_shape(base, key, parent, backend, config.adapts_convolutions)
         owns_base = isinstance(tuner, TensorModel) and not isinstance(target, BaseTunerLayer)
@@ -311,69 +307,6 @@ def _owner_of_shared(model: nn.Module, layer: TensorLayer, classes: MethodClasse
         owner._active_adapter = layer._active_adapter
         home.add_module(name, owner)
     return getattr(home, name)
-
-
-def build_updates(tuner: BaseTuner, config: TensorConfig) -> Mapping[str, AbstractUpdate]:
-    """The method's updates for all targets of a config, which is settled first. Changes nothing in the model."""
-    sites, bases = bases_of(tuner, config)
-    config.settle(sites, bases)
-    return config.build(sites, replace(bases, allocates_only=getattr(tuner, "_allocates_only", False)))
-
-
-def bases_of(tuner: BaseTuner, config: TensorConfig) -> tuple[list[Site], _Bases]:
-    """All targets of a config, and what the model has there."""
-    quantization = get_quantization_kwargs(tuner.model)
-    layers: dict[str, tuple[nn.Module, Any]] = {}
-    sites = []
-    for name in _target_names(tuner, config):
-        parent, target, _ = _get_submodules(tuner.model, name)
-        base = _innermost(target)
-        backend = find_backend(base, **quantization)
-        out, in_ = layer_shape(base, name, parent, backend, config.adapts_convolutions)
-        layers[name] = (base, backend)
-        tower, own_config = find_tower(tuner.model, name)
-        (site,) = find_sites([(name, out, in_)], own_config, tower)
-        sites.append(replace(site, convolution=convolution_of(base)))
-    return sites, _Bases(layers)
-
-
-@dataclass(frozen=True)
-class _Bases:
-    """What `TensorConfig.build` reads of the model. Layers by name, with PEFT's quantisation backend."""
-
-    layers: Mapping[str, tuple[nn.Module, Any]]
-    allocates_only: bool = False
-
-    def read_weight(self, site: Site) -> Tensor:
-        base, backend = self.layers[site.name]
-        if self.allocates_only:
-            return torch.empty(site.out, site.num_columns, device="meta")
-        restore_row_order(base)
-        weight = base.weight.data if backend is None else backend.get_base_weight(base)
-        return as_matrix(base, weight)  # type: ignore[arg-type]
-
-    def start(self, site: Site) -> nn.Module | None:
-        base, _ = self.layers[site.name]
-        return base.start if isinstance(base, AbstractUpdatableLinear) else None
-
-
-def _target_names(tuner: BaseTuner, config: TensorConfig) -> list[str]:
-    """The full names of the layers that PEFT is going to adapt for a config, in the model's order."""
-    injected: set[str] | None = getattr(tuner, "_injected_names", None)
-    is_target: Callable[[str], Any]
-    is_target = partial(tuner._check_target_module_exists, config) if injected is None else injected.__contains__
-    names: list[str] = []
-    wrapped: tuple[str, ...] = ()
-    for name, module in tuner.model.named_modules():
-        if name and not name.startswith(wrapped) and is_target(name):
-            names.append(name)
-        if isinstance(module, BaseTunerLayer):
-            wrapped += (f"{name}.",)  # what lies in there belongs to an earlier adapter
-    return names
-
-
-def _innermost(target: nn.Module) -> nn.Module:
-    return target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
 
 
 @contextmanager
