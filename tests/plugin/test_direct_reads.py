@@ -163,3 +163,24 @@ def test_what_does_not_depend_on_the_numbers_may_be_asked():
     with pytest.raises(ValueError, match=r"layers.0.self_attn.q_proj: .*zero_"):
         nn.init.zeros_(layer.weight)
     assert torch.equal(base, before)
+
+
+def test_a_layer_whose_weight_the_model_asks_for_its_dtype_is_loaded_by_transformers(tmp_path):
+    """T5 initialises `wo` by its weight where it is told to initialise anything."""
+
+    def fresh() -> nn.Module:
+        torch.manual_seed(0)
+        config = transformers.T5Config(vocab_size=64, d_model=24, d_kv=6, d_ff=44, num_layers=1, num_heads=4)
+        return transformers.T5ForConditionalGeneration(config).eval()
+
+    x = torch.arange(3, 15).view(2, 6)
+    model = get_peft_model(fresh(), LotrConfig(target_modules=["wo", "q"])).eval()
+    perturb(model)
+    model.save_pretrained(tmp_path)
+    loaded = fresh()
+    loaded.load_adapter(str(tmp_path))
+    with torch.no_grad():
+        expected = model(input_ids=x, decoder_input_ids=x).logits
+        assert torch.equal(loaded(input_ids=x, decoder_input_ids=x).logits, expected)
+        assert not torch.allclose(fresh()(input_ids=x, decoder_input_ids=x).logits, expected, atol=1e-3)
+    torch.compile(model, backend="eager", fullgraph=True)(input_ids=x, decoder_input_ids=x)

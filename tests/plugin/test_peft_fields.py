@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
@@ -174,3 +175,14 @@ def test_adapters_that_cannot_be_combined(arguments: tuple[Any, ...], message: s
     with pytest.raises(ValueError, match=message):
         model.add_weighted_adapter(*arguments)
     assert model.state_dict().keys() == keys
+
+
+@pytest.mark.parametrize("case", FIRST_OF_EACH, ids=lambda case: case.name)
+def test_a_mixture_of_experts_whose_layers_transformers_has_renamed(case: Case):
+    sizes = {"vocab_size": 64, "hidden_size": 24, "intermediate_size": 44, "num_hidden_layers": 1, "pad_token_id": 0}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 2}
+    base = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, **heads))
+    model = get_peft_model(base, case.make(target_modules=["q_proj", "v_proj"]))
+    x = torch.arange(3, 15).view(2, 6)
+    model(input_ids=x, labels=x).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
