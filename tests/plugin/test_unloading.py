@@ -138,3 +138,28 @@ def test_no_copy_of_the_base_is_kept_while_unloading(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(TensorLayer, "merge", merge_and_look)
     model.merge_and_unload()
     assert kept == [None] * len(kept) != []
+
+
+@over_cases
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+def test_an_adapter_that_is_not_there_is_not_merged(case: Case, merge: str):
+    model = get_peft_model(LLAMA.fresh(), case.make(target_modules=["q_proj"]))
+    keys = model.state_dict().keys()
+    with pytest.raises(ValueError, match=r"no adapter typo; loaded are \['default'\]"):
+        getattr(model, merge)(adapter_names=["typo"])
+    assert model.state_dict().keys() == keys
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_mixed_model_with_trained_tokens_is_unloaded(merge: bool):
+    config = LotrConfig(target_modules=["q_proj"], trainable_token_indices=[3, 5])
+    mixed = get_peft_model(LLAMA.fresh(), config, "a", mixed=True).eval()
+    with torch.no_grad():
+        for parameter in mixed.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1
+    expected = logits(mixed) if merge else logits(LLAMA.fresh())
+    plain = mixed.merge_and_unload() if merge else mixed.unload()
+    assert not has_wrappers(plain)
+    assert plain.state_dict().keys() == LLAMA.fresh().state_dict().keys()
+    torch.testing.assert_close(logits(plain), expected, rtol=1e-5, atol=1e-5)

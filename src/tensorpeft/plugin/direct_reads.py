@@ -143,5 +143,5 @@ def uncalled(weight: Tensor, layer_name: str) -> Tensor:
     if type(weight) not in (Tensor, nn.Parameter) or torch.compiler.is_compiling():
         return weight
     seen = weight.detach().as_subclass(UncalledWeight)
-    seen.__dict__.update(weight.__dict__, layer_name=layer_name)  # flags, such as "initialised already"
+    vars(seen).update(vars(weight), layer_name=layer_name)  # flags, such as "initialised already"
     return seen

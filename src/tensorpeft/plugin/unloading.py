@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import nn
 
 from tensorpeft.plugin.holder import SharedHolder
@@ -18,10 +18,11 @@ def merging(model: nn.Module, adapter_names: Iterable[str] | None, safe_merge: b
     """PEFT merges inside: these adapters, or the active ones.
 
     Raises:
-        ValueError: one is no update of a weight or, with `safe_merge`, would make a weight that is not finite. After
-            this error, or any other inside, every layer has merged what it had merged before.
+        ValueError: one is unknown, no update of a weight or, with `safe_merge`, would make a weight that is not finite.
+            After this error, or any other inside, every layer has merged what it had merged before.
     """
     names = None if adapter_names is None else list(adapter_names)
+    _check_known(model, names or ())
     _check_mergeable(model, names)
     _check_merged_weights(model, names, safe_merge)
     with _unchanged_on_error(model):
@@ -39,11 +40,21 @@ def unloading(tuner: BaseTuner, merge: bool, adapter_names: Iterable[str] | None
     """
     model = tuner.model
     with merging(model, adapter_names, safe_merge) if merge else _unchanged_on_error(model):
-        if not merge:
+        if not merge and any(isinstance(module, BaseTunerLayer) and module.merged for module in model.modules()):
             tuner.unmerge_adapter()  # what is merged would stay in the base weights that are handed back
         with _keeping_no_copies(model):
             yield
-        _remove_shared_factors(model)
+        _remove_what_is_left(model)
+
+
+def _check_known(model: nn.Module, adapter_names: Iterable[str]) -> None:
+    """Raise a `ValueError` if there is no adapter of one of these names: unloading would lose those that there are."""
+    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    known = {
+        name for module in model.modules() if isinstance(module, kinds) for name in module._get_available_adapters()
+    }
+    if unknown := sorted(set(adapter_names) - known):
+        raise ValueError(f"adapter_names: there is no adapter {', '.join(unknown)}; loaded are {sorted(known)}.")
 
 
 def _check_mergeable(model: nn.Module, adapter_names: Iterable[str] | None) -> None:
@@ -109,8 +120,10 @@ def _keeping_no_copies(model: nn.Module) -> Iterator[None]:
             layer.owns_base = True
 
 
-def _remove_shared_factors(model: nn.Module) -> None:
+def _remove_what_is_left(model: nn.Module) -> None:
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, SharedHolder):
                 delattr(parent, name)
+            elif isinstance(child, TrainableTokensWrapper):  # PeftMixedModel unloads only what is inside
+                setattr(parent, name, child.token_adapter)
