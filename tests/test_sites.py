@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tensorpeft.sites import Site, find_sites, group_by_shape
+from tensorpeft.sites import Site, find_sites, group_by_tensor, shape_name
 
 LLAMA = SimpleNamespace(model_type="llama", hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=10)
 T5 = SimpleNamespace(model_type="t5", d_model=32, num_heads=4, d_kv=6)
@@ -80,7 +80,7 @@ def test_outside_the_layers_a_transformer_has_no_sites():
 
 def test_groups_keep_the_order():
     sites = find_sites([("a.0.x", 4, 2), ("a.0.y", 2, 4), ("a.1.x", 4, 2)])
-    groups = group_by_shape(sites)
+    groups = group_by_tensor(sites, shape_name)
     assert {name: [site.name for site in group] for name, group in groups.items()} == {
         "4x2": ["a.0.x", "a.1.x"],
         "2x4": ["a.0.y"],

@@ -6,7 +6,7 @@ Found from what every model has, the names and shapes of its linear layers and i
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Literal
@@ -75,6 +75,7 @@ class Site:
         heads: the number of heads of each projection; None where the configuration does not say it.
         head_dim: features of a head, from the configuration; None where that does not say it.
         convolution: of a convolution; None: the layer is linear. Only methods that say so get any.
+        tower: full name of the part of a composite model that it is in, such as `vision_model`; "": of no part.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Site:
     heads: tuple[int, ...] | None = None
     head_dim: int | None = None
     convolution: Convolution | None = None
+    tower: str = ""
 
     @property
     def num_columns(self) -> int:
@@ -114,7 +116,8 @@ class Site:
 
 def find_sites(
     shapes: Iterable[tuple[str, int, int]],  # full name of a linear layer, out, in
-    config: Any = None,  # the model's configuration, if it has one
+    config: Any = None,  # the configuration of the model, or of the tower, if it has one
+    tower: str = "",  # that all of them are in
 ) -> list[Site]:
     """The sites of these linear layers, in their order. Never fails: what is not known stays empty.
 
@@ -122,7 +125,12 @@ def find_sites(
     >>> site.kind, site.block, site.projections, site.inner_is_out
     ('attention', 'model.layers.3.self_attn', ('output',), False)
     """
-    return [_find_site(Site(name, out, in_), config) for name, out, in_ in shapes]
+    inside = f"{tower}." if tower else ""
+    found = (_find_site(Site(name.removeprefix(inside), out, in_), config) for name, out, in_ in shapes)
+    return [
+        replace(site, name=f"{inside}{site.name}", block=site.block and f"{inside}{site.block}", tower=tower)
+        for site in found
+    ]
 
 
 def _find_site(site: Site, config: Any) -> Site:
@@ -180,9 +188,29 @@ def _number(config: Any, *names: str) -> int | None:
     return None
 
 
-def group_by_shape(sites: Iterable[Site]) -> dict[str, list[Site]]:
-    """The sites by the shape of their weights, `"1024x4096"`, in their order."""
-    groups: dict[str, list[Site]] = {}
+def group_by_tensor(
+    sites: Iterable[Site],
+    key: Callable[[Site], str],  # what the sites of one tensor have in common
+) -> dict[str, list[Site]]:
+    """The sites of each tensor that layers share, in their order, by its name: those of one key and one tower.
+
+    The name is the key or, where several towers have it, the tower's and the key.
+
+    >>> sites = [Site("a.0.x", 4, 2, tower="a"), Site("b.0.x", 4, 2, tower="b"), Site("b.0.y", 4, 4, tower="b")]
+    >>> list(group_by_tensor(sites, shape_name))
+    ['a_4x2', 'b_4x2', '4x4']
+    """
+    groups: dict[tuple[str, str], list[Site]] = {}
     for site in sites:
-        groups.setdefault(f"{site.out}x{site.in_}", []).append(site)
-    return groups
+        groups.setdefault((site.tower, key(site)), []).append(site)
+    keys = [key for _, key in groups]
+    return {
+        # Without dots: PEFT would take a part of a parameter's name for the adapter's.
+        key if keys.count(key) == 1 else f"{tower.replace('.', '_')}_{key}": group
+        for (tower, key), group in groups.items()
+    }
+
+
+def shape_name(site: Site) -> str:
+    """The shape of a weight, `"1024x4096"`."""
+    return f"{site.out}x{site.in_}"

@@ -307,12 +307,14 @@ def _config(
             "adapter_config.json, which servers ask for.",
             stacklevel=3,
         )
-    if ours.modules_to_save:
-        warnings.warn(
-            f"modules_to_save={sorted(ours.modules_to_save)} are exported as they are: PEFT loads them, vLLM and "
-            "llama.cpp's converter refuse such an adapter. Merge it for those (export dense).",
-            stacklevel=3,
-        )
+    in_full = {"modules_to_save": ours.modules_to_save, "trainable_token_indices": ours.trainable_token_indices}
+    for name, value in in_full.items():
+        if value:
+            warnings.warn(
+                f"{name}={value} are exported as they are: PEFT loads them, vLLM and llama.cpp's converter refuse such "
+                "an adapter. Merge it for those (export dense).",
+                stacklevel=3,
+            )
     rank = max(ranks.values())
     config = LoraConfig(
         r=rank,
@@ -320,8 +322,9 @@ def _config(
         fan_in_fan_out=any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers.values()),
         base_model_name_or_path=base,
         task_type=ours.task_type,
-        modules_to_save=ours.modules_to_save,
+        ensure_weight_tying=ours.ensure_weight_tying,
         inference_mode=True,
+        **in_full,  # type: ignore[arg-type]
     )
     # Everywhere alpha / r is 1: PEFT divides them per layer, vLLM for all.
     config.rank_pattern = config.alpha_pattern = {key: other for key, other in ranks.items() if other != rank}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import sqrt
 from typing import Literal
 
@@ -13,13 +13,13 @@ from tensorpeft.networks.group import join
 from tensorpeft.networks.tucker import TuckerFactors, TuckerUpdate
 from tensorpeft.plugin.config import Bases, TensorConfig, check_is_bool, check_rank, check_scale
 from tensorpeft.plugin.registration import register
-from tensorpeft.sites import Site, group_by_shape
+from tensorpeft.sites import Site, group_by_tensor, shape_name
 
 
 @register("fact")
 @dataclass
 class FactConfig(TensorConfig):
-    """`ΔW_n = scale · U G_n Vᵀ`: U (out, r) and V (in, r) are shared by all weights of one shape.
+    """`ΔW_n = scale · U G_n Vᵀ`: U (out, r) and V (in, r) are shared by all weights of one shape (and tower).
 
     As a tensor train every weight has a core G_n (r, r) of its own. As a Tucker3 tensor the cores are slices of one,
     `G_n = Σ_k P[n, k] C[:, :, k]` with P (weights, r) and C (r, r, r), which is smaller where the weights outnumber r.
@@ -55,9 +55,13 @@ class FactConfig(TensorConfig):
         if self.core not in ("tt", "tk"):
             raise ValueError(f'core={self.core!r}: expected "tt" (tensor train) or "tk" (Tucker3).')
 
+    def of_rank(self, rank: int) -> FactConfig:
+        """Itself with another rank, and updates scaled by 1."""
+        return replace(self, r=rank, scale=1.0)
+
     def build(self, sites: Sequence[Site], bases: Bases) -> Mapping[str, TuckerUpdate]:
         """A weight of its shape's tensor per site. Reads no weight."""
-        groups = group_by_shape(sites)
+        groups = group_by_tensor(sites, shape_name)
         sizes = {name: (len(group), group[0].out, group[0].in_) for name, group in groups.items()}
         shared = TuckerFactors(self.r, sizes, has_small_core=self.core == "tk")
         for key, factor in shared.named_parameters():

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tensorpeft.networks.cp import CpFactors, CpUpdate
 from tensorpeft.networks.group import join
 from tensorpeft.plugin.config import Bases, TensorConfig, check_is_bool, check_rank, check_scale
 from tensorpeft.plugin.registration import register
-from tensorpeft.sites import Site
+from tensorpeft.sites import Site, group_by_tensor
 
 
 @register("lorta")
@@ -55,13 +55,15 @@ class LortaConfig(TensorConfig):
         if self.head_dim is not None:
             check_rank("head_dim", self.head_dim)
 
+    def of_rank(self, rank: int) -> LortaConfig:
+        """Itself with another rank, and updates scaled by 1."""
+        return replace(self, r=rank, alpha=rank)
+
     def build(self, sites: Sequence[Site], bases: Bases) -> Mapping[str, CpUpdate]:
         """A slice of the attention's or the MLP's tensor per site. Reads no weight."""
-        places = [self._place(site) for site in sites]
-        groups: dict[str, list[_Place]] = {}
-        for place in places:
-            groups.setdefault(place.tensor, []).append(place)
-        tensors = {name: _Tensor(group) for name, group in groups.items()}
+        places = {site.name: self._place(site) for site in sites}
+        groups = group_by_tensor(sites, _tensor_name)
+        tensors = {name: _Tensor([places[site.name] for site in group]) for name, group in groups.items()}
         shared = CpFactors(self.r, {name: tensor.modes() for name, tensor in tensors.items()}, self.init_weights)
         updates = {
             place.site.name: CpUpdate(
@@ -122,11 +124,10 @@ class _Place:
     head_dim: int
     heads: tuple[int, ...]
 
-    @property
-    def tensor(self) -> str:
-        """The name of the tensor that the weight belongs to."""
-        # Without dots: PEFT would take a part of a parameter's name for the adapter's.
-        return self.site.name.replace(".", "_") if self.site.kind == "plain" else str(self.site.kind)
+
+def _tensor_name(site: Site) -> str:
+    """The name of the tensor that a weight belongs to. Without dots, as `group_by_tensor` says."""
+    return site.name.replace(".", "_") if site.kind == "plain" else str(site.kind)
 
 
 class _Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import sqrt
 
 from torch import nn
@@ -12,13 +12,13 @@ from tensorpeft.networks.group import join
 from tensorpeft.networks.tucker import TuckerFactors, TuckerUpdate
 from tensorpeft.plugin.config import Bases, TensorConfig, check_is_bool, check_rank, check_scale
 from tensorpeft.plugin.registration import register
-from tensorpeft.sites import Site, group_by_shape
+from tensorpeft.sites import Site, group_by_tensor, shape_name
 
 
 @register("lotr")
 @dataclass
 class LotrConfig(TensorConfig):
-    """`ΔW_l = (alpha / r) · U G_l Vᵀ`: U (out, r) and V (in, r) are shared by all weights of one shape.
+    """`ΔW_l = (alpha / r) · U G_l Vᵀ`: U (out, r) and V (in, r) are shared by all weights of one shape (and tower).
 
     Each weight has a core G_l (r, r) of its own; weights of another shape form another tensor. Query and value of
     LLaMA-2-7B at r = 4 have 33,792 parameters; LoRA's have 2,097,152.
@@ -49,9 +49,13 @@ class LotrConfig(TensorConfig):
         check_is_bool("init_weights", self.init_weights)
         check_scale("alpha", self.alpha)
 
+    def of_rank(self, rank: int) -> LotrConfig:
+        """Itself with another rank, and updates scaled by 1."""
+        return replace(self, r=rank, alpha=rank)
+
     def build(self, sites: Sequence[Site], bases: Bases) -> Mapping[str, TuckerUpdate]:
         """A weight of its shape's tensor per site. Reads no weight."""
-        groups = group_by_shape(sites)
+        groups = group_by_tensor(sites, shape_name)
         sizes = {name: (len(group), group[0].out, group[0].in_) for name, group in groups.items()}
         shared = TuckerFactors(self.r, sizes, has_small_core=False)
         for name, (_, out, in_) in sizes.items():

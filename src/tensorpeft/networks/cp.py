@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tensorpeft.networks.group import Parts, Tensors
 from tensorpeft.networks.low_rank import Factors, Pair
-from tensorpeft.networks.update import AbstractLowRankUpdate, SharedFactors
+from tensorpeft.networks.update import AbstractSummableUpdate, SharedFactors
 
 
 class CpFactors(SharedFactors):
@@ -48,7 +48,7 @@ class CpFactors(SharedFactors):
         )
 
 
-class CpUpdate(AbstractLowRankUpdate):
+class CpUpdate(AbstractSummableUpdate):
     """One weight of a CP tensor: `ΔW = scale · K diag(C_L[layer]) Aᵀ`, of rank at most r, or its transpose.
 
     K (inner dimension, r) stacks the rows of the weight's projections; for a single one it is the Khatri-Rao product
@@ -102,6 +102,19 @@ class CpUpdate(AbstractLowRankUpdate):
             inner = torch.stack(parts, axis) if self.interleaved else torch.cat(parts, -3)
             inner = inner.flatten(-4, -2) if self.interleaved else inner.flatten(-3, -2)
         return Factors(model.mT, core, inner) if self.inner_is_out else Factors(inner.mT, core, model)
+
+    def sum_shared(self, others: Sequence[CpUpdate], weights: Sequence[float]) -> dict[str, Tensor]:
+        """The terms of all, side by side; each one's C_L with its weight and scale."""
+        updates = (self, *others)
+        shared = [cast(CpFactors, update.shared) for update in updates]
+        if any(factors.sizes != shared[0].sizes for factors in shared):
+            raise ValueError(f"tensors of the modes {[factors.sizes for factors in shared]}: expected equal ones.")
+        parts = [dict(factors.named_parameters()) for factors in shared]
+        factors = [weight * update.scale for weight, update in zip(weights, updates)]
+        return {
+            key: torch.cat([part[key] * (k if key.endswith("_C_L") else 1) for part, k in zip(parts, factors)], dim=1)
+            for key in parts[0]
+        }
 
     def group_key(self) -> Hashable | None:
         """Of one tensor, on one side of it, with as many heads; fused projections are made alone."""

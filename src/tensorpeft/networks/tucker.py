@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tensorpeft.networks.group import Parts, Tensors
 from tensorpeft.networks.low_rank import Factors
-from tensorpeft.networks.update import AbstractLowRankUpdate, SharedFactors
+from tensorpeft.networks.update import AbstractLowRankUpdate, AbstractSummableUpdate, SharedFactors
 
 
 class TuckerFactors(SharedFactors):
@@ -80,7 +80,7 @@ class TuckerMatrixUpdate(AbstractLowRankUpdate):
         return f"U {len(self.U)} · V {len(self.V)}, r {len(self.G)}"
 
 
-class TuckerUpdate(AbstractLowRankUpdate):
+class TuckerUpdate(AbstractSummableUpdate):
     """One weight of a stacked tensor.
 
     Args:
@@ -127,6 +127,24 @@ class TuckerUpdate(AbstractLowRankUpdate):
             core = torch.unflatten((small.flatten(-3, -2) @ row.unsqueeze(-1)).squeeze(-1), -1, small.shape[-3:-1])
         return Factors(tensors[f"{self.tensor}_V"].mT, core * self.scale, tensors[f"{self.tensor}_U"])
 
+    def sum_shared(self, others: Sequence[TuckerUpdate], weights: Sequence[float]) -> dict[str, Tensor]:
+        """U, V and P side by side; the cores, with weights and scales, on the diagonal of larger ones."""
+        updates = (self, *others)
+        shared = [cast(TuckerFactors, update.shared) for update in updates]
+        forms = [(factors.sizes, factors.has_small_core) for factors in shared]
+        if any(form != forms[0] for form in forms):
+            raise ValueError(f"tensors of the modes {forms} (with a small core or not): expected equal ones.")
+        parts = [dict(factors.named_parameters()) for factors in shared]
+        scales = [weight * update.scale for weight, update in zip(weights, updates)]
+        found = dict[str, Tensor]()
+        for key in parts[0]:
+            if key[-1] in "UVP":
+                found[key] = torch.cat([part[key] for part in parts], dim=1)
+            else:
+                cores = [part[key] * scale for part, scale in zip(parts, scales)]
+                found[key] = _on_diagonal(cores, num_modes=3 if key[-1] == "C" else 2)
+        return found
+
     def tensor_name(self) -> str:
         """The tensor and its modes."""
         shared = cast(TuckerFactors, self.shared)
@@ -136,3 +154,15 @@ class TuckerUpdate(AbstractLowRankUpdate):
     def extra_repr(self) -> str:
         """Which weight of which tensor."""
         return f"{self.tensor}, weight {self.index}"
+
+
+def _on_diagonal(cores: Sequence[Tensor], num_modes: int) -> Tensor:
+    """Cores in the corners that meet on the diagonal of their last modes; the modes before are those of each."""
+    before, total = cores[0].shape[:-num_modes], sum(core.shape[-1] for core in cores)
+    result = cores[0].new_zeros(*before, *(total,) * num_modes)
+    start = 0
+    for core in cores:
+        end = start + core.shape[-1]
+        result[(..., *(slice(start, end),) * num_modes)] = core
+        start = end
+    return result

@@ -216,6 +216,22 @@ class AbstractLowRankUpdate(AbstractFactoredUpdate):
         return low_rank_linear(x, None, None, [self.pair(product_dtype(x))])
 
 
+class AbstractSummableUpdate(AbstractLowRankUpdate):
+    """One of the updates of shared factors whose linear combinations have the same form, at the sum of their ranks."""
+
+    @abstractmethod
+    def sum_shared(
+        self,
+        others: Sequence[Any],  # updates of the same weight, of other adapters
+        weights: Sequence[float],  # this one's first
+    ) -> dict[str, Tensor]:
+        """The tensors of the shared factors of `Σ_k weights[k] · ΔW_k` of all weights, for updates that scale nothing.
+
+        Raises:
+            ValueError: the others' factors are for other weights, or have another form.
+        """
+
+
 def _cast(pair: Pair, dtype: torch.dtype | None) -> Pair:
     return pair if dtype is None else Pair(*(factor.to(dtype) for factor in pair))
 

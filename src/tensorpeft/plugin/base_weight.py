@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers.pytorch_utils import Conv1D
 
 from tensorpeft.networks.update import AbstractUpdatableLinear
+from tensorpeft.plugin.direct_reads import reads_weight_itself
 from tensorpeft.sites import Convolution, Site
 
 
@@ -144,11 +145,11 @@ def layer_shape(
     Or the channels of a convolution, for a method that adapts them.
 
     Raises:
-        ValueError: any other layer, or the output projection of `nn.MultiheadAttention`, whose forward is never called.
+        ValueError: any other layer, or one whose weight the module around it reads without calling it.
     """
-    if isinstance(parent, nn.MultiheadAttention):
+    if reads_weight_itself(parent, name.rpartition(".")[2]):
         raise ValueError(
-            f"{name}: torch's nn.MultiheadAttention uses this layer's weight without calling the layer, so that an "
+            f"{name}: {type(parent).__name__} reads this layer's weight instead of calling the layer, so that an "
             "adapter would have no effect. Remove it from target_modules, or name it in exclude_modules."
         )
     if isinstance(base, Conv1D):

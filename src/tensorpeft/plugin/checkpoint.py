@@ -41,11 +41,13 @@ class Source:
         model_id: a folder, or a name on the Hub.
         download: of `hf_hub_download`.
         verifies_base: whether the digests of a base that holds an update's start itself are made again.
+        ignores_sizes: whether PEFT is asked to pass over tensors of other sizes, which is refused.
     """
 
     model_id: str
     download: Mapping[str, Any]
     verifies_base: bool = True
+    ignores_sizes: bool = False
 
     @property
     def folder(self) -> Path:
@@ -56,8 +58,14 @@ class Source:
         """The checkpoint's tensors on the meta device, all float32; None if there is no file to be had: as PEFT says.
 
         Raises:
-            ValueError: the weights are a pickle, or a safetensors file that is truncated, empty or not one at all.
+            ValueError: the weights are a pickle, or a safetensors file that is truncated, empty or not one at all; or
+                tensors of other sizes are to be passed over.
         """
+        if self.ignores_sizes:
+            raise ValueError(
+                "ignore_mismatched_sizes=True would leave tensors at random where the checkpoint has others. Load the "
+                "adapter on a model with as many tokens or labels as the one it was trained on; change that afterwards."
+            )
         safe, pickled = self.folder / SAFETENSORS_WEIGHTS_NAME, self.folder / WEIGHTS_NAME
         if not self.folder.is_dir():
             safe = self._download()
@@ -156,7 +164,8 @@ def add_loading_hint(folder: Path, method: str) -> None:
     for file in (folder / "README.md", folder.parent / "README.md"):
         if file.is_file() and "library_name: peft" in file.read_text(encoding="utf-8"):
             card = ModelCard.load(file)
-            card.data.tags = list(dict.fromkeys([*(card.data.tags or ()), "tensorpeft", method]))
+            data: Any = card.data
+            data.tags = list(dict.fromkeys([*(data.tags or ()), "tensorpeft", method]))
             if _LOADING_HINT not in card.content:
                 card.text = f"{_LOADING_HINT}\n{card.text.lstrip()}"
             card.save(file)

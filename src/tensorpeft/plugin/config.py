@@ -52,6 +52,9 @@ class TensorConfig(PeftConfig, ABC):
         modules_to_save: names of further modules to train in full and save, such as a new classification head.
         layers_to_transform: index or indices of the layers to adapt, for `target_modules` given as a list.
         layers_pattern: name of the list of layers that the indices count in, if it is not found by itself.
+        trainable_token_indices: tokens whose embeddings are trained too, of the input embeddings or of {name: tokens}.
+        ensure_weight_tying: whether what is trained of tied embeddings (`modules_to_save`, `trainable_token_indices`)
+            stays tied.
 
     Raises:
         ValueError: `layers_to_transform` beside a regular expression, or `layers_pattern` alone.
@@ -63,6 +66,10 @@ class TensorConfig(PeftConfig, ABC):
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules to train in full and save."})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Indices of layers to adapt."})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Tokens whose embeddings are trained too."}
+    )
+    ensure_weight_tying: bool = field(default=False, metadata={"help": "Whether tied embeddings stay tied."})
 
     # Set by `plugin.registration.register`.
     registered_type: ClassVar[PeftType]
@@ -76,6 +83,7 @@ class TensorConfig(PeftConfig, ABC):
         for name in ("target_modules", "exclude_modules", "layers_pattern"):
             if isinstance(pattern := getattr(self, name), str):
                 _check_pattern(name, pattern)
+        check_is_bool("ensure_weight_tying", self.ensure_weight_tying)
         super().__post_init__()
         self.peft_type = self.registered_type
         if isinstance(self.target_modules, list):
@@ -102,6 +110,12 @@ class TensorConfig(PeftConfig, ABC):
         Raises:
             ValueError: a weight that is needed cannot be read.
         """
+
+    def of_rank(self, rank: int) -> TensorConfig:
+        """Itself with another rank, for updates that nothing multiplies: asked of methods with an
+        `AbstractSummableUpdate`.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def build(

@@ -81,7 +81,8 @@ def guarded_load_of_transformers(load: Callable[..., Any]) -> Callable[..., Any]
 
 def _source_of(model_id: Any, arguments: Mapping[str, Any]) -> Source:
     download = {key: value for key, value in arguments.items() if key in _DOWNLOAD}
-    return Source(str(model_id), download, arguments.get("verify_base", True))
+    verifies, ignores = arguments.get("verify_base", True), arguments.get("ignore_mismatched_sizes", False)
+    return Source(str(model_id), download, verifies, bool(ignores))
 
 
 @contextmanager

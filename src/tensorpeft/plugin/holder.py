@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from tensorpeft.plugin.base_weight import put_weight
@@ -64,6 +67,8 @@ class SharedHolder(UpdateHolder):
     PEFT saves, loads, freezes, activates, casts and deletes what belongs to a `BaseTunerLayer` in the model. So this
     is one, without a base layer: what is shared is handled as a layer's own updates are, and stored once.
 
+    It stands in the model itself (`home_of_shared`), as FSDP gathers what the outermost unit has for the whole forward.
+
     Args:
         anchor: a layer on whose device the factors are.
     """
@@ -80,8 +85,36 @@ class SharedHolder(UpdateHolder):
         """The innermost layer of the anchor."""
         return self.anchor.get_base_layer() if isinstance(self.anchor, BaseTunerLayer) else self.anchor
 
+    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """x: a model that walks its children passes through it."""
+        return x
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Nothing: the layers merge."""
 
     def unmerge(self) -> None:
         """Nothing: the layers unmerge."""
+
+
+def home_of_shared(model: nn.Module) -> str:
+    """Full name of the module in which a model's `SharedHolder` stands: "", the model itself.
+
+    In a container, which walks, counts or saves its children, it is the first module inside that is none and has no
+    weight, so that no adapter takes its place. Without such a module it is the container. The adapters that are there
+    make no difference: checkpoints name it.
+    """
+    if not _is_container(model):
+        return ""
+    wrapped: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if name.startswith(wrapped) and wrapped:
+            continue
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            wrapped += (f"{name}.",)
+        elif not _is_container(module) and "weight" not in module._parameters:
+            return name
+    return ""
+
+
+def _is_container(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))

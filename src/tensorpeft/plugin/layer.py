@@ -39,6 +39,7 @@ from tensorpeft.plugin.base_weight import (
     set_innermost,
     unmerged_weight,
 )
+from tensorpeft.plugin.direct_reads import uncalled
 from tensorpeft.plugin.holder import UpdateHolder
 from tensorpeft.plugin.routes import Route, choose_route
 
@@ -53,6 +54,7 @@ class TensorLayer(UpdateHolder):
         base_layer: the layer to adapt.
         shape: (out, in) of its weight.
         quantization_backend: PEFT's, if the base is quantised.
+        name: its full name in the model.
         owns_base: whether only layers of this class write to the base weight. False in a PeftMixedModel, where LoRA may
             merge into it as well: nothing is cached then, and unmerging subtracts.
 
@@ -66,12 +68,14 @@ class TensorLayer(UpdateHolder):
         self,
         base_layer: nn.Module,
         shape: tuple[int, int],  # (out, in)
+        name: str,
         quantization_backend: QuantizationBackend | None = None,
         owns_base: bool = True,
     ):
         super().__init__()
         self.base_layer = base_layer
         self.out_features, self.in_features = shape
+        self.name = name
         self.quantization_backend = quantization_backend
         self.owns_base = owns_base
         # While adapters are merged: the base's own tensor, or the layer itself where a plain one stands in its place.
@@ -82,6 +86,13 @@ class TensorLayer(UpdateHolder):
             for name in base.__constants__:  # type: ignore[union-attr]
                 if hasattr(base, name) and not hasattr(self, name):
                     setattr(self, name, getattr(base, name))
+
+    @property
+    def weight(self) -> Tensor:
+        """The base weight as it is, for who asks about it; who would compute with it past an adapter gets an error."""
+        weight = super().weight
+        adds_nothing = self.merged or self.disable_adapters or not self._named(self.active_adapters)
+        return weight if adds_nothing else uncalled(weight, self.name)
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """(*batch, in) -> (*batch, out). `adapter_names`: one per row of the batch, "__base__" for none."""

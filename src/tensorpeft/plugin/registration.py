@@ -21,14 +21,8 @@ from tensorpeft.plugin.guards import guarded_load, guarded_load_of_transformers,
 from tensorpeft.plugin.holder import SharedHolder, UpdateHolder
 from tensorpeft.plugin.layer import TensorLayer
 from tensorpeft.plugin.loading import key_of
-from tensorpeft.plugin.tuner import (
-    MethodClasses,
-    TensorModel,
-    check_mergeable,
-    check_merged_weights,
-    remove_shared_factors,
-    wrap_layer,
-)
+from tensorpeft.plugin.tuner import MethodClasses, TensorModel, wrap_layer
+from tensorpeft.plugin.unloading import merging, unloading
 
 ConfigClass = TypeVar("ConfigClass", bound=type[TensorConfig])
 
@@ -132,7 +126,7 @@ def _create_with_our_layers(self: Any, config: Any, adapter_name: str, *args: An
         _create_in_mixed_model(self, config, adapter_name, *args, **kwargs)
 
 
-def _unload_and_remove_shared_factors(
+def _unload_all_or_none(
     self: Any,
     merge: bool = True,
     progressbar: bool = False,
@@ -140,21 +134,14 @@ def _unload_and_remove_shared_factors(
     adapter_names: list[str] | None = None,
 ) -> Any:
     """PeftMixedModel's unload hands back a model with the layers of all methods replaced; ours have more to remove."""
-    if merge:
-        check_mergeable(self.model, adapter_names)
-    if merge and safe_merge:
-        check_merged_weights(self.model, adapter_names)
-    model = _unload_mixed_model(self, merge, progressbar, safe_merge, adapter_names)
-    remove_shared_factors(self.model)
-    return model
+    with unloading(self, merge, adapter_names, safe_merge):
+        return _unload_mixed_model(self, merge, progressbar, safe_merge, adapter_names)
 
 
 def _merge_all_or_none(self: Any, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-    """PeftMixedModel's merge_adapter stops at the first layer that cannot be merged; ours asks all of them before."""
-    check_mergeable(self.model, adapter_names)
-    if safe_merge:
-        check_merged_weights(self.model, adapter_names)
-    BaseTuner.merge_adapter(self, adapter_names=adapter_names, safe_merge=safe_merge)
+    """PeftMixedModel's merge_adapter stops at the first layer that cannot be merged."""
+    with merging(self.model, adapter_names, safe_merge):
+        BaseTuner.merge_adapter(self, adapter_names=adapter_names, safe_merge=safe_merge)
 
 
 def _prepare_with_our_defaults(config: Any, model_config: dict[str, Any]) -> Any:
@@ -173,7 +160,7 @@ def _prepare_with_our_defaults(config: Any, model_config: dict[str, Any]) -> Any
 
 
 mixed_model.MixedModel._create_and_replace = _create_with_our_layers  # type: ignore[method-assign]
-mixed_model.MixedModel._unload_and_optionally_merge = _unload_and_remove_shared_factors  # type: ignore[method-assign]
+mixed_model.MixedModel._unload_and_optionally_merge = _unload_all_or_none  # type: ignore[method-assign]
 mixed_model.MixedModel.merge_adapter = _merge_all_or_none  # type: ignore[method-assign]
 mixed_model.MixedModel._prepare_adapter_config = staticmethod(_prepare_with_our_defaults)  # type: ignore[method-assign]
 

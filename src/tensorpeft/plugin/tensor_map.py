@@ -15,7 +15,8 @@ from torch import nn
 
 from tensorpeft.networks.update import AbstractUpdate
 from tensorpeft.plugin.config import Bases, TensorConfig
-from tensorpeft.plugin.tuner import TensorModel, bases_of, build_updates
+from tensorpeft.plugin.targets import bases_of, build_updates
+from tensorpeft.plugin.tuner import TensorModel
 from tensorpeft.sites import Site
 
 

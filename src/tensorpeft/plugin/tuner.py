@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import _get_submodules
 from peft.utils.integrations import init_empty_weights
@@ -16,22 +17,24 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
-from tensorpeft.networks.update import AbstractUpdatableLinear, AbstractUpdate
-from tensorpeft.plugin.base_weight import (
-    as_matrix,
-    cannot_merge,
-    find_backend,
-    layer_shape,
-    restore_row_order,
-    with_layer,
-)
+from tensorpeft.networks.update import AbstractUpdate
+from tensorpeft.plugin.base_weight import find_backend, layer_shape
 from tensorpeft.plugin.checkpoint import shapes_to_load
 from tensorpeft.plugin.config import TensorConfig
-from tensorpeft.plugin.experts import ExpertsLayer, check_stacked_updates, target_stacks, warn_of_stacks
-from tensorpeft.plugin.holder import SharedHolder, UpdateHolder
-from tensorpeft.plugin.layer import TensorLayer, check_finite, check_weight_update, merging_in
-from tensorpeft.plugin.loading import check_checkpoint, check_starts, check_state_dict, check_tensors, own_key
-from tensorpeft.sites import Site, find_sites
+from tensorpeft.plugin.experts import ExpertsLayer, target_stacks, warn_of_stacks
+from tensorpeft.plugin.holder import SharedHolder, UpdateHolder, home_of_shared
+from tensorpeft.plugin.layer import TensorLayer, merging_in
+from tensorpeft.plugin.loading import (
+    check_checkpoint,
+    check_starts,
+    check_state_dict,
+    check_tensors,
+    key_of,
+    own_key,
+)
+from tensorpeft.plugin.targets import bases_of, build_updates, innermost
+from tensorpeft.plugin.unloading import merging, unloading
+from tensorpeft.plugin.weighted import add_weighted_adapter
 
 
 class MethodClasses(NamedTuple):
@@ -63,13 +66,23 @@ class TensorModel(BaseTuner):
         warn_of_stacks(model, self.peft_config[adapter_name])  # type: ignore[arg-type]
         self._allocates_only = low_cpu_mem_usage
         names = {key.rsplit(f".{self.prefix}", 1)[0] for key in state_dict or ()}
-        if names == {_name_of_owner(self.classes)}:
+        if names <= {_name_of_owner(self.classes), _place_of_owner(model, self.classes)}:
             state_dict = None
         self._injected_names = None if state_dict is None else names
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         finally:
             self._planned = None
+
+    # LoRA's, which reads nothing but the model.
+    _add_modules_to_save_to_tie = LoraModel._add_modules_to_save_to_tie  # type: ignore[assignment]
+
+    def _add_targets_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
+        raise ValueError(
+            "ensure_weight_tying=True: the adapter of a tied layer cannot be tied to one of the input embeddings, "
+            f"which are no linear layer. Take {', '.join(sorted(tied_weight_keys))} out of target_modules, or name it "
+            "in modules_to_save instead."
+        )
 
     def _create_and_replace(
         self,
@@ -96,12 +109,6 @@ class TensorModel(BaseTuner):
                     wrap_layer(self, self.classes, peft_config, adapter_name, key)
         return [stack.name for stack in stacks]
 
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(child, ExpertsLayer):  # whose module has no `weight` for PEFT to move
-            setattr(parent, child_name, new_module)
-        else:
-            super()._replace_module(parent, child_name, new_module, child)
-
     def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         # Of the whole tuner, before its first layer is loaded: a checkpoint that does not fit changes nothing.
         self.register_load_state_dict_pre_hook(check_state_dict)
@@ -110,6 +117,8 @@ class TensorModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
+        owner = (name for name, module in model.named_modules() if isinstance(module, cls.classes.shared))
+        state_dict = _with_owner_in_place(own_key(key_of(next(owner, ""))), cls.classes, state_dict)
         checked = check_checkpoint(model, config, adapter_name, state_dict)
         if not any(isinstance(module, TensorModel) for module in model.modules()):  # whose own hook asks
             check_starts(model, adapter_name, checked)
@@ -127,11 +136,9 @@ class TensorModel(BaseTuner):
                     module.updates[adapter_name].to(dtype)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """As PEFT's; with `safe_merge` every layer is checked before the first one is changed."""
-        check_mergeable(self.model, adapter_names)
-        if safe_merge:
-            check_merged_weights(self.model, adapter_names)
-        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        """As PEFT's, in all layers or, after an error, in none."""
+        with merging(self.model, adapter_names, safe_merge):
+            super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def _unload_and_optionally_merge(
         self,
@@ -140,15 +147,13 @@ class TensorModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        if merge:
-            check_mergeable(self.model, adapter_names)
-        if merge and safe_merge:
-            check_merged_weights(self.model, adapter_names)
-        if not merge:
-            self.unmerge_adapter()  # what is merged would stay in the base weights that are handed back
-        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        remove_shared_factors(self.model)
+        with unloading(self, merge, adapter_names, safe_merge):
+            model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         return model  # type: ignore[return-value]
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """As LoRA's: what comes out of a wrapper has parameters of its own, and need not have a `weight`."""
+        setattr(parent, child_name, new_module)
 
     def merge_and_unload(
         self,
@@ -167,6 +172,26 @@ class TensorModel(BaseTuner):
         """
         with merging_in(self.model, dtype):
             return super().merge_and_unload(progressbar, safe_merge, adapter_names)
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "cat"
+    ) -> None:
+        """As LoRA's, by concatenation: see `plugin.weighted`.
+
+        Args:
+            adapters: names of the adapters to combine.
+            weights: one for each, of either sign.
+            adapter_name: of the new adapter.
+            combination_type: "cat".
+
+        Raises:
+            ValueError: another type; see `plugin.weighted`.
+        """
+        if combination_type != "cat":
+            raise ValueError(
+                f'combination_type={combination_type!r}: expected "cat", which is exact; the others round.'
+            )
+        add_weighted_adapter(self, adapters, weights, adapter_name)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -218,11 +243,11 @@ def wrap_layer(
         target.hold(adapter_name, update, config.inference_mode)
         layer = target
     else:
-        base = _innermost(target)
+        base = innermost(target)
         backend = find_backend(base, **get_quantization_kwargs(tuner.model))
         shape = layer_shape(base, key, parent, backend, config.adapts_convolutions)
         owns_base = isinstance(tuner, TensorModel) and not isinstance(target, BaseTunerLayer)
-        layer = classes.layer(target, shape, backend, owns_base).train(target.training)
+        layer = classes.layer(target, shape, key, backend, owns_base).train(target.training)
         layer._active_adapter = adapter_name
         layer.hold(adapter_name, update, config.inference_mode)
         tuner._replace_module(parent, target_name, layer, target)
@@ -247,31 +272,6 @@ def _plan(tuner: BaseTuner, classes: MethodClasses, config: TensorConfig, key: s
     return planned[1]
 
 
-def check_mergeable(model: nn.Module, adapter_names: Iterable[str] | None = None) -> None:
-    """Raise a `ValueError` if one of these adapters, or an active one, cannot be merged into the weights.
-
-    One that is active and not to be merged counts too: what it adds depends on what the others have added before.
-    """
-    for key, module in model.named_modules():
-        if isinstance(module, TensorLayer):
-            names = {*(adapter_names or ()), *module.active_adapters} & set(module.updates)
-            for name in names:
-                check_weight_update(name, module.updates[name])
-            backend = module.quantization_backend
-            if names and backend is not None and not backend.supports_merge:
-                raise ValueError(f"{key}: {cannot_merge(backend.backend_name)}")
-
-
-def check_merged_weights(model: nn.Module, adapter_names: Iterable[str] | None = None) -> None:
-    """Raise a `ValueError` if merging these adapters, or the active ones, would make a weight that is not finite."""
-    for module in model.modules():
-        if isinstance(module, TensorLayer):
-            names = [name for name in adapter_names or module.active_adapters if name in module.updates]
-            names = [name for name in names if name not in module.merged_adapters]
-            if names:
-                check_finite(module.merged_weight(names), names)
-
-
 def _check_shapes(tuner: BaseTuner, classes: MethodClasses, config: TensorConfig, shapes: dict[str, Tensor]) -> None:
     """Raise a `ValueError` unless a checkpoint's tensors are those of this adapter. Allocates nothing."""
     sites, bases = bases_of(tuner, config)
@@ -282,7 +282,9 @@ def _check_shapes(tuner: BaseTuner, classes: MethodClasses, config: TensorConfig
     modules: dict[str, nn.Module] = {f"{name}.{attribute}.": update for name, update in updates.items()}
     shared = [update.shared for update in updates.values() if update.shared is not None]
     if shared:
-        modules[f"{_name_of_owner(classes)}.{attribute}."] = shared[0]
+        place = _place_of_owner(tuner.model, classes)
+        modules[f"{place}.{attribute}."] = shared[0]
+        shapes = _with_owner_in_place(place, classes, shapes)
     check_tensors(modules, {own_key(key): tensor for key, tensor in shapes.items()}, config)
 
 
@@ -291,91 +293,34 @@ def _name_of_owner(classes: MethodClasses) -> str:
     return f"shared_{classes.layer.adapter_layer_names[0].removesuffix('_update')}"
 
 
+def _place_of_owner(model: nn.Module, classes: MethodClasses) -> str:
+    """Its full name."""
+    return f"{home_of_shared(model)}.{_name_of_owner(classes)}".removeprefix(".")
+
+
+def _with_owner_in_place(
+    place: str,  # the owner's full name; "": there is none
+    classes: MethodClasses,
+    state_dict: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """A checkpoint's tensors by the names that they have now: an older one names the owner as the model's own child."""
+    older = f"{_name_of_owner(classes)}."
+    renamed = {}
+    for key, tensor in state_dict.items():
+        own = own_key(key)
+        prefix = key.removesuffix(own)
+        renamed[f"{prefix}{place}.{own.removeprefix(older)}" if place and own.startswith(older) else key] = tensor
+    return renamed
+
+
 def _owner_of_shared(model: nn.Module, layer: TensorLayer, classes: MethodClasses) -> SharedHolder:
     """The owner of what the layers of a method share, made at first use."""
-    name = _name_of_owner(classes)
-    if not hasattr(model, name):
+    name, home = _name_of_owner(classes), model.get_submodule(home_of_shared(model))
+    if not hasattr(home, name):
         owner = classes.shared(layer)
         owner._active_adapter = layer._active_adapter
-        model.add_module(name, owner)
-    return getattr(model, name)
-
-
-def remove_shared_factors(model: nn.Module) -> None:
-    """Take out what the adapters of an unloaded model shared."""
-    for name, module in list(model.named_children()):
-        if isinstance(module, SharedHolder):
-            delattr(model, name)
-
-
-def build_updates(tuner: BaseTuner, config: TensorConfig) -> Mapping[str, AbstractUpdate]:
-    """The method's updates for all targets of a config, which is settled first. Changes nothing in the model."""
-    sites, bases = bases_of(tuner, config)
-    config.settle(sites, bases)
-    updates = config.build(sites, replace(bases, allocates_only=getattr(tuner, "_allocates_only", False)))
-    check_stacked_updates(updates, bases.layers, config)
-    return updates
-
-
-def bases_of(tuner: BaseTuner, config: TensorConfig) -> tuple[list[Site], _Bases]:
-    """All targets of a config, and what the model has there."""
-    quantization = get_quantization_kwargs(tuner.model)
-    layers: dict[str, tuple[nn.Module, Any]] = {}
-    shapes = []
-    for name in _target_names(tuner, config):
-        parent, target, _ = _get_submodules(tuner.model, name)
-        base = _innermost(target)
-        backend = find_backend(base, **quantization)
-        out, in_ = layer_shape(base, name, parent, backend, config.adapts_convolutions)
-        layers[name] = (base, backend)
-        shapes.append((name, out, in_))
-    for stack in target_stacks(tuner.model, config, tuner._check_target_module_exists):
-        for name, weight in stack.weights().items():
-            layers[name] = (weight, None)
-            shapes.append((name, weight.out_features, weight.in_features))
-    sites = [
-        with_layer(site, layers[site.name][0]) for site in find_sites(shapes, getattr(tuner.model, "config", None))
-    ]
-    return sites, _Bases(layers)
-
-
-@dataclass(frozen=True)
-class _Bases:
-    """What `TensorConfig.build` reads of the model. Layers by name, with PEFT's quantisation backend."""
-
-    layers: Mapping[str, tuple[nn.Module, Any]]
-    allocates_only: bool = False
-
-    def read_weight(self, site: Site) -> Tensor:
-        base, backend = self.layers[site.name]
-        if self.allocates_only:
-            return torch.empty(site.out, site.num_columns, device="meta")
-        restore_row_order(base)
-        weight = base.weight.data if backend is None else backend.get_base_weight(base)
-        return as_matrix(base, weight)  # type: ignore[arg-type]
-
-    def start(self, site: Site) -> nn.Module | None:
-        base, _ = self.layers[site.name]
-        return base.start if isinstance(base, AbstractUpdatableLinear) else None
-
-
-def _target_names(tuner: BaseTuner, config: TensorConfig) -> list[str]:
-    """The full names of the layers that PEFT is going to adapt for a config, in the model's order."""
-    injected: set[str] | None = getattr(tuner, "_injected_names", None)
-    is_target: Callable[[str], Any]
-    is_target = partial(tuner._check_target_module_exists, config) if injected is None else injected.__contains__
-    names: list[str] = []
-    wrapped: tuple[str, ...] = ()
-    for name, module in tuner.model.named_modules():
-        if name and not name.startswith(wrapped) and is_target(name):
-            names.append(name)
-        if isinstance(module, BaseTunerLayer):
-            wrapped += (f"{name}.",)  # what lies in there belongs to an earlier adapter
-    return names
-
-
-def _innermost(target: nn.Module) -> nn.Module:
-    return target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        home.add_module(name, owner)
+    return getattr(home, name)
 
 
 def _encoder_modules(model: nn.Module) -> set[nn.Module]:

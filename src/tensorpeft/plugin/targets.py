@@ -1,0 +1,94 @@
+"""What a configuration targets in a model: its sites, and the base weights there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import _get_submodules
+from peft.utils.quantization_utils import get_quantization_kwargs
+from torch import Tensor, nn
+
+from tensorpeft.networks.update import AbstractUpdatableLinear, AbstractUpdate
+from tensorpeft.plugin.base_weight import as_matrix, find_backend, layer_shape, restore_row_order, with_layer
+from tensorpeft.plugin.config import TensorConfig
+from tensorpeft.plugin.experts import check_stacked_updates, target_stacks
+from tensorpeft.plugin.towers import find_tower
+from tensorpeft.sites import Site, find_sites
+
+
+def build_updates(tuner: BaseTuner, config: TensorConfig) -> Mapping[str, AbstractUpdate]:
+    """The method's updates for all targets of a config, which is settled first. Changes nothing in the model."""
+    sites, bases = bases_of(tuner, config)
+    config.settle(sites, bases)
+    updates = config.build(sites, replace(bases, allocates_only=getattr(tuner, "_allocates_only", False)))
+    check_stacked_updates(updates, bases.layers, config)
+    return updates
+
+
+def bases_of(tuner: BaseTuner, config: TensorConfig) -> tuple[list[Site], _Bases]:
+    """All targets of a config, and what the model has there."""
+    quantization = get_quantization_kwargs(tuner.model)
+    layers: dict[str, tuple[nn.Module, Any]] = {}
+    shapes = []
+    for name in _target_names(tuner, config):
+        parent, target, _ = _get_submodules(tuner.model, name)
+        base = innermost(target)
+        backend = find_backend(base, **quantization)
+        out, in_ = layer_shape(base, name, parent, backend, config.adapts_convolutions)
+        layers[name] = (base, backend)
+        shapes.append((name, out, in_))
+    for stack in target_stacks(tuner.model, config, tuner._check_target_module_exists):
+        for name, weight in stack.weights().items():
+            layers[name] = (weight, None)
+            shapes.append((name, weight.out_features, weight.in_features))
+    sites = list[Site]()
+    for name, out, in_ in shapes:
+        tower, own_config = find_tower(tuner.model, name)
+        (site,) = find_sites([(name, out, in_)], own_config, tower)
+        sites.append(with_layer(site, layers[name][0]))
+    return sites, _Bases(layers)
+
+
+@dataclass(frozen=True)
+class _Bases:
+    """What `TensorConfig.build` reads of the model. Layers by name, with PEFT's quantisation backend."""
+
+    layers: Mapping[str, tuple[nn.Module, Any]]
+    allocates_only: bool = False
+
+    def read_weight(self, site: Site) -> Tensor:
+        base, backend = self.layers[site.name]
+        if self.allocates_only:
+            return torch.empty(site.out, site.num_columns, device="meta")
+        restore_row_order(base)
+        weight = base.weight.data if backend is None else backend.get_base_weight(base)
+        return as_matrix(base, weight)  # type: ignore[arg-type]
+
+    def start(self, site: Site) -> nn.Module | None:
+        base, _ = self.layers[site.name]
+        return base.start if isinstance(base, AbstractUpdatableLinear) else None
+
+
+def _target_names(tuner: BaseTuner, config: TensorConfig) -> list[str]:
+    """The full names of the layers that PEFT is going to adapt for a config, in the model's order."""
+    injected: set[str] | None = getattr(tuner, "_injected_names", None)
+    is_target: Callable[[str], Any]
+    is_target = partial(tuner._check_target_module_exists, config) if injected is None else injected.__contains__
+    names: list[str] = []
+    wrapped: tuple[str, ...] = ()
+    for name, module in tuner.model.named_modules():
+        if name and not name.startswith(wrapped) and is_target(name):
+            names.append(name)
+        if isinstance(module, BaseTunerLayer):
+            wrapped += (f"{name}.",)  # what lies in there belongs to an earlier adapter
+    return names
+
+
+def innermost(target: nn.Module) -> nn.Module:
+    """The layer under all adapters."""
+    return target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
