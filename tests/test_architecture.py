@@ -57,7 +57,17 @@ ARROWS: dict[str, set[str]] = {
     "__main__": set(),
 }
 # What of networks/ is the same for every network, and so may be known to the plug-in.
-SHARED_NETWORK_CODE = {"group", "dtypes", "effective", "kernels", "low_rank", "triton_kernels", "update", "versions"}
+SHARED_NETWORK_CODE = {
+    "group",
+    "dtypes",
+    "effective",
+    "kernels",
+    "low_rank",
+    "nested",
+    "triton_kernels",
+    "update",
+    "versions",
+}
 MAY_IMPORT_PEFT = {"evaluation", "export", "loading", "plugin", "studies", "training"}
 FILES = sorted(ROOT.rglob("*.py"))
 COMMAND = sorted(Path(tensorpeft_cli.__file__).parent.glob("*.py"))

@@ -13,12 +13,13 @@ from tensorpeft.networks.dtypes import product_dtype
 from tensorpeft.networks.effective import Cut, fold
 from tensorpeft.networks.group import Parts, Place, Tensors, parts_of, tensors_of
 from tensorpeft.networks.low_rank import MATRIX_PRODUCT, Factors, Pair, low_rank_linear
+from tensorpeft.networks.nested import GradientsOnce
 from tensorpeft.networks.versions import Kept
 
 # The buffer that an update has where a part of it is stored in the base layer: which base that must be.
 BASE_DIGEST = "base_digest"
-# Attributes of a module that it was not made with: torch's own, and the reference to what it shares.
-_NO_FIELDS = frozenset(vars(nn.Module())) | {"shared", "place"}
+# Attributes of a module that it was not made with: torch's own, those of a pass, and the reference to what it shares.
+_NO_FIELDS = frozenset(vars(nn.Module())) | {"shared", "place", "gradients"}
 
 
 def keeping_dtype(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -154,6 +155,7 @@ class SharedFactors(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.gradients = GradientsOnce()
         self._stacked: Kept[Mapping[str, Tensor]] = Kept()
 
     def stacked_with(self, others: Sequence[nn.Module]) -> Mapping[str, Tensor]:

@@ -1,0 +1,67 @@
+"""Tensors that several backward passes within one use, and whose gradient must come once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+
+class GradientsOnce:
+    """What stands in for tensors that layers share, while reentrant checkpoints of these layers compute again.
+
+    Each such checkpoint has a backward pass of its own, within the one that runs. DistributedDataParallel averages a
+    gradient when it first comes, so it would average what the first checkpoint brings. Here the checkpoints' gradients
+    add up in stand-ins, and go to the tensors when the outer pass ends.
+
+    Not where nobody waits: FSDP has its own end of the pass, before this one; a `static_graph` counts the gradients.
+    """
+
+    def __init__(self) -> None:
+        self._is_awaited = False  # by a DistributedDataParallel, whose forward pass has run
+        self._has_come = False  # since then
+        self._task = -1  # the backward pass that the stand-ins are of
+        self._stand_ins: dict[str, Tensor] = {}
+
+    def tensors(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """These tensors; in a backward pass, where need be, what stands in for them.
+
+        Raises:
+            ValueError: a gradient has been handed over already, and has been averaged.
+        """
+        task = torch._C._current_graph_task_id()  # pyright: ignore[reportPrivateUsage]
+        if task == -1:
+            self._is_awaited, self._has_come = _is_averaging(), False
+            return tensors
+        if not (self._is_awaited and torch.is_grad_enabled()):
+            return tensors
+        if task != self._task:
+            if self._has_come:
+                raise ValueError(
+                    "reentrant checkpoints within reentrant ones, or a second backward pass of one forward pass, under "
+                    "DistributedDataParallel: it would average only the first gradient of the factors that layers "
+                    "share. Pass use_reentrant=False to the checkpoints, or static_graph=True to "
+                    "DistributedDataParallel."
+                )
+            self._task = task
+            self._stand_ins = {name: t.detach().requires_grad_(t.requires_grad) for name, t in tensors.items()}
+            engine: Any = torch.autograd.Variable._execution_engine  # pyright: ignore
+            engine.queue_callback(lambda: self._hand_over(tensors))
+        return self._stand_ins
+
+    def _hand_over(self, tensors: Mapping[str, Tensor]) -> None:
+        grads = {name: stand_in.grad for name, stand_in in self._stand_ins.items() if stand_in.grad is not None}
+        self._task, self._stand_ins, self._has_come = -1, {}, True
+        torch.autograd.backward([tensors[name] for name in grads], list(grads.values()))
+
+
+def _is_averaging() -> bool:
+    """Whether this is the forward pass of a DistributedDataParallel that averages each gradient when it first comes."""
+    parallel: Any = DistributedDataParallel._get_active_ddp_module()  # pyright: ignore[reportPrivateUsage]
+    if parallel is None or parallel.static_graph or not parallel.require_backward_grad_sync:
+        return False
+    return dist.get_world_size(parallel.process_group) > 1
