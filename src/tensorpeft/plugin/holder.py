@@ -6,6 +6,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from tensorpeft.plugin.base_weight import onloaded
+
 
 class UpdateHolder(nn.Module, BaseTunerLayer):
     """A module with something of every adapter.
@@ -47,7 +49,8 @@ class UpdateHolder(nn.Module, BaseTunerLayer):
             return
         tensors = self.updates[adapter_name]
         if device is None:
-            device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
+            with onloaded(base := self.get_base_layer()):
+                device, _ = self._get_base_layer_device_and_dtype(base)
         is_meta = device is None or device.type == "meta" or any(tensor.is_meta for tensor in tensors.parameters())
         if not is_meta:  # to or from where there is no data
             tensors.to(device)

@@ -19,9 +19,13 @@ from tensorpeft.networks.update import AbstractUpdatableLinear, AbstractUpdate
 from tensorpeft.plugin.base_weight import (
     UpdatableBackend,
     as_matrix,
+    check_reachable,
+    check_whole,
     convolution_of,
     find_backend,
     layer_shape,
+    onloaded,
+    present,
     restore_row_order,
 )
 from tensorpeft.plugin.checkpoint import shapes_to_load
@@ -197,18 +201,18 @@ def wrap_layer(
         tuner._planned = planned  # type: ignore[assignment]
     update = planned[1].pop(key)
     parent, target, target_name = _get_submodules(tuner.model, key)
-    if isinstance(target, classes.layer):
-        target.hold(adapter_name, update, config.inference_mode)
-        layer = target
-    else:
-        base = _innermost(target)
-        backend = find_backend(base, **get_quantization_kwargs(tuner.model))
-        shape = layer_shape(base, key, parent, backend, config.adapts_convolutions)
-        owns_base = isinstance(tuner, TensorModel) and not isinstance(target, BaseTunerLayer)
-        layer = classes.layer(target, shape, backend, owns_base).train(target.training)
-        layer._active_adapter = adapter_name
-        layer.hold(adapter_name, update, config.inference_mode)
-        tuner._replace_module(parent, target_name, layer, target)
+    with onloaded(base := _innermost(target)):  # the update goes to where the layer computes
+        if isinstance(target, classes.layer):
+            target.hold(adapter_name, update, config.inference_mode)
+            layer = target
+        else:
+            backend = find_backend(base, **get_quantization_kwargs(tuner.model))
+            shape = layer_shape(base, key, parent, backend, config.adapts_convolutions)
+            owns_base = isinstance(tuner, TensorModel) and not isinstance(target, BaseTunerLayer)
+            layer = classes.layer(target, shape, backend, owns_base).train(target.training)
+            layer._active_adapter = adapter_name
+            layer.hold(adapter_name, update, config.inference_mode)
+            tuner._replace_module(parent, target_name, layer, target)
     is_active = adapter_name in tuner.active_adapters
     if not is_active:
         update.requires_grad_(False)
@@ -220,12 +224,13 @@ def wrap_layer(
 
 
 def check_mergeable(model: nn.Module, adapter_names: Iterable[str] | None = None) -> None:
-    """Raise a `ValueError` if one of these adapters, or an active one, is no update of a weight.
+    """Raise a `ValueError` if a weight is partitioned, or one of these adapters, or an active one, is no update of it.
 
     One that is active and not to be merged counts too: what it adds depends on what the others have added before.
     """
-    for module in model.modules():
+    for key, module in model.named_modules():
         if isinstance(module, TensorLayer):
+            check_whole(module.get_base_layer(), key)
             for name in {*(adapter_names or ()), *module.active_adapters} & set(module.updates):
                 check_weight_update(name, module.updates[name])
 
@@ -293,6 +298,7 @@ def bases_of(tuner: BaseTuner, config: TensorConfig) -> tuple[list[Site], _Bases
         base = _innermost(target)
         backend = find_backend(base, **quantization)
         out, in_ = layer_shape(base, name, parent, backend, config.adapts_convolutions)
+        check_reachable(base, name, tuner.model)
         layers[name] = (base, backend)
         shapes.append((name, out, in_))
     sites = [
@@ -313,9 +319,10 @@ class _Bases:
         base, backend = self.layers[site.name]
         if self.allocates_only:
             return torch.empty(site.out, site.num_columns, device="meta")
-        restore_row_order(base)
-        weight = base.weight.data if backend is None else backend.get_base_weight(base)
-        return as_matrix(base, weight)  # type: ignore[arg-type]
+        with present(base):
+            restore_row_order(base)
+            weight = base.weight.data if backend is None else backend.get_base_weight(base)
+            return as_matrix(base, weight)  # type: ignore[arg-type]
 
     def start(self, site: Site) -> nn.Module | None:
         base, _ = self.layers[site.name]
