@@ -1,7 +1,7 @@
 """Weights that ZeRO-3 has partitioned, without DeepSpeed: what its parameters look like, and what gathers them."""
 
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +9,8 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from cases import CASES, MODELS, Case, over_cases, over_merging_cases
+from cases import CASES, MODELS, Case, over_cases, over_merging_cases, tokens
+from tensorpeft.networks.update import SharedFactors
 
 GPT2, BERT = MODELS[1:]
 
@@ -60,6 +61,21 @@ def test_an_adapter_of_another_base_is_refused(partition, tmp_path):
     adapt(GPT2.build(), CASES[0]).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="started from another base model"):
         PeftModel.from_pretrained(partition(GPT2.fresh()), tmp_path)
+
+
+@over_cases
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradients_of_shared_factors_that_come_more_than_once_are_refused(case: Case, use_reentrant: bool):
+    model = adapt(BERT.fresh(), case, BERT).train()
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    shared = [module for module in model.modules() if isinstance(module, SharedFactors)]
+    trained = [parameter for module in shared for parameter in module.parameters()]
+    for parameter in trained:
+        parameter.ds_id = 0
+    output = model(input_ids=tokens()).logits.sum()
+    with pytest.raises(ValueError, match="use_reentrant") if use_reentrant and trained else nullcontext():
+        output.backward()
 
 
 @over_merging_cases

@@ -31,13 +31,21 @@ class GradientsOnce:
         """These tensors; in a backward pass, where need be, what stands in for them.
 
         Raises:
-            ValueError: a gradient has been handed over already, and has been averaged.
+            ValueError: a gradient has been handed over already, and has been averaged; or ZeRO-3 awaits it, whose
+                tensors are not whole when the outer pass ends.
         """
         task = torch._C._current_graph_task_id()  # pyright: ignore[reportPrivateUsage]
         if task == -1:
             self._is_awaited, self._has_come = _is_averaging(), False
             return tensors
-        if not (self._is_awaited and torch.is_grad_enabled()):
+        if not torch.is_grad_enabled():
+            return tensors
+        if any(t.requires_grad and hasattr(t, "ds_id") for t in tensors.values()) and _is_reentrant():
+            raise ValueError(
+                "reentrant gradient checkpointing under DeepSpeed's ZeRO-3: it takes one gradient of each factor that "
+                "layers share. Pass gradient_checkpointing_kwargs={'use_reentrant': False} (transformers' default)."
+            )
+        if not self._is_awaited:
             return tensors
         if task != self._task:
             if self._has_come:
@@ -57,6 +65,11 @@ class GradientsOnce:
         grads = {name: stand_in.grad for name, stand_in in self._stand_ins.items() if stand_in.grad is not None}
         self._task, self._stand_ins, self._has_come = -1, {}, True
         torch.autograd.backward([tensors[name] for name in grads], list(grads.values()))
+
+
+def _is_reentrant() -> bool:
+    """Whether what is computed again in a backward pass is so by a reentrant checkpoint: the others set hooks."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is None  # pyright: ignore
 
 
 def _is_averaging() -> bool:
