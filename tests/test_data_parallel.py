@@ -13,15 +13,18 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from cases import CASES, Case, perturb, tiny_llama, tokens
+from cases import CASES, Case, perturb, tiny_gpt2, tiny_llama, tokens
 from tensorpeft import LotrConfig
 from tensorpeft.networks.update import SharedFactors
 
 
-def adapted(case: Case, **more: Any) -> PeftModel:
+def adapted(case: Case, fused: bool = False, **more: Any) -> PeftModel:
     torch.manual_seed(0)
-    config = case.make(target_modules=["q_proj", "k_proj", "up_proj"], **more)
-    model = get_peft_model(tiny_llama(hidden_size=16, num_hidden_layers=3), config)
+    base = tiny_gpt2() if fused else tiny_llama(hidden_size=16, num_hidden_layers=3)
+    targets = ["c_attn"] if fused else ["q_proj", "k_proj", "up_proj"]
+    for dropout in (module for module in base.modules() if isinstance(module, nn.Dropout)):
+        dropout.p = 0.0
+    model = get_peft_model(base, case.make(target_modules=targets, **more))
     perturb(model)
     return model.train()
 
@@ -103,6 +106,8 @@ def check_process(rank: int, port: int, cases: list[Case]) -> None:
         if any(isinstance(module, SharedFactors) for module in adapted(case).modules()):
             check_mean(case, use_reentrant=True, static=True)
             check_mean(case, use_reentrant=True, modules_to_save=["lm_head"])
+            for use_reentrant in (False, True):
+                check_mean(case, use_reentrant, fused=True)
             check_accumulation(case)
     check_refusal()
     dist.destroy_process_group()

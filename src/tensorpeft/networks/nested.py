@@ -63,7 +63,10 @@ class GradientsOnce:
 
     def _hand_over(self, tensors: Mapping[str, Tensor]) -> None:
         grads = {name: stand_in.grad for name, stand_in in self._stand_ins.items() if stand_in.grad is not None}
-        self._task, self._stand_ins, self._has_come = -1, {}, True
+        self._task, self._stand_ins = -1, {}
+        if not grads:  # it was no reentrant checkpoint: what it computes again is not walked back
+            return
+        self._has_come = True
         torch.autograd.backward([tensors[name] for name in grads], list(grads.values()))
 
 

@@ -221,7 +221,10 @@ def as_stored(base: nn.Module, matrix: Tensor) -> Tensor:
     """The inverse of `as_matrix`."""
     if isinstance(base, Conv1D):
         return matrix.t()
-    return matrix.view(base.weight.shape) if is_convolution(base) else matrix  # type: ignore[arg-type]
+    if not is_convolution(base):
+        return matrix
+    weight: Any = base.weight
+    return matrix.view(getattr(weight, "ds_shape", weight.shape))  # of one that ZeRO-3 has partitioned
 
 
 def restore_row_order(base: nn.Module) -> None:
