@@ -7,7 +7,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from accelerate.utils.modeling import align_module_device
+from accelerate.utils.modeling import align_module_device, has_offloaded_params
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import QuantizationBackend, resolve_quantization_backend
 from torch import Tensor, nn
@@ -85,9 +85,8 @@ def onloaded(base: nn.Module) -> Iterator[None]:
 
 def check_reachable(base: nn.Module, name: str, model: nn.Module) -> None:
     """Raise a `ValueError` if accelerate has put a layer's tensors away, and not by a hook of the layer's own."""
-    with onloaded(base):
-        is_away = any(parameter.is_meta for parameter in base.parameters(recurse=False))
-    if is_away and any("_hf_hook" in vars(module) for module in model.modules()):
+    is_away = any(parameter.is_meta for parameter in base.parameters(recurse=False))
+    if is_away and not has_offloaded_params(base) and any("_hf_hook" in vars(module) for module in model.modules()):
         raise ValueError(
             f"{name}: accelerate has put its weight away, to be fetched by a hook of a module around it "
             "(preload_module_classes) or by one of several hooks. An adapter could neither start there nor be merged. "
