@@ -46,7 +46,10 @@ def check_mean(case: Case, use_reentrant: bool, static: bool = False, **more: An
     parallel = DistributedDataParallel(model, static_graph=static)
     for _ in range(1 + static):  # a static graph is learnt in the first pass
         model.zero_grad()
-        loss(parallel, dist.get_rank()).backward()
+        value = loss(parallel, dist.get_rank())
+        with torch.no_grad():
+            loss(model, 0)  # an evaluation in between, of the model alone
+        value.backward()
         for name, parameter in trained(model).items():
             torch.testing.assert_close(
                 parameter.grad,
@@ -72,28 +75,29 @@ def check_accumulation(case: Case) -> None:
 
 
 class Nested(nn.Module):
-    """Two checkpoints of two checkpointed layers each."""
+    """Checkpoints, each of two checkpointed layers and one that is not."""
 
-    def __init__(self) -> None:
+    def __init__(self, count: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3 * count))
 
     def forward(self, x: Tensor) -> Tensor:
-        for first in (0, 2):
-            x = checkpoint(self.two_layers, x, first, use_reentrant=True)
+        for first in range(0, len(self.layers), 3):
+            x = checkpoint(self.three_layers, x, first, use_reentrant=True)
         return x
 
-    def two_layers(self, x: Tensor, first: int) -> Tensor:
+    def three_layers(self, x: Tensor, first: int) -> Tensor:
         for layer in self.layers[first : first + 2]:
             x = checkpoint(layer, x, use_reentrant=True)
-        return x
+        return self.layers[first + 2](x)
 
 
 def check_refusal() -> None:
-    config = LotrConfig(r=2, target_modules=r"layers\..*")
-    parallel = DistributedDataParallel(get_peft_model(Nested(), config))
-    with pytest.raises(ValueError, match="would average only the first gradient"):
-        parallel(torch.randn(2, 8, requires_grad=True)).sum().backward()
+    for count in (1, 2):
+        config = LotrConfig(r=2, target_modules=r"layers\..*")
+        parallel = DistributedDataParallel(get_peft_model(Nested(count), config))
+        with pytest.raises(ValueError, match="would average only the first gradient"):
+            parallel(torch.randn(2, 8, requires_grad=True)).sum().backward()
 
 
 def check_process(rank: int, port: int, cases: list[Case]) -> None:

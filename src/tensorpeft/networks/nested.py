@@ -24,19 +24,18 @@ class GradientsOnce:
     def __init__(self) -> None:
         self._is_awaited = False  # by a DistributedDataParallel, whose forward pass has run
         self._has_come = False  # since then
-        self._task = -1  # the backward pass that the stand-ins are of
-        self._stand_ins: dict[str, Tensor] = {}
+        self._stand_ins: dict[int, dict[str, Tensor]] = {}  # by the backward pass that checkpoints compute again in
 
     def tensors(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """These tensors; in a backward pass, where need be, what stands in for them.
 
         Raises:
-            ValueError: a gradient has been handed over already, and has been averaged; or ZeRO-3 awaits it, whose
-                tensors are not whole when the outer pass ends.
+            ValueError: ZeRO-3 awaits the gradient, whose tensors are not whole when the outer pass ends. In that pass:
+                a gradient has been handed over already, and has been averaged.
         """
         task = torch._C._current_graph_task_id()  # pyright: ignore[reportPrivateUsage]
         if task == -1:
-            self._is_awaited, self._has_come = _is_averaging(), False
+            self._begin_pass()
             return tensors
         if not torch.is_grad_enabled():
             return tensors
@@ -47,25 +46,30 @@ class GradientsOnce:
             )
         if not self._is_awaited:
             return tensors
-        if task != self._task:
-            if self._has_come:
-                raise ValueError(
-                    "reentrant checkpoints within reentrant ones, or a second backward pass of one forward pass, under "
-                    "DistributedDataParallel: it would average only the first gradient of the factors that layers "
-                    "share. Pass use_reentrant=False to the checkpoints, or static_graph=True to "
-                    "DistributedDataParallel."
-                )
-            self._task = task
-            self._stand_ins = {name: t.detach().requires_grad_(t.requires_grad) for name, t in tensors.items()}
+        if task not in self._stand_ins:
+            self._stand_ins[task] = {name: t.detach().requires_grad_(t.requires_grad) for name, t in tensors.items()}
             engine: Any = torch.autograd.Variable._execution_engine  # pyright: ignore
-            engine.queue_callback(lambda: self._hand_over(tensors))
-        return self._stand_ins
+            engine.queue_callback(lambda: self._hand_over(tensors, self._stand_ins.pop(task)))
+        return self._stand_ins[task]
 
-    def _hand_over(self, tensors: Mapping[str, Tensor]) -> None:
-        grads = {name: stand_in.grad for name, stand_in in self._stand_ins.items() if stand_in.grad is not None}
-        self._task, self._stand_ins = -1, {}
+    def _begin_pass(self) -> None:
+        self._has_come = False
+        self._stand_ins.clear()  # of a pass that failed
+        parallel: Any = DistributedDataParallel._get_active_ddp_module()  # pyright: ignore[reportPrivateUsage]
+        # An evaluation between forward and backward pass says nothing of them.
+        if parallel is not None or torch.is_grad_enabled():
+            self._is_awaited = parallel is not None and _averages_at_once(parallel)
+
+    def _hand_over(self, tensors: Mapping[str, Tensor], stand_ins: Mapping[str, Tensor]) -> None:
+        grads = {name: stand_in.grad for name, stand_in in stand_ins.items() if stand_in.grad is not None}
         if not grads:  # it was no reentrant checkpoint: what it computes again is not walked back
             return
+        if self._has_come:
+            raise ValueError(
+                "reentrant checkpoints within reentrant ones, or a second backward pass of one forward pass, under "
+                "DistributedDataParallel: it would average only the first gradient of the factors that layers share. "
+                "Pass use_reentrant=False to the checkpoints, or static_graph=True to DistributedDataParallel."
+            )
         self._has_come = True
         torch.autograd.backward([tensors[name] for name in grads], list(grads.values()))
 
@@ -75,9 +79,8 @@ def _is_reentrant() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is None  # pyright: ignore
 
 
-def _is_averaging() -> bool:
-    """Whether this is the forward pass of a DistributedDataParallel that averages each gradient when it first comes."""
-    parallel: Any = DistributedDataParallel._get_active_ddp_module()  # pyright: ignore[reportPrivateUsage]
-    if parallel is None or parallel.static_graph or not parallel.require_backward_grad_sync:
+def _averages_at_once(parallel: Any) -> bool:  # a DistributedDataParallel
+    """Whether it averages each gradient when it first comes."""
+    if parallel.static_graph or not parallel.require_backward_grad_sync:
         return False
     return dist.get_world_size(parallel.process_group) > 1
