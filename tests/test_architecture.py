@@ -64,6 +64,7 @@ SHARED_NETWORK_CODE = {
     "effective",
     "kernels",
     "low_rank",
+    "nested",
     "triton_kernels",
     "update",
     "versions",

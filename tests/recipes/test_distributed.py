@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,14 @@ def test_two_sharded_processes_are_one_with_the_doubled_batch(method, launcher, 
     assert first.keys() == second.keys()
     for key, tensor in first.items():
         torch.testing.assert_close(second[key], tensor, rtol=0, atol=1e-4, msg=key)
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+def test_a_step_with_zero3_is_that_of_one_process():
+    command = [sys.executable, "-m", *TORCHRUN, free_port(), str(Path(__file__).with_name("zero3_step.py"))]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
 
 
 def test_without_a_gpu_sharding_is_refused(tmp_path):

@@ -229,8 +229,12 @@ def _make(
     """The parts of all members, with a graph of all; or of only one, and of what is shared."""
     first = members[0]
     own, shared = [tensors_of(member) for member in members], {}
+    if only is not None:
+        own = [tensors if member is only else _detached(tensors) for member, tensors in zip(members, own)]
     if first.shared is not None:
         shared = tensors_of(first.shared)
+        if not torch.compiler.is_compiling():
+            shared = first.shared.gradients.tensors(shared)
     if torch.compiler.is_compiling() or is_transformed() or not any(map(_needs_grad, members)):
         return first.make_parts(members, own, shared, dtype)
 
@@ -240,12 +244,13 @@ def _make(
         return first.make_parts(members, mine, {name: next(rest) for name in shared}, dtype)
 
     tensors = [*(tensor for named in own for tensor in named.values()), *shared.values()]
-    if only is not None:
-        kept = {id(tensor) for tensor in _all_tensors(only)}
-        tensors = [tensor if id(tensor) in kept else tensor.detach() for tensor in tensors]
     flat = cast("Sequence[Tensor]", cast("Any", _Together).apply(make, end, len(own[0]), *tensors))
     count = len(flat) // len(members)
     return [tuple(flat[k : k + count]) for k in range(0, len(flat), count)]
+
+
+def _detached(tensors: Tensors) -> dict[str, Tensor]:
+    return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
 class _Together(torch.autograd.Function):

@@ -13,6 +13,7 @@ from tensorpeft.networks.cut import Cut, fold
 from tensorpeft.networks.dtypes import product_dtype
 from tensorpeft.networks.group import Parts, Place, Tensors, parts_of, tensors_of
 from tensorpeft.networks.low_rank import MATRIX_PRODUCT, PAIR_PRODUCT, Factors, Pair, low_rank_linear
+from tensorpeft.networks.nested import GradientsOnce
 
 # The buffer that an update has where a part of it is stored in the base layer: which base that must be.
 BASE_DIGEST = "base_digest"
@@ -148,6 +149,10 @@ class SharedFactors(nn.Module):
 
     Parameters are trained; buffers are frozen.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gradients = GradientsOnce()
 
 
 class AbstractFusedUpdate(AbstractWeightUpdate):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
+from accelerate.utils.modeling import align_module_device, has_offloaded_params
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import QuantizationBackend, TorchaoBackend, resolve_quantization_backend
 from torch import Tensor, nn
@@ -126,6 +129,59 @@ def plain_layer(base: nn.Module, weight: Tensor) -> nn.Module:
     return plain.train(base.training)
 
 
+@contextmanager
+def onloaded(base: nn.Module) -> Iterator[None]:
+    """While it is open, a layer's tensors are where it computes: accelerate may keep them elsewhere between its calls.
+
+    What was read stays with the reader; what is written is lost.
+    """
+    is_away = any(parameter.is_meta for parameter in base.parameters(recurse=False))
+    with align_module_device(base) if is_away else nullcontext():
+        yield
+
+
+def check_reachable(base: nn.Module, name: str, model: nn.Module) -> None:
+    """Raise a `ValueError` if accelerate has put a layer's tensors away, and not by a hook of the layer's own."""
+    is_away = any(parameter.is_meta for parameter in base.parameters(recurse=False))
+    if is_away and not has_offloaded_params(base) and any("_hf_hook" in vars(module) for module in model.modules()):
+        raise ValueError(
+            f"{name}: accelerate has put its weight away, to be fetched by a hook of a module around it "
+            "(preload_module_classes) or by one of several hooks. An adapter could neither start there nor be merged. "
+            "Dispatch the model without preload_module_classes, or load it without offloading."
+        )
+
+
+@contextmanager
+def present(base: nn.Module) -> Iterator[None]:
+    """As `onloaded`, and the tensors are whole: DeepSpeed's ZeRO-3 leaves each process a part of them.
+
+    Raises:
+        ImportError: they are partitioned, and there is no DeepSpeed.
+    """
+    with onloaded(base):
+        if not is_partitioned(base):
+            yield
+            return
+        import deepspeed  # type: ignore
+
+        with deepspeed.zero.GatheredParameters(list(base.parameters(recurse=False))):
+            yield
+
+
+def check_whole(base: nn.Module, name: str) -> None:
+    """Raise a `ValueError` if nothing can be written to a layer's weight."""
+    if is_partitioned(base):
+        raise ValueError(
+            f"{name}: ZeRO-3 has left each process a part of its weight; nothing can be merged into that. Save the "
+            "adapter (save_pretrained), and merge it into a model that is loaded without ZeRO-3."
+        )
+
+
+def is_partitioned(base: nn.Module) -> bool:
+    """Whether ZeRO-3 has left each process a part of the layer's tensors."""
+    return any(hasattr(parameter, "ds_shape") for parameter in base.parameters(recurse=False))
+
+
 def set_innermost(layer: BaseTunerLayer, base: nn.Module) -> None:
     """Put `base` where the innermost layer under an adapter is."""
     while isinstance(layer.base_layer, BaseTunerLayer):  # type: ignore
@@ -153,8 +209,7 @@ def layer_shape(
             "adapter would have no effect. Remove it from target_modules, or name it in exclude_modules."
         )
     if isinstance(base, Conv1D):
-        in_, out = base.weight.shape
-        return out, in_
+        return base.nf, base.nx  # the weight may be partitioned
     if isinstance(base, (nn.Linear, StackedWeight)) or (backend is not None and hasattr(base, "in_features")):
         return int(base.out_features), int(base.in_features)  # type: ignore[arg-type]
     if may_be_convolution and is_convolution(base):
@@ -242,7 +297,10 @@ def as_stored(base: nn.Module, matrix: Tensor) -> Tensor:
     """The inverse of `as_matrix`."""
     if isinstance(base, Conv1D):
         return matrix.t()
-    return matrix.view(base.weight.shape) if is_convolution(base) else matrix  # type: ignore[arg-type]
+    if not is_convolution(base):
+        return matrix
+    weight: Any = base.weight
+    return matrix.view(getattr(weight, "ds_shape", weight.shape))  # of one that ZeRO-3 has partitioned
 
 
 def restore_row_order(base: nn.Module) -> None:

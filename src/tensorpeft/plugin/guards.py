@@ -5,10 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import wraps
 from typing import Any
 
 from huggingface_hub import hf_hub_download
+from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -43,7 +46,8 @@ def guarded_load(load: Callable[..., Any]) -> Callable[..., Any]:
             configs = getattr(model, "peft_config", {})
             if "model" not in arguments and isinstance(configs.get(arguments["adapter_name"]), TensorConfig):
                 source.read_shapes()  # of an adapter that is there: nothing will be built
-            return load(*args, **kwargs)
+            with _staying_dispatched(model, lambda: _is_ours(source, arguments)):
+                return load(*args, **kwargs)
 
     return guarded
 
@@ -66,7 +70,10 @@ def guarded_load_of_transformers(load: Callable[..., Any]) -> Callable[..., Any]
 
         def check_and_load_weights(**kwargs: Any) -> Any:
             adapter_name = arguments.get("adapter_name") or "default"
-            _check_files(model, adapter_name, kwargs["state_dict"], kwargs["checkpoint_files"])
+            if isinstance(model.peft_config[adapter_name], TensorConfig):
+                _check_files(model, adapter_name, kwargs["state_dict"], kwargs["checkpoint_files"])
+                config = kwargs["load_config"]
+                kwargs["load_config"] = replace(config, device_map=_places(model, config.device_map))
             return load_weights(**kwargs)
 
         with _guarding(model, source, has_file=arguments.get("peft_config") is None):
@@ -77,6 +84,34 @@ def guarded_load_of_transformers(load: Callable[..., Any]) -> Callable[..., Any]
                 del model._load_pretrained_model
 
     return guarded
+
+
+@contextmanager
+def _staying_dispatched(model: nn.Module, is_ours: Callable[[], bool]) -> Iterator[None]:
+    """Hide from PEFT that accelerate has placed the layers, if the adapter is one of ours.
+
+    PEFT would take the whole model apart and place it again, an adapter's tensors like a base's: where they are put
+    away between the calls of a module of their own, they are missing in the layers that share them. As it is, the base
+    stays where it is, and an adapter is where its layers compute.
+    """
+    placed = [module for module in model.modules() if "hf_device_map" in vars(module)]
+    placed = placed if placed and is_ours() else []
+    maps = [vars(module).pop("hf_device_map") for module in placed]
+    try:
+        yield
+    finally:
+        for module, places in zip(placed, maps):
+            module.hf_device_map = places
+
+
+def _is_ours(source: Source, arguments: Mapping[str, Any]) -> bool:
+    """Whether PEFT is about to load an adapter of one of our methods."""
+    configs = getattr(arguments.get("self"), "peft_config", {})
+    config = arguments.get("config") or configs.get(arguments.get("adapter_name"))
+    if config is not None:
+        return isinstance(config, TensorConfig)
+    peft_type = PeftConfig._get_peft_type(source.model_id, **source.download)
+    return issubclass(PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type, object), TensorConfig)
 
 
 def _source_of(model_id: Any, arguments: Mapping[str, Any]) -> Source:
@@ -114,6 +149,17 @@ def _guarding(model: nn.Module, source: Source | None, has_file: bool) -> Iterat
         raise
 
 
+def _places(model: nn.Module, places: Mapping[str, Any]) -> dict[str, Any]:
+    """A device map where an adapter's tensors are where they are, also in layers that are put away to the disk."""
+    own = {
+        f"{name}.{module.adapter_layer_names[0]}": tensor.device
+        for name, module in model.named_modules()
+        if isinstance(module, UpdateHolder)
+        for tensor in module.updates.state_dict().values()
+    }
+    return {**{name: "cpu" if place == "disk" else place for name, place in places.items()}, **own}
+
+
 def _check_files(
     model: nn.Module,
     adapter_name: str,
@@ -121,9 +167,7 @@ def _check_files(
     checkpoint_files: Sequence[str],
 ) -> None:
     """Ask of the tensors that transformers is about to load what `TensorModel` asks of those that PEFT does."""
-    config = model.peft_config[adapter_name]  # type: ignore[index]
-    if not isinstance(config, TensorConfig):
-        return
+    config: Any = model.peft_config[adapter_name]  # type: ignore[index]
     files = (load_file(file) for file in checkpoint_files)
     found = {key: tensor for part in ([state_dict] if state_dict else files) for key, tensor in part.items()}
     found = {own_key(key): tensor for key, tensor in found.items()}

@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from tensorpeft.plugin.base_weight import put_weight
+from tensorpeft.plugin.base_weight import onloaded, put_weight
 
 
 class UpdateHolder(nn.Module, BaseTunerLayer):
@@ -55,7 +55,8 @@ class UpdateHolder(nn.Module, BaseTunerLayer):
             return
         tensors = self.updates[adapter_name]
         if device is None:
-            device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
+            with onloaded(base := self.get_base_layer()):
+                device, _ = self._get_base_layer_device_and_dtype(base)
         is_meta = device is None or device.type == "meta" or any(tensor.is_meta for tensor in tensors.parameters())
         if not is_meta:  # to or from where there is no data
             tensors.to(device)

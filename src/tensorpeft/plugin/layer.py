@@ -34,6 +34,7 @@ from tensorpeft.plugin.base_weight import (
     as_stored,
     has_own_forward,
     is_convolution,
+    present,
     put_weight,
     restore_row_order,
     set_innermost,
@@ -243,9 +244,9 @@ class TensorLayer(UpdateHolder):
 
     def read_base_weight(self) -> Tensor:  # (out, in)
         """The base weight as it is now, dequantised if need be; a view where it can be."""
-        base = self.get_base_layer()
-        restore_row_order(base)
-        return as_matrix(base, self.get_base_weight())
+        with present(base := self.get_base_layer()):
+            restore_row_order(base)
+            return as_matrix(base, self.get_base_weight())
 
     @torch.no_grad()
     def unmerge(self) -> None:

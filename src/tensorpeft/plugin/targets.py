@@ -14,7 +14,15 @@ from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from tensorpeft.networks.update import AbstractUpdatableLinear, AbstractUpdate
-from tensorpeft.plugin.base_weight import as_matrix, find_backend, layer_shape, restore_row_order, with_layer
+from tensorpeft.plugin.base_weight import (
+    as_matrix,
+    check_reachable,
+    find_backend,
+    layer_shape,
+    present,
+    restore_row_order,
+    with_layer,
+)
 from tensorpeft.plugin.config import TensorConfig
 from tensorpeft.plugin.experts import check_stacked_updates, target_stacks
 from tensorpeft.plugin.towers import find_tower
@@ -40,6 +48,7 @@ def bases_of(tuner: BaseTuner, config: TensorConfig) -> tuple[list[Site], _Bases
         base = innermost(target)
         backend = find_backend(base, **quantization)
         out, in_ = layer_shape(base, name, parent, backend, config.adapts_convolutions)
+        check_reachable(base, name, tuner.model)
         layers[name] = (base, backend)
         shapes.append((name, out, in_))
     for stack in target_stacks(tuner.model, config, tuner._check_target_module_exists):
@@ -65,9 +74,10 @@ class _Bases:
         base, backend = self.layers[site.name]
         if self.allocates_only:
             return torch.empty(site.out, site.num_columns, device="meta")
-        restore_row_order(base)
-        weight = base.weight.data if backend is None else backend.get_base_weight(base)
-        return as_matrix(base, weight)  # type: ignore[arg-type]
+        with present(base):
+            restore_row_order(base)
+            weight = base.weight.data if backend is None else backend.get_base_weight(base)
+            return as_matrix(base, weight)  # type: ignore[arg-type]
 
     def start(self, site: Site) -> nn.Module | None:
         base, _ = self.layers[site.name]

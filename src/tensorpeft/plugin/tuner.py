@@ -18,7 +18,7 @@ from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from tensorpeft.networks.update import AbstractUpdate
-from tensorpeft.plugin.base_weight import find_backend, layer_shape
+from tensorpeft.plugin.base_weight import find_backend, layer_shape, onloaded
 from tensorpeft.plugin.checkpoint import shapes_to_load
 from tensorpeft.plugin.config import TensorConfig
 from tensorpeft.plugin.experts import ExpertsLayer, target_stacks, warn_of_stacks
@@ -239,18 +239,18 @@ def wrap_layer(
     key = key.removeprefix("base_model.model.")  # PeftMixedModel adds its second adapter from its own root
     update = _plan(tuner, classes, config, key).pop(key)
     parent, target, target_name = _get_submodules(tuner.model, key)
-    if isinstance(target, classes.layer):
-        target.hold(adapter_name, update, config.inference_mode)
-        layer = target
-    else:
-        base = innermost(target)
-        backend = find_backend(base, **get_quantization_kwargs(tuner.model))
-        shape = layer_shape(base, key, parent, backend, config.adapts_convolutions)
-        owns_base = isinstance(tuner, TensorModel) and not isinstance(target, BaseTunerLayer)
-        layer = classes.layer(target, shape, key, backend, owns_base).train(target.training)
-        layer._active_adapter = adapter_name
-        layer.hold(adapter_name, update, config.inference_mode)
-        tuner._replace_module(parent, target_name, layer, target)
+    with onloaded(base := innermost(target)):  # the update goes to where the layer computes
+        if isinstance(target, classes.layer):
+            target.hold(adapter_name, update, config.inference_mode)
+            layer = target
+        else:
+            backend = find_backend(base, **get_quantization_kwargs(tuner.model))
+            shape = layer_shape(base, key, parent, backend, config.adapts_convolutions)
+            owns_base = isinstance(tuner, TensorModel) and not isinstance(target, BaseTunerLayer)
+            layer = classes.layer(target, shape, key, backend, owns_base).train(target.training)
+            layer._active_adapter = adapter_name
+            layer.hold(adapter_name, update, config.inference_mode)
+            tuner._replace_module(parent, target_name, layer, target)
     is_active = adapter_name in tuner.active_adapters
     if not is_active:
         update.requires_grad_(False)

@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import nn
 
-from tensorpeft.plugin.base_weight import cannot_merge
+from tensorpeft.plugin.base_weight import cannot_merge, check_whole
 from tensorpeft.plugin.holder import SharedHolder
 from tensorpeft.plugin.layer import TensorLayer, check_finite, check_weight_update
 
@@ -59,11 +59,12 @@ def _check_known(model: nn.Module, adapter_names: Iterable[str]) -> None:
 
 
 def _check_mergeable(model: nn.Module, adapter_names: Iterable[str] | None) -> None:
-    """Raise a `ValueError` if one of these adapters, or an active one, cannot be merged into the weights.
+    """Raise a `ValueError` if a weight is partitioned, or one of these adapters, or an active one, is not to be merged.
 
     One that is active and not to be merged counts too: what it adds depends on what the others have added before.
     """
     for layer in _layers(model):
+        check_whole(layer.get_base_layer(), layer.name)
         names = {*(adapter_names or ()), *layer.active_adapters} & set(layer.updates)
         for name in names:
             check_weight_update(name, layer.updates[name])
