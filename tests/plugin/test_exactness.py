@@ -86,7 +86,7 @@ def test_reloaded_adapter_is_the_saved_one(model: Model, case: Case, low_cpu_mem
 
 
 @over_cases
-@pytest.mark.parametrize("key_value_heads", [3, 1])
+@pytest.mark.parametrize("key_value_heads", [3, pytest.param(1, marks=pytest.mark.thorough)])
 def test_what_was_trained_and_what_is_loaded_for_inference_have_the_same_bits(
     case: Case, key_value_heads: int, tmp_path
 ):

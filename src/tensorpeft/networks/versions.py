@@ -35,7 +35,7 @@ def _address(tensor: Tensor) -> int:
 
 def can_compare(tensor: Tensor) -> bool:
     """Whether its numbers can be compared: they are there, and operations are not only recorded, to run later."""
-    if tensor.is_meta or isinstance(tensor, FakeTensor) or torch.compiler.is_compiling() or is_transformed():
+    if torch.compiler.is_compiling() or is_transformed() or tensor.is_meta or isinstance(tensor, FakeTensor):
         return False
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
