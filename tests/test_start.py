@@ -57,7 +57,7 @@ ERRORS = {
     "export lora no-such-adapter out": "no-such-adapter: no such file or folder",
     "export dense tests out --dtype int8": "int8",
     "export gguf tests out --outtype q4_0": "q4_0",
-    "export gguf tests out --merged --rank 2": "--rank: a merged model has the whole update",
+    "export gguf tests out --merged --rank 2": "--rank, --energy: a merged model has the whole update",
     "recipes no-such-recipe": "no recipe no-such-recipe",
 }
 

@@ -9,7 +9,7 @@ from torch import nn
 
 def find_tower(
     model: nn.Module,
-    name: str,  # full name of a layer in it
+    name: str,  # full name of a layer in it, or of a part of one
 ) -> tuple[str, Any]:  # full name of the tower, configuration
     """The innermost part of a model that a layer is in and that has another kind of configuration than what is around
     it ("": the model as a whole), and the configuration of the nearest module around the layer that has one.
@@ -17,9 +17,11 @@ def find_tower(
     The layers of one list are never towers.
     """
     tower, config, of_tower = "", _config_of(model), _config_of(model)
-    module, parts, start = model, name.split("."), 0
+    module: Any = model
+    parts, start = name.split("."), 0
     for end, part in enumerate(parts, 1):
-        module = getattr(module, part)
+        if (module := getattr(module, part, None)) is None:  # an expert that is a part of a parameter
+            break
         if (found := _config_of(module)) is None:
             continue
         config = found
