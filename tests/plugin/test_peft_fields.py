@@ -76,6 +76,28 @@ def test_a_tied_layer_as_a_target_is_refused():
     assert base.state_dict().keys() == keys
 
 
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (
+            {"shared_lotr": [1]},
+            "'shared_lotr' names .*shared_lotr, a LotrSharedHolder; expected the name of an embedding",
+        ),
+        ({"layers": [1]}, "'layers' names model.layers, a ModuleList"),
+        ({"embed_tokens": 1}, "trainable_token_indices=1 of .*embed_tokens: expected a list of tokens, from 0 to 95"),
+        ({"embed_tokens": []}, r"trainable_token_indices=\[\] of .*embed_tokens"),
+        ([1, 96], r"trainable_token_indices=\[1, 96\] of .*embed_tokens"),
+        ([True], r"trainable_token_indices=\[True\]"),
+    ],
+)
+def test_what_is_no_token_of_an_embedding_is_refused(tokens, message):
+    model = get_peft_model(fresh(), LotrConfig(target_modules=["q_proj"]))
+    keys = model.state_dict().keys()
+    with pytest.raises(ValueError, match=message):
+        model.add_adapter("second", LotrConfig(target_modules=["q_proj"], trainable_token_indices=tokens))
+    assert model.state_dict().keys() == keys
+
+
 @pytest.mark.parametrize("pattern", [None, [], "layers", ["h", "layers"], "blocks"])
 @pytest.mark.parametrize("indices", [0, [1], [0, 1]])
 def test_layers_are_counted_as_lora_counts_them(pattern: Any, indices: Any):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import _get_submodules
+from peft.utils.other import TrainableTokensWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
@@ -97,6 +98,31 @@ def _target_names(tuner: BaseTuner, config: TensorConfig) -> list[str]:
         if isinstance(module, BaseTunerLayer):
             wrapped += (f"{name}.",)  # what lies in there belongs to an earlier adapter
     return names
+
+
+def check_tokens(model: nn.Module, config: TensorConfig) -> None:
+    """Raise a `ValueError` unless `trainable_token_indices` names rows of embeddings or heads: PEFT finds out late."""
+    if not config.trainable_token_indices:
+        return
+    named: Any = config.trainable_token_indices
+    if not isinstance(named, dict):
+        embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None  # type: ignore[operator]
+        named = {key: named for key, module in model.named_modules() if module is embeddings}
+    for name, tokens in named.items():
+        for key, module in model.named_modules():
+            if not key.endswith(name):  # PEFT's rule
+                continue
+            if not isinstance(module, (nn.Embedding, nn.Linear, TrainableTokensWrapper)):
+                raise ValueError(
+                    f"trainable_token_indices: {name!r} names {key}, a {type(module).__name__}; expected the name of "
+                    "an embedding or a head, such as embed_tokens."
+                )
+            rows = len(module.weight)  # pyright: ignore[reportArgumentType]
+            is_list = isinstance(tokens, (list, tuple)) and len(tokens) > 0
+            if not is_list or not all(type(token) is int and 0 <= token < rows for token in tokens):
+                raise ValueError(
+                    f"trainable_token_indices={tokens!r} of {key}: expected a list of tokens, from 0 to {rows - 1}."
+                )
 
 
 def innermost(target: nn.Module) -> nn.Module:

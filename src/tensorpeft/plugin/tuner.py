@@ -32,7 +32,7 @@ from tensorpeft.plugin.loading import (
     key_of,
     own_key,
 )
-from tensorpeft.plugin.targets import bases_of, build_updates, innermost
+from tensorpeft.plugin.targets import bases_of, build_updates, check_tokens, innermost
 from tensorpeft.plugin.unloading import merging, unloading
 from tensorpeft.plugin.weighted import add_weighted_adapter
 
@@ -63,7 +63,9 @@ class TensorModel(BaseTuner):
 
         A state dict of shared factors alone names no layers: they are the configuration's.
         """
-        warn_of_stacks(model, self.peft_config[adapter_name])  # type: ignore[arg-type]
+        config: TensorConfig = self.peft_config[adapter_name]  # type: ignore[assignment]
+        check_tokens(model, config)
+        warn_of_stacks(model, config)
         self._allocates_only = low_cpu_mem_usage
         names = {key.rsplit(f".{self.prefix}", 1)[0] for key in state_dict or ()}
         if names <= {_name_of_owner(self.classes), _place_of_owner(model, self.classes)}:
