@@ -22,8 +22,7 @@ def make_config(
     Raises:
         ValueError: the method or a field is unknown, or the configuration refuses a value.
     """
-    methods = {str(getattr(key, "value", key)).lower(): cls for key, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-    name = str(adapter["method"]).lower()
+    methods, name = _methods(), str(adapter["method"]).lower()
     check_keys([name], methods, "adapter.method")
     arguments = {key: value for key, value in adapter.items() if key != "method"}
     config_class = methods[name]
@@ -38,3 +37,12 @@ def make_config(
         return config_class(**arguments)
     except TypeError as error:
         raise ValueError(f"adapter, method {name}: {error}") from None
+
+
+def is_ours(adapter: Mapping[str, Any]) -> bool:  # as `make_config` takes it
+    """Whether its method is one of this package, and not PEFT's own."""
+    return _methods()[str(adapter["method"]).lower()].__module__.startswith("tensorpeft.")
+
+
+def _methods() -> dict[str, type[PeftConfig]]:
+    return {str(getattr(key, "value", key)).lower(): cls for key, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}

@@ -30,6 +30,7 @@ from tensorpeft.studies.compare.results import EntryCosts, EntryResult, Run, fin
 from tensorpeft.studies.compare.runner import Runner
 from tensorpeft.studies.compare.table import main_table, markdown_report
 from tensorpeft.tasks.task import QuestionTask, Task
+from tensorpeft.training.adapters import is_ours
 from tensorpeft.training.arguments import make_arguments
 from tensorpeft.training.run import check_recipe
 from tensorpeft.training.seed import kept_folder
@@ -125,14 +126,14 @@ def _next_commands(results: Sequence[EntryResult], folders: Mapping[str, Path]) 
         return []
     best = min(adapted, key=lambda result: min(result.losses()))
     adapter = shlex.quote(str(folders[best.entry.key] / kept_folder(best.entry.recipe)))
-    return [
-        "",
-        f"Next, with {best.entry.label}:",
-        f"  tensorpeft chat {adapter}                 talk to it and to its base, side by side",
-        f"  tensorpeft export lora {adapter} OUT      as a plain LoRA, for vLLM and PEFT",
-        f"  tensorpeft export gguf {adapter} OUT      as a GGUF LoRA, for llama.cpp",
-        f"  tensorpeft export dense {adapter} OUT     merged into its base",
-    ]
+    commands = {f"chat {adapter}": "talk to it and to its base, side by side"}
+    if best.entry.recipe.adapter is not None and is_ours(best.entry.recipe.adapter):
+        commands[f"export lora {adapter} OUT"] = "as a plain LoRA, for vLLM and PEFT"
+        commands[f"export gguf {adapter} OUT"] = "as a GGUF LoRA, for llama.cpp"
+    commands[f"export dense {adapter} OUT"] = "merged into its base"
+    width = max(map(len, commands))
+    lines = [f"  tensorpeft {command:{width}s}  {purpose}" for command, purpose in commands.items()]
+    return ["", f"Next, with {best.entry.label}:", *lines]
 
 
 def _check_entries(comparison: Comparison, task: Task) -> EvaluationOptions:
