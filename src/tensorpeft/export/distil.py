@@ -6,6 +6,7 @@ import copy
 import os
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ import torch.nn.functional as F
 from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from tensorpeft.export.text import batches, read_rows
 from tensorpeft.loading.adapters import base_of, load_adapter_config, load_model
@@ -31,8 +34,9 @@ def distil(
 ) -> None:
     """Train the factors of an exported LoRA towards the adapter's distributions over the next token, and save them.
 
-    The loss is the mean over tokens of KL(adapter ‖ export), in nats; AdamW without decay, its rate falling linearly.
-    Base, adapter and LoRA are in memory, the base once. The result is the same in every call on one machine.
+    The loss is the mean over tokens of KL(adapter ‖ export), in nats; transformers' `Trainer`: AdamW without decay, its
+    rate falling linearly. Base, adapter and LoRA are in memory, the base once. The result is the same in every call on
+    one machine.
 
     Args:
         adapter: folder of the saved adapter.
@@ -56,21 +60,27 @@ def distil(
     student: Any = PeftModel.from_pretrained(
         copy.deepcopy(teacher, shared).unload(), str(lora), is_trainable=True, autocast_adapter_dtype=True
     ).eval()
-    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 1.0 / steps, steps)
-    for step in range(steps):
-        tokens, is_predicted = (tensor.to(trained[0].device) for tensor in rows[step % len(rows)])
-        is_predicted = is_predicted[:, 1:]
-        with torch.no_grad():
-            wanted = teacher(input_ids=tokens, use_cache=False).logits[:, :-1][is_predicted].float().log_softmax(-1)
-        found = student(input_ids=tokens, use_cache=False).logits[:, :-1][is_predicted].float().log_softmax(-1)
-        loss = F.kl_div(found, wanted, log_target=True, reduction="sum") / is_predicted.sum()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        on_step(loss.item())
+    with TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder,
+            max_steps=steps,
+            per_device_train_batch_size=1,  # of batches
+            learning_rate=learning_rate,
+            weight_decay=0.0,
+            max_grad_norm=0.0,
+            train_sampling_strategy="sequential",
+            remove_unused_columns=False,
+            logging_strategy="no",
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+            use_cpu=not torch.accelerator.is_available(),
+        )
+        with torch.random.fork_rng():  # the trainer sets a seed
+            trainer = _Distiller(teacher, on_step, model=student, args=arguments, train_dataset=rows)
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()
     file = Path(lora, SAFETENSORS_WEIGHTS_NAME)
     saved, state = load_file(file), get_peft_model_state_dict(student)
     save_file(
@@ -78,3 +88,27 @@ def distil(
         file,
         metadata={"format": "pt"},
     )
+
+
+def _as_inputs(rows: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    ((tokens, is_predicted),) = rows
+    return {"input_ids": tokens, "is_predicted": is_predicted}
+
+
+class _Distiller(Trainer):
+    """Its rows are whole batches: tokens, and which of them are predicted."""
+
+    def __init__(self, teacher: Any, on_step: Callable[[float], object], **arguments: Any):
+        super().__init__(data_collator=_as_inputs, **arguments)
+        self._teacher, self._on_step = teacher, on_step
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """The mean of KL(teacher ‖ model) over the tokens, in nats."""
+        tokens, is_predicted = inputs["input_ids"], inputs["is_predicted"][:, 1:]
+        with torch.no_grad():
+            wanted = self._teacher(input_ids=tokens, use_cache=False).logits[:, :-1][is_predicted].float()
+        found = model(input_ids=tokens, use_cache=False).logits[:, :-1][is_predicted].float()
+        given, log_probs = wanted.log_softmax(-1), found.log_softmax(-1)
+        loss = F.kl_div(log_probs, given, log_target=True, reduction="sum") / is_predicted.sum()
+        self._on_step(loss.item())
+        return loss
