@@ -67,6 +67,7 @@ SHARED_NETWORK_CODE = {
     "nested",
     "triton_kernels",
     "update",
+    "sketch",
     "versions",
 }
 MAY_IMPORT_PEFT = {"evaluation", "export", "loading", "plugin", "studies", "training"}

@@ -7,13 +7,15 @@ slices of one small core (Tucker3, FacT-TK): `G_n = Σ_k P[n, k] C[:, :, k]`.
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from math import sqrt
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from tensorpeft.networks.group import Parts, Tensors
+from tensorpeft.networks.group import Parts, Tensors, tensors_of
 from tensorpeft.networks.low_rank import Factors
+from tensorpeft.networks.sketch import LowRankMatrix, put_columns, shared_frames
 from tensorpeft.networks.update import AbstractLowRankUpdate, AbstractSummableUpdate, SharedFactors
 
 
@@ -26,9 +28,12 @@ class TuckerFactors(SharedFactors):
         rank: r of every mode.
         sizes: name of a tensor -> (number of weights n, out, in).
         has_small_core: False: cores G (n, r, r). True: P (n, r) and C (r, r, r).
+        trains_frames: whether U and V are trained, or frozen as they start.
     """
 
-    def __init__(self, rank: int, sizes: dict[str, tuple[int, int, int]], has_small_core: bool):
+    def __init__(
+        self, rank: int, sizes: dict[str, tuple[int, int, int]], has_small_core: bool, trains_frames: bool = True
+    ):
         super().__init__()
         self.rank = rank
         self.sizes = sizes
@@ -38,7 +43,29 @@ class TuckerFactors(SharedFactors):
             if has_small_core:
                 shapes = {"U": (out, rank), "V": (in_, rank), "P": (count, rank), "C": (rank, rank, rank)}
             for factor, shape in shapes.items():
-                self.register_parameter(f"{name}_{factor}", nn.Parameter(torch.zeros(shape)))
+                if factor in "UV" and not trains_frames:
+                    self.register_buffer(f"{name}_{factor}", torch.zeros(shape))
+                else:
+                    self.register_parameter(f"{name}_{factor}", nn.Parameter(torch.zeros(shape)))
+
+    def set_frames(
+        self,
+        tensor: str,  # its name
+        gradients: Sequence[LowRankMatrix],  # of its weights, in the tensor's order
+    ) -> None:
+        """Put U and V where the gradients' energy is, and start at zero from there: the cores do.
+
+        Of a Tucker3 tensor P becomes the weights' mode of what these frames hold, each column as long as it started.
+        """
+        factors = tensors_of(self)
+        left, right = shared_frames(gradients, self.rank)
+        put_columns(factors[f"{tensor}_U"], left)
+        put_columns(factors[f"{tensor}_V"], right)
+        nn.init.zeros_(factors[f"{tensor}_{'C' if self.has_small_core else 'G'}"])
+        if self.has_small_core:
+            held = [(left.t() @ part.left * part.values) @ (part.right.t() @ right) for part in gradients]
+            rows = torch.linalg.svd(torch.stack(held).flatten(1), full_matrices=False)[0][:, : self.rank]
+            put_columns(factors[f"{tensor}_P"], rows * sqrt(len(held) / self.rank))
 
     def extra_repr(self) -> str:
         """Modes of every tensor."""
@@ -56,16 +83,29 @@ class TuckerMatrixUpdate(AbstractLowRankUpdate):
         in_: columns.
         rank: r of both modes.
         scale: s.
+        trains_frames: whether U and V are trained, or frozen as they start.
 
     Source: FLoRA (arXiv 2405.14739), section 3.2, for a matrix.
     """
 
-    def __init__(self, out: int, in_: int, rank: int, scale: float):
+    U: Tensor
+    V: Tensor
+
+    def __init__(self, out: int, in_: int, rank: int, scale: float, trains_frames: bool = True):
         super().__init__()
         self.scale = scale
-        self.U = nn.Parameter(torch.zeros(out, rank))
-        self.V = nn.Parameter(torch.zeros(in_, rank))
+        for name, size in (("U", out), ("V", in_)):
+            if trains_frames:
+                self.register_parameter(name, nn.Parameter(torch.zeros(size, rank)))
+            else:
+                self.register_buffer(name, torch.zeros(size, rank))
         self.G = nn.Parameter(torch.zeros(rank, rank))
+
+    def set_frames(self, gradient: LowRankMatrix) -> None:
+        """Put U and V where the gradient's energy is; the core starts at zero."""
+        put_columns(self.U, gradient.left[:, : len(self.G)])
+        put_columns(self.V, gradient.right[:, : len(self.G)])
+        nn.init.zeros_(self.G)
 
     def factors_from(self, tensors: Mapping[str, Tensor]) -> Factors:
         """Vᵀ, the scaled core and U."""
@@ -134,7 +174,7 @@ class TuckerUpdate(AbstractSummableUpdate):
         forms = [(factors.sizes, factors.has_small_core) for factors in shared]
         if any(form != forms[0] for form in forms):
             raise ValueError(f"tensors of the modes {forms} (with a small core or not): expected equal ones.")
-        parts = [dict(factors.named_parameters()) for factors in shared]
+        parts = [tensors_of(factors) for factors in shared]
         scales = [weight * update.scale for weight, update in zip(weights, updates)]
         found = dict[str, Tensor]()
         for key in parts[0]:
@@ -154,6 +194,16 @@ class TuckerUpdate(AbstractSummableUpdate):
     def extra_repr(self) -> str:
         """Which weight of which tensor."""
         return f"{self.tensor}, weight {self.index}"
+
+
+def set_shared_frames(updates: Mapping[str, TuckerUpdate], gradients: Mapping[str, LowRankMatrix]) -> None:
+    """`TuckerFactors.set_frames` of every tensor, from the gradients of the weights of these names."""
+    tensors: dict[str, list[str]] = {}
+    for name, update in sorted(updates.items(), key=lambda item: item[1].index):
+        tensors.setdefault(update.tensor, []).append(name)
+    for tensor, names in tensors.items():
+        shared = cast(TuckerFactors, updates[names[0]].shared)
+        shared.set_frames(tensor, [gradients[name] for name in names])
 
 
 def _on_diagonal(cores: Sequence[Tensor], num_modes: int) -> Tensor:

@@ -14,6 +14,7 @@ from peft import PeftConfig
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, PeftType
 from torch import Tensor, nn
 
+from tensorpeft.networks.sketch import LowRankMatrix
 from tensorpeft.networks.update import AbstractUpdate
 from tensorpeft.plugin.checkpoint import add_loading_hint
 from tensorpeft.sites import Site
@@ -143,6 +144,36 @@ class TensorConfig(PeftConfig, ABC):
         add_loading_hint(Path(save_directory), self.peft_type.value.lower())  # pyright: ignore
 
 
+@dataclass
+class FramedConfig(TensorConfig, ABC):
+    """The fields of a method that has frames: factors between which its update lies, wherever its cores are.
+
+    Args:
+        gradient_start: what `initialize_from_gradients` has set the frames from: rows, seed; written by it, so that it
+            is saved. None: they start at random.
+    """
+
+    gradient_start: dict[str, int] | None = field(
+        default=None, metadata={"help": "Written when the frames are set from gradients."}
+    )
+
+    @abstractmethod
+    def frame_rank(self, sites: Mapping[str, tuple[int, int]]) -> int:  # {name: (out, in)}
+        """Of how many leading singular vectors of every weight's gradient `set_frames` makes something."""
+
+    @abstractmethod
+    def set_frames(
+        self,
+        updates: Mapping[str, Any],  # of this configuration, by the name of the layer
+        gradients: Mapping[str, LowRankMatrix],  # of each of the same layers
+    ) -> None:
+        """Set the frames where the gradients' energy is, and the cores so that every update is zero.
+
+        Raises:
+            ValueError: an update has no frames, such as a convolution's; nothing has been changed by then.
+        """
+
+
 def _check_kinds(config: TensorConfig) -> None:
     """Raise a `ValueError` that names a field with a list where a text or a mapping belongs, or the like.
 
@@ -174,7 +205,7 @@ def _check_pattern(name: str, pattern: str) -> None:
 
 def own_fields(config: PeftConfig) -> list[str]:
     """The names of the fields that a method's configuration adds to the shared ones."""
-    shared = {item.name for item in fields(TensorConfig)}
+    shared = {item.name for item in fields(FramedConfig)}
     return [item.name for item in fields(config) if item.name not in shared]
 
 
@@ -224,6 +255,12 @@ def check_scale(name: str, value: object) -> None:
     """Raise a `ValueError` that names the field unless its value is a finite number above 0."""
     if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
         raise ValueError(f"{name}={value!r}: expected a finite number above 0.")
+
+
+def check_train(value: object) -> None:
+    """Raise a `ValueError` unless it says what is trained of frames and cores."""
+    if value not in ("all", "cores"):
+        raise ValueError(f'train={value!r}: expected "all" (frames and cores) or "cores" (the frames are frozen).')
 
 
 def check_is_bool(name: str, value: object) -> None:

@@ -19,6 +19,7 @@ class Method:
         rate: the learning rate that suits it, as a multiple of the one that suits LoRA.
         knob: the field of the adapter that makes it larger, which a budget sets; None: there is none.
         rank: the field that a plan's rank sets; None: its size is told by ``knob`` alone.
+        start_rows: a recipe's ``data.start_rows``, what its frames are set from; None: they start at random.
         quantize: a recipe's ``quantize``, what is done to the model first; None: nothing.
         has_own_targets: whether it stands at other layers than those that are named for all.
         is_planned: whether a plan has it where no methods are named; one of every kind of ours, and LoRA.
@@ -31,6 +32,7 @@ class Method:
     rate: float = 1
     knob: str | None = "r"
     rank: str | None = "r"
+    start_rows: int | None = None
     quantize: Mapping[str, Any] | None = None
     has_own_targets: bool = False
     is_planned: bool = False
@@ -43,6 +45,7 @@ class Method:
 
 
 REFERENCE = "lora"  # what others are measured against
+_START_ROWS = 64
 _LORA = {"method": "lora", "r": 8, "lora_alpha": 16}
 
 # The multiples are what MiniLM's docstrings chose (docs/results.md), to a factor of three.
@@ -69,6 +72,9 @@ METHODS = (
         note="bottlenecks behind the attention and MLP blocks; not linear, so it cannot be merged.",
     ),
     Method("flora", "FLoRA", {"method": "flora", "r": 8}, is_planned=True),
+    Method("flora-cores", "FLoRA, cores", {"method": "flora", "r": 8, "train": "cores"}, start_rows=_START_ROWS),
+    Method("lotr-cores", "LoTR, cores", {"method": "lotr", "r": 16, "train": "cores"}, start_rows=_START_ROWS),
+    Method("lora-gradient", "LoRA, A from gradients", _LORA, start_rows=_START_ROWS),
     Method(
         "nola",
         "NOLA",

@@ -30,6 +30,8 @@ class DataRecipe:
         train_rows: train on so many rows, drawn by ``seed``; None: on all that validation leaves.
         validation_rows: of the source of validation, at most, the first ones; None: all. Not where rows are drawn.
         test_rows: of every test source, at most, the first ones; None: all.
+        start_rows: the adapter's frames are set from the gradient of so many training rows, drawn by the run's seed
+            (`tensorpeft.initialize_from_gradients`); None: they start as the method says.
         seed: of the drawing; the same for all ``seeds`` of a recipe.
         max_length: tokens of a row to classify; longer ones are cut. Language models: trainer.max_length.
         loss_on: "text" (prompt and response, as LLM-Adapters does) or "response"; for questions.
@@ -42,6 +44,7 @@ class DataRecipe:
     train_rows: int | None = None
     validation_rows: int | None = None
     test_rows: int | None = None
+    start_rows: int | None = None
     seed: int = 0
     max_length: int | None = None
     loss_on: str = "response"
@@ -52,7 +55,7 @@ class DataRecipe:
             raise ValueError(f"data.loss_on={self.loss_on!r}: expected text or response.")
         if not isinstance(self.chat, bool):
             raise ValueError(f"data.chat={self.chat!r}: expected true or false.")
-        for name in ("train_rows", "validation_rows", "test_rows", "max_length"):
+        for name in ("train_rows", "validation_rows", "test_rows", "start_rows", "max_length"):
             value = getattr(self, name)
             if value is not None and not _is_whole(value, at_least=1):
                 raise ValueError(f"data.{name}={value!r}: expected a whole number, at least 1, or null.")

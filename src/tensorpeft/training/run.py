@@ -109,6 +109,8 @@ def _check_fields(recipe: Recipe, task: Task) -> None:
         raise ValueError(
             "data.test: preferences are tested against the base, which is gone where all weights are trained."
         )
+    if recipe.data.start_rows is not None and recipe.adapter is None:
+        raise ValueError("data.start_rows: frames are an adapter's, and all weights are trained. Remove it.")
     has_head = isinstance(task, LabelTask | StructureTask)
     if recipe.data.max_length is not None and not has_head:
         raise ValueError(f"data.max_length: the task {task.name} is cut by trainer.max_length. Write it there.")

@@ -19,6 +19,7 @@ from tensorpeft.training.recipe import Recipe
 from tensorpeft.training.results import SeedResult, read_result
 from tensorpeft.training.sharding import prepare_sharding, whole_model
 from tensorpeft.training.splits import Splits
+from tensorpeft.training.start import start_from_gradients
 from tensorpeft.training.trainers import make_trainer
 
 RESULTS = "results.json"
@@ -86,6 +87,8 @@ def run_seed(
     trainer.add_callback(bar)
     with arguments.main_process_first(local=False):  # it removes what is half-written, the others find it gone
         checkpoint = last_whole_checkpoint(folder) if resume else None
+    if recipe.data.start_rows is not None and checkpoint is None:
+        start_from_gradients(trainer, recipe.data.start_rows)
     train_from(trainer, checkpoint)
     history = tuple(trainer.state.log_history)  # before the kept checkpoint is evaluated, under the last step's number
     validation = {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items()}
@@ -137,7 +140,8 @@ def score_untrained(
     console: Console,
 ) -> SeedResult:
     """The result of the recipe's model as it is before training, validated and tested; written to the folder."""
-    recipe = dataclasses.replace(recipe, adapter=None, quantize=None)
+    data = dataclasses.replace(recipe.data, start_rows=None)
+    recipe = dataclasses.replace(recipe, adapter=None, quantize=None, data=data)
     folder, tokenizer = Path(str(arguments.output_dir)), load_tokenizer(recipe, splits.task)
     trainer = make_trainer(recipe, splits, tokenizer, arguments)
     _silence(trainer)

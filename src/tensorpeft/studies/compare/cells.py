@@ -52,7 +52,7 @@ class Cell:
 
 def load_rows(recipe: Recipe, anew: bool = False) -> Splits:
     """`load_splits`, which this process remembers until other rows are asked for, or these ``anew``."""
-    named_by = repr((recipe.task, recipe.data))
+    named_by = repr((recipe.task, replace(recipe.data, start_rows=None)))
     if anew or named_by not in _ROWS:
         _ROWS.clear()
         _ROWS[named_by] = load_splits(recipe)

@@ -17,7 +17,7 @@ _TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_
 _KEPT_MODULES = ("modules_to_save",)
 _SECTION = ("seeds", "methods", "rate_scale", "budget", "target_loss", "widenings", "output")
 _ON_TOP = ("trainer", "quantize", "model_arguments", "head_learning_rate")
-_ENTRY = ("label", "note", "rates", "knob", "adapter", *_ON_TOP)
+_ENTRY = ("label", "note", "rates", "knob", "adapter", "start_rows", *_ON_TOP)
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,8 @@ def load_entries(
     """The comparison that a recipe and the command's options describe.
 
     The recipe's section ``compare`` may have ``methods`` ({key: null, or a part of a recipe with ``label``, ``rates``,
-    ``note`` and ``knob``}), ``seeds``, ``rate_scale``, ``budget`` (such as 50k), ``widenings``, ``target_loss`` and
+    ``note``, ``knob`` and ``start_rows``}), ``seeds``, ``rate_scale``, ``budget`` (such as 50k), ``widenings``,
+    ``target_loss`` and
     ``output``. A key of the catalogue begins with what is there; an adapter of the recipe's own method begins with the
     recipe's; every adapter has the recipe's targets. Without ``rates``, an entry chooses among three: the recipe's
     learning rate, times what its method wants of it, and √10 below and above; of one rate nothing is chosen.
@@ -148,6 +149,9 @@ def _make_entry(
     on_top = {name: described[name] for name in _ON_TOP if name in described}
     if method is not None and method.quantize is not None:
         on_top.setdefault("quantize", method.quantize)
+    start_rows = described.get("start_rows", method.start_rows if method is not None else None)
+    if start_rows is not None or recipe.data.start_rows is not None:
+        on_top["data"] = {"start_rows": start_rows}
     if "adapter" in described or method is not None:
         on_top["adapter"] = _adapter(described.get("adapter", {}), method, recipe.adapter)
     entry_recipe = read(on_top) if on_top else recipe

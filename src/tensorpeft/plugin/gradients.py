@@ -1,0 +1,233 @@
+"""A start that looks at the user's data: frames from the gradient, which is sketched and never formed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from math import sqrt
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft import PeftModel
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+
+from tensorpeft.networks.sketch import LowRankMatrix, Sketch
+from tensorpeft.networks.update import AbstractLowRankUpdate
+from tensorpeft.plugin.base_weight import StackedWeight, is_convolution
+from tensorpeft.plugin.config import FramedConfig
+from tensorpeft.plugin.holder import SharedHolder
+from tensorpeft.plugin.layer import TensorLayer
+
+Batch = Mapping[str, Any]
+
+
+def initialize_from_gradients(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    adapter_name: str = "default",
+    loss_of: Callable[[nn.Module, Batch], Tensor] | None = None,
+    seed: int = 0,
+) -> None:
+    """Set the frames of a new adapter where the gradient of the user's own loss has its energy; the cores to zero.
+
+    In the way of PEFT's `initialize_lora_eva_weights`: after `get_peft_model` and before training. The model is then
+    still the base model, bit for bit. The gradient `G = Σ dyᵀ x` of a weight is gathered from its layer's inputs and
+    its outputs' gradients as two thin products (`networks.sketch`), so that a base in 4 bits, or one whose gradients
+    have no room, serves as well; its memory is (out + in) · (2.5 r + 40) float32 numbers per adapted weight. The
+    frames are
+
+    - LoTR, FacT: U and V of all weights of one shape, of the Tucker2 tensor of their gradients;
+    - FLoRA: U and V of each weight, the leading singular vectors of its gradient;
+    - PEFT's own LoRA: A, likewise, its rows as long as LoRA's are; B is zero.
+
+    In several processes (`torch.distributed`), each brings its own batches, and all get the frames of their sum.
+
+    Args:
+        model: the result of `get_peft_model`, as it starts; in training mode dropout acts, and gradient checkpointing.
+        batches: some batches of the data, with labels, on the model's device; 32 to 64 rows are enough. Each counts
+            as its loss does, a mean over its own tokens.
+        adapter_name: of the adapter, which is active.
+        loss_of: the loss of a batch; None: `model(**batch).loss`.
+        seed: of the sketches.
+
+    Raises:
+        TypeError: not a PEFT model.
+        ValueError: the method has no frames, or not at these layers; the adapter is not active, or is trained already;
+            no batch; a layer that no gradient reaches, or one that is zero or not finite. Nothing has been changed.
+
+    Source: of frames per weight, LoRA-SB (arXiv 2411.19557); of those that layers share, ours.
+
+    >>> import torch, transformers
+    >>> from peft import get_peft_model
+    >>> sizes = dict(vocab_size=96, hidden_size=24, intermediate_size=44, num_hidden_layers=2, num_attention_heads=4)
+    >>> base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+    >>> model = get_peft_model(base, LotrConfig(r=4, train="cores", target_modules=["q_proj", "v_proj"]))
+    >>> ids = torch.arange(14).view(2, 7)
+    >>> initialize_from_gradients(model, [{"input_ids": ids, "labels": ids}])
+    >>> model.peft_config["default"].gradient_start
+    {'batches': 1, 'rows': 2, 'seed': 0}
+    """
+    if not isinstance(model, PeftModel):
+        raise TypeError(f"a {type(model).__name__}: expected the result of get_peft_model.")
+    layers = _layers_of(model, adapter_name)
+    config = model.peft_config[adapter_name]
+    shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
+    rank = config.frame_rank(shapes) if isinstance(config, FramedConfig) else config.r
+    sketches = {
+        name: Sketch(*shape, rank, seed, next(layers[name].get_base_layer().parameters()).device)
+        for name, shape in shapes.items()
+    }
+    num_batches = num_rows = 0
+    with _gathering(model, layers, sketches) as reached:
+        for batch in batches:
+            loss = model(**batch).loss if loss_of is None else loss_of(model, batch)
+            loss.backward()
+            num_batches += 1
+            num_rows += len(next(iter(batch.values())))
+    counts = torch.tensor([num_batches, num_rows, *(reached[name] for name in layers)])
+    if _is_distributed():
+        counts = _sum_over_processes(counts, sketches)
+    num_batches, num_rows, *times = counts.tolist()
+    if not num_batches:
+        raise ValueError("batches: there is none. Pass some batches of the training data, 32 to 64 rows in all.")
+    for name, count in zip(layers, times):
+        _check_sketch(name, count, sketches[name])
+    gradients = {name: sketch.matrix() for name, sketch in sketches.items()}
+    updates = {name: _update_of(layer, adapter_name) for name, layer in layers.items()}
+    with torch.no_grad():
+        if isinstance(config, FramedConfig):
+            config.set_frames(updates, gradients)
+            config.gradient_start = {"batches": num_batches, "rows": num_rows, "seed": seed}
+        else:
+            for name, layer in layers.items():
+                _set_lora(layer, adapter_name, gradients[name])
+    if _is_distributed():
+        _broadcast(layers.values(), adapter_name)
+
+
+def _layers_of(model: PeftModel, adapter_name: str) -> dict[str, Any]:
+    """The adapter's layers by their full names, all of which have frames that may be set."""
+    if adapter_name not in model.peft_config:
+        raise ValueError(f"adapter_name={adapter_name!r}: expected one of {sorted(model.peft_config)}.")
+    if adapter_name not in model.active_adapters:
+        raise ValueError(f"{adapter_name}: only an active adapter has gradients. Call set_adapter({adapter_name!r}).")
+    config = model.peft_config[adapter_name]
+    is_ours = isinstance(config, FramedConfig)
+    if not is_ours and config.peft_type != "LORA":
+        method = getattr(config.peft_type, "value", config.peft_type)
+        raise ValueError(
+            f"{adapter_name}: a {method} adapter has no frames that a gradient could set. Methods that have: "
+            f"{', '.join(sorted(_framed()))}, and PEFT's LoRA."
+        )
+    layers = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, SharedHolder) or adapter_name not in getattr(
+            layer, "updates" if is_ours else "lora_A", {}
+        ):
+            continue
+        is_linear = isinstance(layer, TensorLayer if is_ours else LoraLinear)
+        if not is_linear or isinstance(base := layer.get_base_layer(), StackedWeight) or is_convolution(base):
+            raise ValueError(f"{name}: frames from gradients are of linear layers. Take this one out of the targets.")
+        if not _adds_nothing(layer, adapter_name):
+            raise ValueError(
+                f"{name}: its update is not zero. Frames are set before training, of an adapter that starts as the "
+                "identity (init_weights=True)."
+            )
+        layers[name] = layer
+    return layers
+
+
+def _framed() -> list[str]:
+    found, classes = [], [FramedConfig]
+    while classes:
+        classes += (kind := classes.pop()).__subclasses__()
+        found += [kind.registered_type.value.lower()] if hasattr(kind, "registered_type") else []
+    return found
+
+
+def _update_of(layer: Any, adapter_name: str) -> Any:
+    return layer.updates[adapter_name] if isinstance(layer, TensorLayer) else None
+
+
+@torch.no_grad()
+def _adds_nothing(layer: Any, adapter_name: str) -> bool:
+    update = _update_of(layer, adapter_name)
+    if update is None:
+        return not layer.lora_B[adapter_name].weight.any()
+    assert isinstance(update, AbstractLowRankUpdate)
+    return not all(factor.any() for factor in update.factors())
+
+
+@contextmanager
+def _gathering(
+    model: nn.Module, layers: Mapping[str, nn.Module], sketches: Mapping[str, Sketch]
+) -> Iterator[dict[str, int]]:
+    """Inside, backward passes add to the sketches; counts by layer. Gradients and random numbers stay as they were."""
+    reached = dict.fromkeys(layers, 0)
+
+    def gather(name: str, x: Tensor, grad: Tensor) -> None:
+        sketches[name].add(x, grad)
+        reached[name] += 1
+
+    def watch(name: str, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if output.requires_grad:  # not in the first pass of a checkpoint
+            output.register_hook(partial(gather, name, args[0].detach()))
+
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    before = [p.grad for p in parameters]
+    handles = [layer.register_forward_hook(partial(watch, name)) for name, layer in layers.items()]
+    try:
+        with torch.random.fork_rng(), torch.enable_grad():
+            for parameter in parameters:
+                parameter.grad = None
+            yield reached
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, grad in zip(parameters, before):
+            parameter.grad = grad
+
+
+def _check_sketch(name: str, count: int, sketch: Sketch) -> None:
+    if not count:
+        raise ValueError(f"{name}: no gradient has reached this layer. Exclude it, or pass batches that it sees.")
+    largest = max(sketch.right_product.abs().max().item(), sketch.left_product.abs().max().item())
+    if not 0 < largest < float("inf"):
+        raise ValueError(
+            f"{name}: its gradient is {'zero' if largest == 0 else 'not finite'}: expected batches with labels, on "
+            "which the model's loss is a number that depends on this layer."
+        )
+
+
+def _set_lora(layer: Any, adapter_name: str, gradient: LowRankMatrix) -> None:
+    """A's rows: the leading right singular vectors, as long as the rows of its usual start are in the mean."""
+    down = layer.lora_A[adapter_name].weight
+    rows = gradient.right[:, : len(down)].t() / sqrt(3)
+    down[: len(rows)] = rows.to(down)
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _sum_over_processes(counts: Tensor, sketches: Mapping[str, Sketch]) -> Tensor:
+    device = next(iter(sketches.values())).right_product.device
+    counts = counts.to(device)
+    for tensor in (counts, *(t for s in sketches.values() for t in (s.right_product, s.left_product))):
+        dist.all_reduce(tensor)
+    return counts
+
+
+def _broadcast(layers: Iterable[Any], adapter_name: str) -> None:
+    """The first process's tensors to all: other hardware may have found other signs."""
+    tensors: dict[int, Tensor] = {}
+    for layer in layers:
+        update = _update_of(layer, adapter_name)
+        modules = [layer.lora_A[adapter_name]] if update is None else [update, update.shared]
+        for module in filter(None, modules):
+            tensors |= {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    for tensor in tensors.values():
+        dist.broadcast(tensor.data, 0)
