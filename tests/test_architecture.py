@@ -48,6 +48,7 @@ ARROWS: dict[str, set[str]] = {
         "loading",
         "networks",
         "plugin.base_weight",
+        "plugin.gradients",
         "quantization",
         "reports",
         "tasks",

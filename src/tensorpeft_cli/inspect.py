@@ -9,7 +9,9 @@ from tensorpeft_cli.options import (
     add_cache,
     add_double_quant,
     add_network,
+    add_recipe,
     existing,
+    find_recipe,
     model_name,
     network_of,
     parse_budget,
@@ -17,8 +19,8 @@ from tensorpeft_cli.options import (
 )
 from tensorpeft_cli.package import import_package
 
-HELP = "look into a model's weights before an adapter is trained"
-_VIEWS = ("bonds", "quantization")
+HELP = "look into a model's weights, or its gradients, before an adapter is trained"
+_VIEWS = ("bonds", "quantization", "update")
 
 
 def with_view(argv: Sequence[str]) -> list[str]:
@@ -59,6 +61,37 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     _add_output(errors, "runs/quantization")
     errors.set_defaults(run=_quantization)
+    update = views.add_parser(
+        "update",
+        help="how much of the gradient, and of a full update, each method could reach, on a recipe's data",
+        description="Shares of the energy of a gradient on other rows, and of what some steps of full fine-tuning "
+        "change, that lie where each method can move; tables, JSON.",
+    )
+    add_recipe(update)
+    update.add_argument(
+        "--rows", type=whole(1), default=32, metavar="N", help="of each of the two gradients (default: %(default)s)"
+    )
+    update.add_argument(
+        "--steps",
+        type=whole(0),
+        default=48,
+        metavar="N",
+        help="of full fine-tuning; 0: gradients alone (default: %(default)s)",
+    )
+    update.add_argument(
+        "--layers", type=whole(1), default=5, metavar="N", help="weights of each kind (default: %(default)s)"
+    )
+    for name, default, text in (
+        ("--bond", 16, "R of the matrix product operators and the train"),
+        ("--frames", 8, "rank of frames per weight"),
+        ("--shared-frames", 16, "rank of frames that all weights of a kind share"),
+    ):
+        update.add_argument(name, type=whole(1), default=default, metavar="R", help=f"{text} (default: %(default)s)")
+    update.add_argument(
+        "--output", type=Path, default=Path("runs/update"), metavar="DIR", help="(default: %(default)s)"
+    )
+    add_cache(update)
+    update.set_defaults(run=_update)
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -96,3 +129,15 @@ def _quantization(arguments: argparse.Namespace, command: str) -> None:
         arguments.text,
         not arguments.no_double_quant,
     )
+
+
+def _update(arguments: argparse.Namespace, command: str) -> None:
+    find_recipe(arguments.recipe)
+    import_package()
+    from tensorpeft.studies.update import Sizes
+    from tensorpeft.studies.update_report import inspect_update
+    from tensorpeft.training.recipe import load_recipe
+
+    sizes = Sizes(bond=arguments.bond, frames=arguments.frames, shared_frames=arguments.shared_frames)
+    recipe = load_recipe(arguments.recipe, arguments.overrides, arguments.smoke)
+    inspect_update(recipe, arguments.rows, arguments.steps, arguments.layers, sizes, arguments.output)

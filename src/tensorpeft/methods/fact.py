@@ -10,7 +10,7 @@ from typing import Literal
 from torch import nn
 
 from tensorpeft.networks.group import join, tensors_of
-from tensorpeft.networks.sketch import LowRankMatrix
+from tensorpeft.networks.sketch import Gradient
 from tensorpeft.networks.tucker import TuckerFactors, TuckerUpdate, set_shared_frames
 from tensorpeft.plugin.config import Bases, FramedConfig, check_is_bool, check_rank, check_scale, check_train
 from tensorpeft.plugin.registration import register
@@ -87,6 +87,6 @@ class FactConfig(FramedConfig):
         """That of U and V."""
         return self.r
 
-    def set_frames(self, updates: Mapping[str, TuckerUpdate], gradients: Mapping[str, LowRankMatrix]) -> None:
+    def set_frames(self, updates: Mapping[str, TuckerUpdate], gradients: Mapping[str, Gradient]) -> None:
         """U and V of each tensor where the gradients of all its weights have most energy together; G (C) is zero."""
         set_shared_frames(updates, gradients)

@@ -11,7 +11,7 @@ from torch import nn
 
 from tensorpeft.networks.convolution import TuckerConvolutionUpdate
 from tensorpeft.networks.group import tensors_of
-from tensorpeft.networks.sketch import LowRankMatrix, leading_vectors
+from tensorpeft.networks.sketch import Gradient, leading_part
 from tensorpeft.networks.tucker import TuckerMatrixUpdate
 from tensorpeft.plugin.config import Bases, FramedConfig, check_rank, check_scale, check_train
 from tensorpeft.plugin.registration import register
@@ -98,14 +98,14 @@ class FloraConfig(FramedConfig):
                 )
             weight = bases.read_weight(site)
             if not weight.is_meta:
-                update.set_frames(leading_vectors(weight, self.r))
+                update.set_frames(leading_part(weight, self.r))
         return update
 
     def frame_rank(self, sites: Mapping[str, tuple[int, int]]) -> int:
         """That of U and V."""
         return self.r
 
-    def set_frames(self, updates: Mapping[str, TuckerMatrixUpdate], gradients: Mapping[str, LowRankMatrix]) -> None:
+    def set_frames(self, updates: Mapping[str, TuckerMatrixUpdate], gradients: Mapping[str, Gradient]) -> None:
         """U and V of each weight where its gradient has most energy."""
         for name, update in updates.items():
             update.set_frames(gradients[name])

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 from tensorpeft.networks.cp import CpFactors, CpUpdate
 from tensorpeft.networks.group import join
-from tensorpeft.plugin.config import Bases, TensorConfig, check_is_bool, check_rank, check_scale
+from tensorpeft.networks.sketch import Gradient
+from tensorpeft.plugin.config import Bases, FramedConfig, check_is_bool, check_rank, check_scale
 from tensorpeft.plugin.registration import register
 from tensorpeft.sites import Site, group_by_tensor
 
 
 @register("lorta")
 @dataclass
-class LortaConfig(TensorConfig):
+class LortaConfig(FramedConfig):
     """`ΔW_{l,m,h} = (alpha / r) · A diag(C_H[h] ∘ C_L[l] ∘ C_M[m]) Bᵀ` for layer l, projection m, head h.
 
     A (hidden size, r) meets the hidden states, B (head dimension, r) and C_H (heads, r) the heads: on the output side
@@ -80,6 +82,19 @@ class LortaConfig(TensorConfig):
             for place in tensor.places
         }
         return join(updates)
+
+    def frame_rank(self, sites: Mapping[str, tuple[int, int]]) -> int:
+        """That of the tensor."""
+        return self.r
+
+    def set_frames(self, updates: Mapping[str, CpUpdate], gradients: Mapping[str, Gradient]) -> None:
+        """A and the coefficients by a CP decomposition of the gradients of all weights of a tensor."""
+        tensors: dict[str, list[str]] = {}
+        for name, update in updates.items():
+            tensors.setdefault(update.tensor, []).append(name)
+        for tensor, names in tensors.items():
+            shared = cast(CpFactors, updates[names[0]].shared)
+            shared.set_frames(tensor, [updates[name] for name in names], [gradients[name] for name in names])
 
     def _place(self, site: Site) -> _Place:
         """The site with its heads.

@@ -13,9 +13,13 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from tensorpeft.networks.group import Parts, Tensors
+from tensorpeft.networks.group import Parts, Tensors, tensors_of
 from tensorpeft.networks.low_rank import Factors, Pair
+from tensorpeft.networks.sketch import Gradient, leading_columns
 from tensorpeft.networks.update import AbstractSummableUpdate, SharedFactors
+
+# Alternating least squares of a start: what is wanted are directions, not digits.
+_SWEEPS, _RIDGE = 12, 1e-6
 
 
 class CpFactors(SharedFactors):
@@ -39,6 +43,35 @@ class CpFactors(SharedFactors):
                 self.register_parameter(f"{name}_{factor}", nn.Parameter(start))
             if is_zero:
                 nn.init.zeros_(getattr(self, f"{name}_B"))
+
+    def set_frames(
+        self,
+        tensor: str,  # its name
+        members: Sequence[CpUpdate],  # its weights
+        gradients: Sequence[Gradient],  # of each
+    ) -> None:
+        """Put A and the coefficients C where a CP decomposition of the gradients' tensor has them; B starts at zero.
+
+        The decomposition is that of the tensor between A's leading directions, by alternating least squares. Every
+        column is as long as it started in the mean, so that the terms learn at one pace.
+        """
+        # Each as (inner, model).
+        gradients = [g if m.inner_is_out else Gradient(g.right, g.core.t(), g.left) for m, g in zip(members, gradients)]
+        frame = leading_columns([gradient.right for gradient in gradients], self.rank)
+        modes = self.sizes[tensor]
+        shape = [modes[name] for name in ("C_M", "C_L")] + [modes.get("C_H", 1), modes["B"], frame.shape[1]]
+        folded = frame.new_zeros(shape)
+        for member, gradient in zip(members, gradients):
+            rows = gradient.left @ (gradient.core @ (gradient.right.t() @ frame))
+            for projection, part in member.unfold_inner(rows):
+                folded[projection, member.layer, : len(part)] = part
+        found = dict(zip(("C_M", "C_L", "C_H", "B", "A"), decompose(folded, self.rank)))
+        found["A"] = frame @ found["A"]
+        for name in modes:
+            columns = found[name] / found[name].norm(dim=0).clamp_min(torch.finfo(frame.dtype).tiny)
+            factor = tensors_of(self)[f"{tensor}_{name}"]
+            factor.copy_(columns * sqrt(modes[name] / (3 * self.rank)))
+        nn.init.zeros_(tensors_of(self)[f"{tensor}_B"])
 
     def extra_repr(self) -> str:
         """Modes of every tensor."""
@@ -140,6 +173,19 @@ class CpUpdate(AbstractSummableUpdate):
         per_head = tensors.get(f"{self.tensor}_C_H")
         return features if per_head is None else per_head[..., :heads, None, :] * features
 
+    def unfold_inner(
+        self,
+        rows: Tensor,  # (inner dimension, *)
+    ) -> list[tuple[int, Tensor]]:  # (heads, head features, *) for every projection
+        """The rows of a matrix, in the order that K has them, by projection, head and feature."""
+        if not self.interleaved:
+            split = rows.unflatten(0, (sum(self.heads), -1)).split(list(self.heads))
+        elif "C_H" in cast(CpFactors, self.shared).sizes[self.tensor]:
+            split = rows.unflatten(0, (self.heads[0], len(self.heads), -1)).unbind(1)
+        else:
+            split = rows.unflatten(0, (1, -1, len(self.heads))).unbind(2)
+        return list(zip(self.projections, split))
+
     def tensor_name(self) -> str:
         """The tensor and its modes."""
         modes = cast(CpFactors, self.shared).sizes[self.tensor]
@@ -148,3 +194,25 @@ class CpUpdate(AbstractSummableUpdate):
     def extra_repr(self) -> str:
         """Which weight of which tensor."""
         return f"{self.tensor}, layer {self.layer}, projection {', '.join(map(str, self.projections))}"
+
+
+@torch.no_grad()
+def decompose(
+    tensor: Tensor,
+    rank: int,
+) -> list[Tensor]:  # per mode (size, rank)
+    """A CP decomposition by alternating least squares, from a start of its own that is always the same."""
+    generator = torch.Generator().manual_seed(0)
+    factors = [torch.randn(size, rank, generator=generator).to(tensor) for size in tensor.shape]
+    letters = "abcdefgh"[: tensor.ndim]
+    for _ in range(_SWEEPS):
+        for mode, letter in enumerate(letters):
+            others = [k for k in range(tensor.ndim) if k != mode]
+            inputs = ",".join(f"{letters[k]}r" for k in others)
+            product = torch.einsum(f"{letters},{inputs}->{letter}r", tensor, *(factors[k] for k in others))
+            gram = torch.stack([factors[k].t() @ factors[k] for k in others]).prod(0)
+            gram.diagonal().add_(_RIDGE * gram.diagonal().mean())
+            factors[mode] = torch.linalg.solve(gram, product.t()).t()
+            if mode < tensor.ndim - 1:  # the last one carries the scale
+                factors[mode] = factors[mode] / factors[mode].norm(dim=0).clamp_min(torch.finfo(tensor.dtype).tiny)
+    return factors

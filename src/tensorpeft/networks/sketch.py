@@ -1,35 +1,52 @@
-"""The leading singular vectors of a sum of outer products that is never formed: of a weight's gradient `G = Σ dyᵀ x`.
+"""Where the energy of a sum of outer products is that is never formed: of a weight's gradient `G = Σ dyᵀ x`.
 
-Two thin products are gathered instead, `G Ω` and `Gᵀ Ψ` with Gaussian Ω (in, k) and Ψ (out, l), from which
+Two thin products are gathered instead, `G Ω` and `Gᵀ Ψ` with Gaussian Ω (in, k) and Ψ (out, l) of unit variance over k
+and l. In the mean `G Ω Ωᵀ Gᵀ = G Gᵀ`, so that the leading singular vectors of G Ω are nearly those of G; and
 `G ≈ (G Ω) (Ψᵀ G Ω)⁺ (Ψᵀ G)`. Source: the generalised Nyström approximation (Nakatsukasa, arXiv 2009.11392), l > k for
-its stability.
+its stability. Its own leading vectors hold less where the spectrum falls slowly (tests/networks/test_sketch.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import sqrt
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# Further columns of Ω beside the rank that is asked for, and how many times as many Ψ has.
-_OVERSAMPLING, _STABILITY = 16, 1.5
-_ITERATIONS = 8  # weights' spectra fall slowly
+# Columns of Ω: so many times the rank, and some more; those of Ψ are so many times as many.
+_WIDTH, _OVERSAMPLING, _STABILITY = 2, 16, 1.5
 _ROUNDING = 1e-5  # of the largest singular value, in float32
-_SWEEPS = 3  # of the alternation between the two sides of shared frames; the first one finds nearly all
+_ITERATIONS = 8  # weights' spectra fall slowly
 
 
-class LowRankMatrix(NamedTuple):
-    """A matrix `left · diag(values) · rightᵀ`, its singular value decomposition."""
+class Gradient(NamedTuple):
+    """A matrix `G = left · core · rightᵀ`, with `left leftᵀ = G Gᵀ` and `right rightᵀ = Gᵀ G`; all of it nearly."""
 
-    left: Tensor  # (out, k), orthonormal columns
-    values: Tensor  # (k,), descending
-    right: Tensor  # (in, k), orthonormal columns
+    left: Tensor  # (out, k)
+    core: Tensor  # (k, l)
+    right: Tensor  # (in, l)
 
-    def cut(self, rank: int) -> LowRankMatrix:
-        """Its leading part."""
-        return LowRankMatrix(self.left[:, :rank], self.values[:rank], self.right[:, :rank])
+
+class Noise:
+    """The random matrices of the sketches of one gradient, the same on every device and for all weights of one size.
+
+    Args:
+        seed: what they are made from.
+    """
+
+    def __init__(self, seed: int):
+        self._seed = seed
+        self._known: dict[tuple[int, int, bool, torch.device], Tensor] = {}
+
+    def of(self, size: int, columns: int, is_left: bool, device: torch.device) -> Tensor:  # (size, columns)
+        """Gaussian, of variance 1 / columns; other numbers on each side."""
+        key = (size, columns, is_left, device)
+        if key not in self._known:
+            generator = torch.Generator().manual_seed(2 * self._seed + is_left)
+            self._known[key] = (torch.randn(size, columns, generator=generator) / sqrt(columns)).to(device)
+        return self._known[key]
 
 
 class Sketch:
@@ -41,17 +58,16 @@ class Sketch:
         out: rows.
         in_: columns.
         rank: how many leading singular vectors will be asked for.
-        seed: of Ω and Ψ, which are the same on every device.
+        noise: the random matrices.
         device: that the numbers are on.
     """
 
-    def __init__(self, out: int, in_: int, rank: int, seed: int, device: torch.device):
-        size = min(rank + _OVERSAMPLING, out, in_)
-        generator = torch.Generator().manual_seed(seed)
-        self._from_right = torch.randn(in_, size, generator=generator).to(device)  # Ω
-        self._from_left = torch.randn(out, min(int(_STABILITY * size), out), generator=generator).to(device)  # Ψ
-        self.right_product = torch.zeros(out, size, device=device)  # G Ω
-        self.left_product = torch.zeros(in_, self._from_left.shape[1], device=device)  # Gᵀ Ψ
+    def __init__(self, out: int, in_: int, rank: int, noise: Noise, device: torch.device):
+        width = min(_WIDTH * rank + _OVERSAMPLING, out, in_)
+        self._omega = noise.of(in_, width, False, device)
+        self._psi = noise.of(out, min(int(_STABILITY * width), out), True, device)
+        self.left = torch.zeros(out, width, device=device)  # G Ω
+        self.right = torch.zeros(in_, self._psi.shape[1], device=device)  # Gᵀ Ψ
 
     @torch.no_grad()
     def add(
@@ -60,62 +76,58 @@ class Sketch:
         grad_output: Tensor,  # (*batch, out)
     ) -> None:
         """Add `grad_outputᵀ x`."""
-        rows_x, rows_y = (t.reshape(-1, t.shape[-1]).to(self._from_right) for t in (x, grad_output))
-        self.right_product.addmm_(rows_y.t(), rows_x @ self._from_right)
-        self.left_product.addmm_(rows_x.t(), rows_y @ self._from_left)
+        rows_x, rows_y = (t.reshape(-1, t.shape[-1]).to(self._omega) for t in (x, grad_output))
+        self.left.addmm_(rows_y.t(), rows_x @ self._omega)
+        self.right.addmm_(rows_x.t(), rows_y @ self._psi)
 
     @torch.no_grad()
-    def matrix(self) -> LowRankMatrix:
-        """The approximation, of rank at most that asked for and the oversampling."""
-        core = self._from_left.t() @ self.right_product  # Ψᵀ G Ω
-        left, values, right = torch.linalg.svd(core, full_matrices=False)
-        kept = values > _ROUNDING * values[0]
-        up = self.right_product @ (right.t()[:, kept] / values[kept])
-        return product_svd(up, self.left_product @ left[:, kept])
-
-
-def product_svd(
-    up: Tensor,  # (out, k)
-    down: Tensor,  # (in, k)
-) -> LowRankMatrix:
-    """The singular value decomposition of `up downᵀ`."""
-    q_up, r_up = torch.linalg.qr(up)
-    q_down, r_down = torch.linalg.qr(down)
-    left, values, right = torch.linalg.svd(r_up @ r_down.t(), full_matrices=False)
-    return LowRankMatrix(q_up @ left, values, q_down @ right.t())
+    def gradient(self) -> Gradient:
+        """What is known of the matrix."""
+        both = self._psi.t() @ self.left  # Ψᵀ G Ω
+        return Gradient(self.left, torch.linalg.pinv(both, rtol=_ROUNDING), self.right)
 
 
 @torch.no_grad()
-def leading_vectors(
+def exact(matrix: Tensor) -> Gradient:  # of (out, in)
+    """The same of a matrix that is there."""
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    return _of_svd(left, values, right.t())
+
+
+@torch.no_grad()
+def leading_part(
     matrix: Tensor,  # (out, in)
     rank: int,
-) -> LowRankMatrix:
-    """Its leading singular vectors, by subspace iteration; the same at every call on one machine."""
+) -> Gradient:
+    """The same of its leading singular vectors, by subspace iteration; equal at every call on one machine."""
     with torch.random.fork_rng([matrix.device] if matrix.is_cuda else []):
         torch.manual_seed(0)
-        found = torch.svd_lowrank(matrix.float(), min(rank + _OVERSAMPLING, *matrix.shape), niter=_ITERATIONS)
-    return LowRankMatrix(*found).cut(rank)
+        return _of_svd(*torch.svd_lowrank(matrix.float(), min(rank + _OVERSAMPLING, *matrix.shape), niter=_ITERATIONS))
+
+
+def _of_svd(left: Tensor, values: Tensor, right: Tensor) -> Gradient:
+    kept = values > 0
+    left, values, right = left[:, kept], values[kept], right[:, kept]
+    return Gradient(left * values, values.reciprocal().diag(), right * values)
 
 
 @torch.no_grad()
-def shared_frames(
-    matrices: Sequence[LowRankMatrix],  # of one shape
+def leading_frames(
+    gradients: Sequence[Gradient],  # of one shape
     rank: int,
 ) -> tuple[Tensor, Tensor]:  # (out, r) and (in, r), orthonormal columns, r at most the rank
-    """U and V of one Tucker2 tensor of all matrices: those that hold much of the energy `Σ ‖Uᵀ M V‖²`, by alternation.
+    """U and V: the leading singular vectors of the gradients side by side, and of those below each other.
 
-    Source: HOSVD and HOOI (De Lathauwer et al., 2000).
+    Of one gradient they are its own; of several those of their Tucker2 tensor by HOSVD (De Lathauwer et al., 2000).
     """
-    scaled = [matrix.left * matrix.values for matrix in matrices]
-    right = _leading([matrix.right * matrix.values for matrix in matrices], rank)
-    left = _leading(scaled, rank)
-    for _ in range(_SWEEPS if len(matrices) > 1 else 0):
-        left = _leading([part @ (matrix.right.t() @ right) for part, matrix in zip(scaled, matrices)], rank)
-        right = _leading([matrix.right @ (part.t() @ left) for part, matrix in zip(scaled, matrices)], rank)
-    return left, right
+    left = leading_columns([gradient.left for gradient in gradients], rank)
+    return left, leading_columns([gradient.right for gradient in gradients], rank)
 
 
-def _leading(parts: Sequence[Tensor], rank: int) -> Tensor:
+def leading_columns(
+    parts: Sequence[Tensor],  # each (size, *)
+    rank: int,
+) -> Tensor:  # (size, at most rank)
     """Leading left singular vectors of matrices that stand side by side."""
     together = torch.cat(list(parts), dim=1)
     if together.shape[1] > together.shape[0]:

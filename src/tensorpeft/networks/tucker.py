@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tensorpeft.networks.group import Parts, Tensors, tensors_of
 from tensorpeft.networks.low_rank import Factors
-from tensorpeft.networks.sketch import LowRankMatrix, put_columns, shared_frames
+from tensorpeft.networks.sketch import Gradient, leading_frames, put_columns
 from tensorpeft.networks.update import AbstractLowRankUpdate, AbstractSummableUpdate, SharedFactors
 
 
@@ -51,19 +51,19 @@ class TuckerFactors(SharedFactors):
     def set_frames(
         self,
         tensor: str,  # its name
-        gradients: Sequence[LowRankMatrix],  # of its weights, in the tensor's order
+        gradients: Sequence[Gradient],  # of its weights, in the tensor's order
     ) -> None:
         """Put U and V where the gradients' energy is, and start at zero from there: the cores do.
 
         Of a Tucker3 tensor P becomes the weights' mode of what these frames hold, each column as long as it started.
         """
         factors = tensors_of(self)
-        left, right = shared_frames(gradients, self.rank)
+        left, right = leading_frames(gradients, self.rank)
         put_columns(factors[f"{tensor}_U"], left)
         put_columns(factors[f"{tensor}_V"], right)
         nn.init.zeros_(factors[f"{tensor}_{'C' if self.has_small_core else 'G'}"])
         if self.has_small_core:
-            held = [(left.t() @ part.left * part.values) @ (part.right.t() @ right) for part in gradients]
+            held = [(left.t() @ part.left) @ part.core @ (part.right.t() @ right) for part in gradients]
             rows = torch.linalg.svd(torch.stack(held).flatten(1), full_matrices=False)[0][:, : self.rank]
             put_columns(factors[f"{tensor}_P"], rows * sqrt(len(held) / self.rank))
 
@@ -101,10 +101,10 @@ class TuckerMatrixUpdate(AbstractLowRankUpdate):
                 self.register_buffer(name, torch.zeros(size, rank))
         self.G = nn.Parameter(torch.zeros(rank, rank))
 
-    def set_frames(self, gradient: LowRankMatrix) -> None:
+    def set_frames(self, gradient: Gradient) -> None:
         """Put U and V where the gradient's energy is; the core starts at zero."""
-        put_columns(self.U, gradient.left[:, : len(self.G)])
-        put_columns(self.V, gradient.right[:, : len(self.G)])
+        for factor, frame in zip((self.U, self.V), leading_frames([gradient], len(self.G))):
+            put_columns(factor, frame)
         nn.init.zeros_(self.G)
 
     def factors_from(self, tensors: Mapping[str, Tensor]) -> Factors:
@@ -196,7 +196,7 @@ class TuckerUpdate(AbstractSummableUpdate):
         return f"{self.tensor}, weight {self.index}"
 
 
-def set_shared_frames(updates: Mapping[str, TuckerUpdate], gradients: Mapping[str, LowRankMatrix]) -> None:
+def set_shared_frames(updates: Mapping[str, TuckerUpdate], gradients: Mapping[str, Gradient]) -> None:
     """`TuckerFactors.set_frames` of every tensor, from the gradients of the weights of these names."""
     tensors: dict[str, list[str]] = {}
     for name, update in sorted(updates.items(), key=lambda item: item[1].index):

@@ -14,7 +14,7 @@ from peft import PeftConfig
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, PeftType
 from torch import Tensor, nn
 
-from tensorpeft.networks.sketch import LowRankMatrix
+from tensorpeft.networks.sketch import Gradient
 from tensorpeft.networks.update import AbstractUpdate
 from tensorpeft.plugin.checkpoint import add_loading_hint
 from tensorpeft.sites import Site
@@ -165,7 +165,7 @@ class FramedConfig(TensorConfig, ABC):
     def set_frames(
         self,
         updates: Mapping[str, Any],  # of this configuration, by the name of the layer
-        gradients: Mapping[str, LowRankMatrix],  # of each of the same layers
+        gradients: Mapping[str, Gradient],  # of each of the same layers
     ) -> None:
         """Set the frames where the gradients' energy is, and the cores so that every update is zero.
 

@@ -14,7 +14,7 @@ from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
-from tensorpeft.networks.sketch import LowRankMatrix, Sketch
+from tensorpeft.networks.sketch import Gradient, Noise, Sketch, leading_columns
 from tensorpeft.networks.update import AbstractLowRankUpdate
 from tensorpeft.plugin.base_weight import StackedWeight, is_convolution
 from tensorpeft.plugin.config import FramedConfig
@@ -36,7 +36,7 @@ def initialize_from_gradients(
     In the way of PEFT's `initialize_lora_eva_weights`: after `get_peft_model` and before training. The model is then
     still the base model, bit for bit. The gradient `G = Σ dyᵀ x` of a weight is gathered from its layer's inputs and
     its outputs' gradients as two thin products (`networks.sketch`), so that a base in 4 bits, or one whose gradients
-    have no room, serves as well; its memory is (out + in) · (2.5 r + 40) float32 numbers per adapted weight. The
+    have no room, serves as well; its memory is (out + 1.5 in) · (2 r + 16) float32 numbers per adapted weight. The
     frames are
 
     - LoTR, FacT: U and V of all weights of one shape, of the Tucker2 tensor of their gradients;
@@ -76,12 +76,13 @@ def initialize_from_gradients(
     config = model.peft_config[adapter_name]
     shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
     rank = config.frame_rank(shapes) if isinstance(config, FramedConfig) else config.r
+    noise = Noise(seed)
     sketches = {
-        name: Sketch(*shape, rank, seed, next(layers[name].get_base_layer().parameters()).device)
+        name: Sketch(*shape, rank, noise, next(layers[name].get_base_layer().parameters()).device)
         for name, shape in shapes.items()
     }
     num_batches = num_rows = 0
-    with _gathering(model, layers, sketches) as reached:
+    with gathering(model, layers, sketches) as reached:
         for batch in batches:
             loss = model(**batch).loss if loss_of is None else loss_of(model, batch)
             loss.backward()
@@ -95,7 +96,7 @@ def initialize_from_gradients(
         raise ValueError("batches: there is none. Pass some batches of the training data, 32 to 64 rows in all.")
     for name, count in zip(layers, times):
         _check_sketch(name, count, sketches[name])
-    gradients = {name: sketch.matrix() for name, sketch in sketches.items()}
+    gradients = {name: sketch.gradient() for name, sketch in sketches.items()}
     updates = {name: _update_of(layer, adapter_name) for name, layer in layers.items()}
     with torch.no_grad():
         if isinstance(config, FramedConfig):
@@ -162,10 +163,10 @@ def _adds_nothing(layer: Any, adapter_name: str) -> bool:
 
 
 @contextmanager
-def _gathering(
+def gathering(
     model: nn.Module, layers: Mapping[str, nn.Module], sketches: Mapping[str, Sketch]
 ) -> Iterator[dict[str, int]]:
-    """Inside, backward passes add to the sketches; counts by layer. Gradients and random numbers stay as they were."""
+    """Inside, backward passes add to the sketches; how often, by layer. Gradients and random numbers are put back."""
     reached = dict.fromkeys(layers, 0)
 
     def gather(name: str, x: Tensor, grad: Tensor) -> None:
@@ -194,7 +195,7 @@ def _gathering(
 def _check_sketch(name: str, count: int, sketch: Sketch) -> None:
     if not count:
         raise ValueError(f"{name}: no gradient has reached this layer. Exclude it, or pass batches that it sees.")
-    largest = max(sketch.right_product.abs().max().item(), sketch.left_product.abs().max().item())
+    largest = max(sketch.left.abs().max().item(), sketch.right.abs().max().item())
     if not 0 < largest < float("inf"):
         raise ValueError(
             f"{name}: its gradient is {'zero' if largest == 0 else 'not finite'}: expected batches with labels, on "
@@ -202,10 +203,10 @@ def _check_sketch(name: str, count: int, sketch: Sketch) -> None:
         )
 
 
-def _set_lora(layer: Any, adapter_name: str, gradient: LowRankMatrix) -> None:
+def _set_lora(layer: Any, adapter_name: str, gradient: Gradient) -> None:
     """A's rows: the leading right singular vectors, as long as the rows of its usual start are in the mean."""
     down = layer.lora_A[adapter_name].weight
-    rows = gradient.right[:, : len(down)].t() / sqrt(3)
+    rows = leading_columns([gradient.right], len(down)).t() / sqrt(3)
     down[: len(rows)] = rows.to(down)
 
 
@@ -214,9 +215,9 @@ def _is_distributed() -> bool:
 
 
 def _sum_over_processes(counts: Tensor, sketches: Mapping[str, Sketch]) -> Tensor:
-    device = next(iter(sketches.values())).right_product.device
+    device = next(iter(sketches.values())).left.device
     counts = counts.to(device)
-    for tensor in (counts, *(t for s in sketches.values() for t in (s.right_product, s.left_product))):
+    for tensor in (counts, *(t for s in sketches.values() for t in (s.left, s.right))):
         dist.all_reduce(tensor)
     return counts
 

@@ -25,31 +25,42 @@ def start_from_gradients(
     """
     if is_sharded(trainer) or trainer.is_deepspeed_enabled:
         raise ValueError("data.start_rows: a model in shards has no gradients before it is trained. Start elsewhere.")
-    rows: Any = trainer.train_dataset
-    if num_rows > len(rows):
-        raise ValueError(f"data.start_rows={num_rows}: expected at most the {len(rows)} training rows.")
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(int(trainer.args.seed)))
-    chosen = order[:num_rows].tolist()
-    subset = rows.select(chosen) if hasattr(rows, "select") else [rows[k] for k in chosen]
-    loader = trainer.get_eval_dataloader(subset)
-
-    def batches() -> Iterator[Any]:
-        for batch in loader:
-            yield trainer._prepare_inputs(batch)
-
-    def loss_of(model: Any, batch: Any) -> torch.Tensor:
-        with trainer.compute_loss_context_manager():
-            return trainer.compute_loss(model, batch)
-
+    (batches,) = row_batches(trainer, num_rows, int(trainer.args.seed))
     model: Any = trainer.model
-    was_training, logs = (
-        model.training,
-        {name: copy.deepcopy(getattr(trainer, name)) for name in _LOGS if hasattr(trainer, name)},
-    )
+    was_training = model.training
+    logs = {name: copy.deepcopy(getattr(trainer, name)) for name in _LOGS if hasattr(trainer, name)}
     model.train()
     try:
-        initialize_from_gradients(model, batches(), loss_of=loss_of, seed=int(trainer.args.seed))
+        initialize_from_gradients(
+            model, batches, loss_of=lambda _, batch: loss_on(trainer, batch), seed=int(trainer.args.seed)
+        )
     finally:
         model.train(was_training)
         for name, value in logs.items():
             setattr(trainer, name, value)
+
+
+def row_batches(
+    trainer: Trainer,
+    num_rows: int,  # of each part
+    seed: int,  # of the drawing
+    parts: int = 1,
+) -> list[Iterator[Any]]:
+    """Batches of some training rows as the trainer's model takes them; the parts have no row in common.
+
+    Raises:
+        ValueError: fewer rows than that.
+    """
+    rows: Any = trainer.train_dataset
+    if num_rows * parts > len(rows):
+        raise ValueError(f"rows: {parts} x {num_rows} are asked for, of {len(rows)} training rows. Ask for fewer.")
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    chosen = [order[part * num_rows : (part + 1) * num_rows] for part in range(parts)]
+    subsets = [rows.select(part) if hasattr(rows, "select") else [rows[k] for k in part] for part in chosen]
+    return [map(trainer._prepare_inputs, trainer.get_eval_dataloader(subset)) for subset in subsets]
+
+
+def loss_on(trainer: Trainer, batch: Any) -> torch.Tensor:
+    """The loss that the trainer would take a step on."""
+    with trainer.compute_loss_context_manager():
+        return trainer.compute_loss(trainer.model, batch)

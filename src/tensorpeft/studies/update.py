@@ -1,0 +1,210 @@
+"""``tensorpeft inspect update``: how much of what training changes each method could reach, before it is trained.
+
+Of some weights: G, the gradient on some rows; H, that on as many others; D, what some steps of full fine-tuning
+changed. A method at its start moves, to first order, in a linear space of matrices: it can reach the share of the
+energy of H and of D that lies in it. Beside it stands the best that any values of some methods' factors reach of D.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+
+import torch
+from torch import Tensor
+
+from tensorpeft.modes import bond_dimensions, factor_modes
+from tensorpeft.networks.mpo import decompose
+from tensorpeft.networks.sketch import Gradient, exact, leading_frames
+from tensorpeft.networks.tensor_train import train_bonds
+
+Share = Callable[[Tensor], float]  # of the energy of a matrix (out, in)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of the networks that are looked at.
+
+    Args:
+        bond: R of the matrix product operators, and of the tensor train.
+        num_cores: of the operators; the train has as many for its rows, and as many for its columns.
+        rank: of the low-rank matrix.
+        frames: r of frames per weight.
+        shared_frames: r of frames that all weights of a kind share.
+    """
+
+    bond: int = 16
+    num_cores: int = 5
+    rank: int = 2
+    frames: int = 8
+    shared_frames: int = 16
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One weight, float32.
+
+    Args:
+        kind: what it shares with the same weight of other layers.
+        weight: W0 (out, in).
+        gradient: G, on some rows.
+        sketched: the same by `networks.sketch`.
+        other: H, on other rows.
+        update: D, what full fine-tuning changed; None: it was not run.
+    """
+
+    kind: str
+    weight: Tensor
+    gradient: Tensor
+    sketched: Gradient
+    other: Tensor
+    update: Tensor | None
+
+
+@dataclass(frozen=True)
+class Reach:
+    """A row of the table, of all weights of a kind together.
+
+    Args:
+        name: what.
+        trained: numbers per weight.
+        other: share of H's energy; None: it says nothing, being made for D.
+        update: share of D's; None: there is none.
+    """
+
+    name: str
+    trained: int
+    other: float | None
+    update: float | None
+
+
+@torch.no_grad()
+def reaches(
+    weights: Sequence[Seen],  # of one kind, and one shape
+    sizes: Sizes,
+) -> list[Reach]:
+    """The table of a kind of weights."""
+    out, in_ = weights[0].weight.shape
+    modes = factor_modes(out, sizes.num_cores), factor_modes(in_, sizes.num_cores)
+    generator = torch.Generator().manual_seed(0)
+
+    def tangent_spaces(points: Sequence[Tensor]) -> list[Share]:
+        return [TangentSpace(decompose(point, *modes, sizes.bond)).share for point in points]
+
+    def between(frames: Sequence[tuple[Tensor, Tensor]]) -> list[Share]:
+        return [partial(_share_between, *pair) for pair in frames]
+
+    def own(matrices: Sequence[Gradient]) -> list[Share]:
+        return between([leading_frames([matrix], sizes.frames) for matrix in matrices])
+
+    bonds = bond_dimensions(*modes, sizes.bond)
+    mpo = sum(prod(part) for part in zip(bonds[:-1], *modes, bonds[1:]))
+    dimension = mpo - sum(bond * bond for bond in bonds[1:-1])  # of the space: a bond's basis may be any
+    gradients, sketches = [exact(weight.gradient) for weight in weights], [weight.sketched for weight in weights]
+    noise = [torch.randn(out, in_, generator=generator) for _ in weights]
+    random: list[Share] = [lambda matrix: dimension / (out * in_)] * len(weights)
+    core, r = sizes.frames**2, f"r={sizes.frames}"
+    all_core, all_r = sizes.shared_frames**2, f"r={sizes.shared_frames}"
+    shared = [leading_frames(matrices, sizes.shared_frames) for matrices in (gradients, sketches)]
+    rows = [
+        (f"MPO of the weight, R={sizes.bond}", mpo, tangent_spaces([weight.weight for weight in weights])),
+        (f"MPO of a Gaussian matrix, R={sizes.bond}", mpo, tangent_spaces(noise)),
+        ("a random subspace of that size", mpo, random),
+        (f"MPO of the gradient, R={sizes.bond}", mpo, tangent_spaces([weight.gradient for weight in weights])),
+        (f"gradient's frames, {r}, core alone", core, own(gradients)),
+        ("the same, sketched", core, own(sketches)),
+        (f"weight's frames (LoRA-XS), {r}", core, own([exact(weight.weight) for weight in weights])),
+        (f"one pair of frames for all, {all_r}", all_core, between([shared[0]] * len(weights))),
+        ("the same, sketched", all_core, between([shared[1]] * len(weights))),
+    ]
+    others, updates = [weight.other for weight in weights], [weight.update for weight in weights]
+    found = [Reach(name, size, _mean(shares, others), _mean(shares, updates)) for name, size, shares in rows]
+    if any(update is None for update in updates):
+        return found
+    train = [*factor_modes(out, sizes.num_cores), *factor_modes(in_, sizes.num_cores)]
+    ends = train_bonds(train, sizes.bond)
+    train_size = sum(prod(part) for part in zip(ends, train, ends[1:]))
+    best: list[tuple[str, int, Share]] = [
+        (f"best MPO of D, R={sizes.bond}", mpo, partial(_kept_by_mpo, *modes, sizes.bond)),
+        (f"best train of D, rows | columns, R={sizes.bond}", train_size, partial(_kept_by_train, train, sizes.bond)),
+        (f"best matrix of rank {sizes.rank} of D (LoRA)", sizes.rank * (out + in_), partial(_kept_by_rank, sizes.rank)),
+    ]
+    return found + [Reach(name, size, None, _mean([share] * len(weights), updates)) for name, size, share in best]
+
+
+class TangentSpace:
+    """That of all MPOs of these bonds, at one: the matrices that small changes of its cores add.
+
+    Args:
+        cores: of the point, each (bond_left, out_mode, in_mode, bond_right), left-orthonormal but for the last, as
+            `decompose` gives them.
+
+    Source: the projection of Lubich, Oseledets and Vandereycken (2015), equation 3.4.
+    """
+
+    def __init__(self, cores: Sequence[Tensor]):
+        self._out, self._in = [core.shape[1] for core in cores], [core.shape[2] for core in cores]
+        self._left = [core.flatten(1, 2).double() for core in cores]
+        self._right = list(self._left)
+        for k in range(len(cores) - 1, 0, -1):
+            bond, pair, bond_right = self._right[k].shape
+            q, r = torch.linalg.qr(self._right[k].reshape(bond, -1).t())
+            self._right[k] = q.t().reshape(bond, pair, bond_right)
+            self._right[k - 1] = torch.einsum("apb,cb->apc", self._right[k - 1], r)
+
+    def share(self, matrix: Tensor) -> float:
+        """‖P Z‖² / ‖Z‖² of a matrix Z."""
+        tensor = _interleaved(matrix.double(), self._out, self._in)
+        # Z, contracted with the orthonormal cores on the right of each site, and then with those on its left.
+        rights = [tensor.unsqueeze(-1)]
+        for core in reversed(self._right[1:]):
+            rights.append(torch.einsum("...pb,apb->...a", rights[-1], core))
+        rights.reverse()  # rights[k]: (n_1, …, n_{k+1}, bond)
+        energy = 0.0
+        for k in range(len(self._left)):
+            site = rights[k].unsqueeze(0)  # (bond 1, n_1, …, n_{k+1}, bond)
+            for core in self._left[:k]:
+                site = torch.einsum("ap...,apb->b...", site, core)
+            energy += _energy(site)
+            if k < len(self._left) - 1:  # what the next sites move, too
+                energy -= _energy(torch.einsum("apc,apb->bc", site, self._left[k]))
+        return energy / _energy(tensor)
+
+
+def _interleaved(matrix: Tensor, out_modes: Sequence[int], in_modes: Sequence[int]) -> Tensor:  # (i_1 j_1, i_2 j_2, …)
+    count = len(out_modes)
+    tensor = matrix.reshape(*out_modes, *in_modes)
+    tensor = tensor.permute(*(axis for k in range(count) for axis in (k, count + k)))
+    return tensor.reshape([i * j for i, j in zip(out_modes, in_modes)])
+
+
+def _share_between(left: Tensor, right: Tensor, matrix: Tensor) -> float:
+    return _energy(left.t() @ matrix @ right) / _energy(matrix)
+
+
+def _energy(tensor: Tensor) -> float:
+    return tensor.double().square().sum().item()
+
+
+def _mean(shares: Sequence[Share], matrices: Sequence[Tensor | None]) -> float | None:
+    """The share of the energy of all matrices together."""
+    given = [matrix for matrix in matrices if matrix is not None]
+    if len(given) < len(matrices):
+        return None
+    energies = [_energy(matrix) for matrix in given]
+    return sum(share(matrix) * energy for share, matrix, energy in zip(shares, given, energies)) / sum(energies)
+
+
+def _kept_by_mpo(out_modes: Sequence[int], in_modes: Sequence[int], bond: int, matrix: Tensor) -> float:
+    return _energy(decompose(matrix, out_modes, in_modes, bond)[-1]) / _energy(matrix)
+
+
+def _kept_by_train(modes: Sequence[int], bond: int, matrix: Tensor) -> float:
+    """A tensor train is an operator with rows of size 1."""
+    return _kept_by_mpo([1] * len(modes), modes, bond, matrix.reshape(1, -1))
+
+
+def _kept_by_rank(rank: int, matrix: Tensor) -> float:
+    return _energy(torch.linalg.svdvals(matrix)[:rank]) / _energy(matrix)

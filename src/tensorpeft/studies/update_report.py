@@ -1,0 +1,139 @@
+"""``tensorpeft inspect update``: a recipe's gradients and full update, measured and written as tables and JSON."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import count
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch import Tensor, nn
+from transformers import Trainer, set_seed
+
+from tensorpeft import DotaConfig
+from tensorpeft.networks.sketch import Noise, Sketch
+from tensorpeft.plugin.base_weight import as_matrix, weight_of
+from tensorpeft.plugin.gradients import gathering
+from tensorpeft.quantization.model import plan_layers
+from tensorpeft.reports.files import write_json, write_lines
+from tensorpeft.reports.tables import Table, markdown_tables, model_title
+from tensorpeft.reports.terminal import counting, print_table, say
+from tensorpeft.studies.catalogue import methods_by_key
+from tensorpeft.studies.inspected_model import kind_of
+from tensorpeft.studies.update import Reach, Seen, Sizes, reaches
+from tensorpeft.tasks.registry import find_task
+from tensorpeft.training.arguments import make_arguments
+from tensorpeft.training.models import load_tokenizer
+from tensorpeft.training.recipe import Recipe
+from tensorpeft.training.splits import load_splits
+from tensorpeft.training.start import loss_on, row_batches
+from tensorpeft.training.trainers import make_trainer
+
+
+def inspect_update(
+    recipe: Recipe,  # with an adapter, whose targets are looked at
+    rows: int,  # of each of the two gradients
+    steps: int,  # of full fine-tuning; 0: none
+    num_layers: int,  # weights of one kind that are looked at, evenly over the model
+    sizes: Sizes,
+    output: Path,  # folder, made where it does not exist
+) -> dict[str, list[Reach]]:
+    """The reaches by kind of weight, after printing them and writing update.md and update.json.
+
+    The steps of full fine-tuning are the recipe's own but for their number and their rate, which is the catalogue's
+    multiple for full fine-tuning.
+
+    Raises:
+        ValueError: the recipe has no adapter, too few rows, or what training refuses.
+    """
+    if recipe.adapter is None:
+        raise ValueError("adapter: null: expected an adapter, whose target_modules are looked at.")
+    catalogue = methods_by_key()
+    own = next((m for m in catalogue.values() if m.adapter_method == recipe.adapter["method"]), None)
+    rate = recipe.trainer["learning_rate"] * catalogue["full"].rate / (own.rate if own else 1)
+    task, console = find_task(recipe.task), Console()
+    targets = {key: recipe.adapter[key] for key in ("target_modules", "exclude_modules") if key in recipe.adapter}
+    on_top = {"learning_rate": rate, "max_steps": max(steps, 1), "eval_strategy": "no", "save_strategy": "no"}
+    given = {key: value for key, value in recipe.trainer.items() if not key.startswith(("eval_", "save_", "load_best"))}
+    recipe = replace(recipe, adapter=None, data=replace(recipe.data, start_rows=None), trainer={**given, **on_top})
+    seed = recipe.seeds[0]
+    set_seed(seed)
+    arguments = make_arguments(recipe.trainer, task, output, seed)
+    trainer = make_trainer(recipe, load_splits(recipe), load_tokenizer(recipe, task), arguments)
+    model: Any = trainer.model
+    layers = _choose_layers(model, DotaConfig(**targets), num_layers)
+    before = {name: weight_of(layer).float().clone() for name, layer in layers.items()}
+    noise, rank = Noise(seed), max(sizes.frames, sizes.shared_frames)
+    sketches = {name: Sketch(*weight.shape, rank, noise, weight.device) for name, weight in before.items()}
+    num_batches = 2 * ceil(rows / arguments.eval_batch_size)
+    first, second = row_batches(trainer, rows, seed, parts=2)
+    with counting(console, "batches of the two gradients") as on_batch:
+        done = count(1)
+        with gathering(model, layers, sketches):
+            gradient = _gradient(trainer, layers, first, lambda: on_batch(next(done), num_batches))
+        with gathering(model, {}, {}):
+            other = _gradient(trainer, layers, second, lambda: on_batch(next(done), num_batches))
+    update: Mapping[str, Tensor | None] = dict.fromkeys(layers)
+    if steps:
+        say(console, f"Full fine-tuning, {steps} steps at the rate {rate:g}.")
+        trainer.train()
+        update = {name: weight_of(layer).float() - before[name] for name, layer in layers.items()}
+    found: dict[str, list[Reach]] = {}
+    tables = []
+    for kind in dict.fromkeys(map(_kind, before.items())):
+        names = [name for name in layers if _kind((name, before[name])) == kind]
+        seen = [Seen(kind, before[n], gradient[n], sketches[n].gradient(), other[n], update[n]) for n in names]
+        found[kind] = reaches(seen, sizes)
+        tables.append(_table(f"{model_title(recipe.model)}, {recipe.task}: {kind}, {len(names)} weights", found[kind]))
+    settings = {"rows": rows, "steps": steps, "rate": rate, "seed": seed, "layers": list(layers)}
+    kinds = {kind: [dataclasses.asdict(reach) for reach in rows] for kind, rows in found.items()}
+    write_json(output / "update.json", {"model": recipe.model, "task": recipe.task, **settings, "kinds": kinds})
+    write_lines(output / "update.md", [markdown_tables(tables)])
+    for table in tables:
+        print_table(console, table)
+    say(console, f"Tables and raw results: {output}")
+    return found
+
+
+def _kind(item: tuple[str, Tensor]) -> str:
+    name, weight = item
+    return f"{kind_of(name)}, {weight.shape[0]} x {weight.shape[1]}"
+
+
+def _choose_layers(model: nn.Module, config: DotaConfig, wanted: int) -> dict[str, nn.Module]:
+    """So many of every kind of target, evenly over the model."""
+    shapes, _ = plan_layers(model, config)
+    kinds: dict[str, list[str]] = {}
+    for name in shapes:
+        layer = model.get_submodule(name)
+        kinds.setdefault(_kind((name, weight_of(layer))), []).append(name)
+    chosen = list[str]()
+    for names in kinds.values():
+        number = min(wanted, len(names))
+        chosen += [names[round(k * (len(names) - 1) / max(number - 1, 1))] for k in range(number)]
+    return {name: model.get_submodule(name) for name in chosen}
+
+
+def _gradient(
+    trainer: Trainer, layers: Mapping[str, nn.Module], batches: Iterator[Any], on_batch: Callable[[], object]
+) -> dict[str, Tensor]:
+    """The sum over batches of whole gradients, of a few weights alone."""
+    for batch in batches:
+        loss_on(trainer, batch).backward()
+        on_batch()
+    found: dict[str, Any] = {name: layer.weight.grad for name, layer in layers.items()}
+    return {name: as_matrix(layers[name], gradient).float().clone() for name, gradient in found.items()}
+
+
+def _table(title: str, rows: Sequence[Reach]) -> Table:
+    def percent(share: float | None) -> str:
+        return "" if share is None else f"{100 * share:.1f}"
+
+    cells = [[row.name, f"{row.trained:,}", percent(row.other), percent(row.update)] for row in rows]
+    notes = [
+        "Share of the energy (%), of all these weights together: of the gradient on other rows, and of what full "
+        "fine-tuning changed. Of an MPO: in the directions of small changes of its cores.",
+    ]
+    return Table(title, ["what moves", "trained\nper weight", "other\ngradient", "full\nupdate"], cells, notes)
