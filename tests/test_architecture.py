@@ -46,6 +46,7 @@ ARROWS: dict[str, set[str]] = {
         "",
         "evaluation",
         "loading",
+        "modes",
         "networks",
         "plugin.base_weight",
         "plugin.gradients",
@@ -60,6 +61,7 @@ ARROWS: dict[str, set[str]] = {
 # What of networks/ is the same for every network, and so may be known to the plug-in.
 SHARED_NETWORK_CODE = {
     "cut",
+    "derivatives",
     "group",
     "dtypes",
     "effective",

@@ -1,6 +1,7 @@
 """Frames from the gradient: where its energy is, and a start that is the base model bit for bit."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import Tensor, nn
 
-from cases import MODELS, logits, perturb, tiny_llama, tokens
+from cases import MODELS, Model, logits, perturb, tiny_llama, tokens
 from tensorpeft import (
     DotaConfig,
     FactConfig,
@@ -235,7 +236,11 @@ def test_a_model_without_an_adapter_is_refused():
         initialize_from_gradients(tiny_llama(), batches())
 
 
-@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
+# With as many heads of keys as of queries: the tensor of others has entries that no weight has.
+ALL_HEADS = Model("llama", partial(tiny_llama, num_key_value_heads=4), MODELS[0].targets, "CAUSAL_LM")
+
+
+@pytest.mark.parametrize("model", [ALL_HEADS, *MODELS[1:]], ids=lambda model: model.name)
 def test_a_cp_tensor_of_gradients_that_are_one_is_found(model: Any):
     """Gradients made of a CP tensor: of one term, so that it is unique. Also of fused projections and MLPs."""
     torch.manual_seed(0)

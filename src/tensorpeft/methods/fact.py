@@ -9,10 +9,11 @@ from typing import Literal
 
 from torch import nn
 
+from tensorpeft.methods.frozen_frames import check_train
 from tensorpeft.networks.group import join, tensors_of
 from tensorpeft.networks.sketch import Gradient
 from tensorpeft.networks.tucker import TuckerFactors, TuckerUpdate, set_shared_frames
-from tensorpeft.plugin.config import Bases, FramedConfig, check_is_bool, check_rank, check_scale, check_train
+from tensorpeft.plugin.config import Bases, FramedConfig, check_is_bool, check_rank, check_scale
 from tensorpeft.plugin.registration import register
 from tensorpeft.sites import Site, group_by_tensor, shape_name
 

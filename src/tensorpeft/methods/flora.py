@@ -9,11 +9,12 @@ from typing import Any, ClassVar, Literal
 
 from torch import nn
 
+from tensorpeft.methods.frozen_frames import check_train
 from tensorpeft.networks.convolution import TuckerConvolutionUpdate
 from tensorpeft.networks.group import tensors_of
 from tensorpeft.networks.sketch import Gradient, leading_part
 from tensorpeft.networks.tucker import TuckerMatrixUpdate
-from tensorpeft.plugin.config import Bases, FramedConfig, check_rank, check_scale, check_train
+from tensorpeft.plugin.config import Bases, FramedConfig, check_rank, check_scale
 from tensorpeft.plugin.registration import register
 from tensorpeft.sites import Site
 

@@ -44,6 +44,7 @@ class CpFactors(SharedFactors):
             if is_zero:
                 nn.init.zeros_(getattr(self, f"{name}_B"))
 
+    @torch.no_grad()
     def set_frames(
         self,
         tensor: str,  # its name

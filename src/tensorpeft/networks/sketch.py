@@ -41,11 +41,12 @@ class Noise:
         self._known: dict[tuple[int, int, bool, torch.device], Tensor] = {}
 
     def of(self, size: int, columns: int, is_left: bool, device: torch.device) -> Tensor:  # (size, columns)
-        """Gaussian, of variance 1 / columns; other numbers on each side."""
+        """Gaussian, of variance 1 / columns; other numbers on each side. Where nothing is cut off, the identity."""
         key = (size, columns, is_left, device)
         if key not in self._known:
             generator = torch.Generator().manual_seed(2 * self._seed + is_left)
-            self._known[key] = (torch.randn(size, columns, generator=generator) / sqrt(columns)).to(device)
+            noise = torch.randn(size, columns, generator=generator) / sqrt(columns)
+            self._known[key] = (torch.eye(size) if columns == size else noise).to(device)
         return self._known[key]
 
 
@@ -63,10 +64,10 @@ class Sketch:
     """
 
     def __init__(self, out: int, in_: int, rank: int, noise: Noise, device: torch.device):
-        width = min(_WIDTH * rank + _OVERSAMPLING, out, in_)
-        self._omega = noise.of(in_, width, False, device)
+        width = _WIDTH * rank + _OVERSAMPLING
+        self._omega = noise.of(in_, min(width, in_), False, device)
         self._psi = noise.of(out, min(int(_STABILITY * width), out), True, device)
-        self.left = torch.zeros(out, width, device=device)  # G Ω
+        self.left = torch.zeros(out, self._omega.shape[1], device=device)  # G Ω
         self.right = torch.zeros(in_, self._psi.shape[1], device=device)  # Gᵀ Ψ
 
     @torch.no_grad()

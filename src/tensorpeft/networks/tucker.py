@@ -48,6 +48,7 @@ class TuckerFactors(SharedFactors):
                 else:
                     self.register_parameter(f"{name}_{factor}", nn.Parameter(torch.zeros(shape)))
 
+    @torch.no_grad()
     def set_frames(
         self,
         tensor: str,  # its name
@@ -101,6 +102,7 @@ class TuckerMatrixUpdate(AbstractLowRankUpdate):
                 self.register_buffer(name, torch.zeros(size, rank))
         self.G = nn.Parameter(torch.zeros(rank, rank))
 
+    @torch.no_grad()
     def set_frames(self, gradient: Gradient) -> None:
         """Put U and V where the gradient's energy is; the core starts at zero."""
         for factor, frame in zip((self.U, self.V), leading_frames([gradient], len(self.G))):

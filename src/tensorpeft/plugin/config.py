@@ -146,7 +146,7 @@ class TensorConfig(PeftConfig, ABC):
 
 @dataclass
 class FramedConfig(TensorConfig, ABC):
-    """The fields of a method that has frames: factors between which its update lies, wherever its cores are.
+    """The fields of a method that has frames: factors that say in which subspaces its updates lie.
 
     Args:
         gradient_start: what `initialize_from_gradients` has set the frames from: rows, seed; written by it, so that it
@@ -167,7 +167,7 @@ class FramedConfig(TensorConfig, ABC):
         updates: Mapping[str, Any],  # of this configuration, by the name of the layer
         gradients: Mapping[str, Gradient],  # of each of the same layers
     ) -> None:
-        """Set the frames where the gradients' energy is, and the cores so that every update is zero.
+        """Set the frames where the gradients' energy is, and what is between them so that every update is zero.
 
         Raises:
             ValueError: an update has no frames, such as a convolution's; nothing has been changed by then.
@@ -255,12 +255,6 @@ def check_scale(name: str, value: object) -> None:
     """Raise a `ValueError` that names the field unless its value is a finite number above 0."""
     if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
         raise ValueError(f"{name}={value!r}: expected a finite number above 0.")
-
-
-def check_train(value: object) -> None:
-    """Raise a `ValueError` unless it says what is trained of frames and cores."""
-    if value not in ("all", "cores"):
-        raise ValueError(f'train={value!r}: expected "all" (frames and cores) or "cores" (the frames are frozen).')
 
 
 def check_is_bool(name: str, value: object) -> None:

@@ -31,17 +31,13 @@ def initialize_from_gradients(
     loss_of: Callable[[nn.Module, Batch], Tensor] | None = None,
     seed: int = 0,
 ) -> None:
-    """Set the frames of a new adapter where the gradient of the user's own loss has its energy; the cores to zero.
+    """Set the frames of a new adapter where the gradient of the user's own loss has its energy.
 
     In the way of PEFT's `initialize_lora_eva_weights`: after `get_peft_model` and before training. The model is then
     still the base model, bit for bit. The gradient `G = Σ dyᵀ x` of a weight is gathered from its layer's inputs and
     its outputs' gradients as two thin products (`networks.sketch`), so that a base in 4 bits, or one whose gradients
-    have no room, serves as well; its memory is (out + 1.5 in) · (2 r + 16) float32 numbers per adapted weight. The
-    frames are
-
-    - LoTR, FacT: U and V of all weights of one shape, of the Tucker2 tensor of their gradients;
-    - FLoRA: U and V of each weight, the leading singular vectors of its gradient;
-    - PEFT's own LoRA: A, likewise, its rows as long as LoRA's are; B is zero.
+    have no room, serves as well; its memory is (out + 1.5 in) · (2 r + 16) float32 numbers per adapted weight. Which
+    factors of which method are frames, docs/frames.md says; of PEFT's own LoRA A is, its rows as long as LoRA's are.
 
     In several processes (`torch.distributed`), each brings its own batches, and all get the frames of their sum.
 
