@@ -1,5 +1,6 @@
 """Two processes hold the mean of their gradients, whoever computes activations again."""
 
+import copy
 import os
 import socket
 from typing import Any
@@ -14,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from cases import CASES, Case, perturb, tiny_gpt2, tiny_llama, tokens
-from tensorpeft import LotrConfig
+from tensorpeft import LotrConfig, initialize_from_gradients
 from tensorpeft.networks.update import SharedFactors
 
 
@@ -100,6 +101,26 @@ def check_refusal() -> None:
             parallel(torch.randn(2, 8, requires_grad=True)).sum().backward()
 
 
+def check_frames() -> None:
+    """Frames of the gradients' sum, the same in both processes."""
+    fields = {"r": 3, "train": "cores", "target_modules": ["q_proj", "up_proj"]}
+    torch.manual_seed(0)
+    base = tiny_llama(hidden_size=16, num_hidden_layers=3)
+    batches = [{"input_ids": batch, "labels": batch} for batch in (tokens(batch=1, seed=rank) for rank in range(2))]
+    here, alone = (get_peft_model(copy.deepcopy(base), LotrConfig(**fields)) for _ in range(2))
+    initialize_from_gradients(here, [batches[dist.get_rank()]])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "is_initialized", lambda: False)
+        initialize_from_gradients(alone, batches)
+    assert here.peft_config["default"].gradient_start == {"batches": 2, "rows": 2, "seed": 0}
+    for (name, tensor), (_, twin) in zip(here.state_dict().items(), alone.state_dict().items()):
+        if name.endswith(("_U", "_V")):
+            torch.testing.assert_close(tensor @ tensor.t(), twin @ twin.t(), atol=1e-3, rtol=0, msg=name)
+            both = [torch.empty_like(tensor) for _ in range(2)]
+            dist.all_gather(both, tensor.contiguous())
+            assert torch.equal(*both), name
+
+
 def check_process(rank: int, port: int, cases: list[Case]) -> None:
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
@@ -114,6 +135,7 @@ def check_process(rank: int, port: int, cases: list[Case]) -> None:
                 check_mean(case, use_reentrant, fused=True)
             check_accumulation(case)
     check_refusal()
+    check_frames()
     dist.destroy_process_group()
 
 

@@ -84,8 +84,9 @@ class Sketch:
     @torch.no_grad()
     def gradient(self) -> Gradient:
         """What is known of the matrix."""
-        both = self._psi.t() @ self.left  # Ψᵀ G Ω
-        return Gradient(self.left, torch.linalg.pinv(both, rtol=_ROUNDING), self.right)
+        core = torch.linalg.pinv(self._psi.t() @ self.left, rtol=_ROUNDING)
+        is_whole = self._omega.shape[0] == self._omega.shape[1] or self._psi.shape[0] == self._psi.shape[1]
+        return exact(self.left @ core @ self.right.t()) if is_whole else Gradient(self.left, core, self.right)
 
 
 @torch.no_grad()

@@ -126,12 +126,23 @@ def reaches(
     train = [*factor_modes(out, sizes.num_cores), *factor_modes(in_, sizes.num_cores)]
     ends = train_bonds(train, sizes.bond)
     train_size = sum(prod(part) for part in zip(ends, train, ends[1:]))
-    best: list[tuple[str, int, Share]] = [
-        (f"best MPO of D, R={sizes.bond}", mpo, partial(_kept_by_mpo, *modes, sizes.bond)),
-        (f"best train of D, rows | columns, R={sizes.bond}", train_size, partial(_kept_by_train, train, sizes.bond)),
-        (f"best matrix of rank {sizes.rank} of D (LoRA)", sizes.rank * (out + in_), partial(_kept_by_rank, sizes.rank)),
+    by_mpo, by_train = partial(_kept_by_mpo, *modes, sizes.bond), partial(_kept_by_train, train, sizes.bond)
+    bases = [torch.linalg.svd(weight.gradient) for weight in weights]
+    best: list[tuple[str, int, list[Share]]] = [
+        (f"best MPO of D, R={sizes.bond}", mpo, [by_mpo] * len(weights)),
+        (
+            "the same in the gradient's singular bases",
+            mpo,
+            [partial(_in_bases, left, right.t(), by_mpo) for left, _, right in bases],
+        ),
+        (f"best train of D, rows | columns, R={sizes.bond}", train_size, [by_train] * len(weights)),
+        (
+            f"best matrix of rank {sizes.rank} of D (LoRA)",
+            sizes.rank * (out + in_),
+            [partial(_kept_by_rank, sizes.rank)] * len(weights),
+        ),
     ]
-    return found + [Reach(name, size, None, _mean([share] * len(weights), updates)) for name, size, share in best]
+    return found + [Reach(name, size, None, _mean(shares, updates)) for name, size, shares in best]
 
 
 class TangentSpace:
@@ -208,3 +219,7 @@ def _kept_by_train(modes: Sequence[int], bond: int, matrix: Tensor) -> float:
 
 def _kept_by_rank(rank: int, matrix: Tensor) -> float:
     return _energy(torch.linalg.svdvals(matrix)[:rank]) / _energy(matrix)
+
+
+def _in_bases(left: Tensor, right: Tensor, kept: Share, matrix: Tensor) -> float:
+    return kept(left.t() @ matrix @ right)

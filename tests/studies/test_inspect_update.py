@@ -1,0 +1,54 @@
+"""What each method could reach of a gradient and of a full update."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from tensorpeft.networks.mpo import contract, decompose
+from tensorpeft.networks.sketch import exact
+from tensorpeft.studies.update import Seen, Sizes, TangentSpace, reaches
+
+OUT_MODES, IN_MODES = (2, 3, 4), (3, 2, 4)
+
+
+def test_the_tangent_space_is_the_range_of_the_jacobian():
+    torch.manual_seed(0)
+    cores = decompose(torch.randn(24, 24).double(), OUT_MODES, IN_MODES, 3)
+    jacobian = torch.autograd.functional.jacobian(lambda *given: contract(given).flatten(), tuple(cores))
+    columns = torch.cat([part.reshape(24 * 24, -1) for part in jacobian], dim=1)
+    left, values, _ = torch.linalg.svd(columns, full_matrices=False)
+    space = left[:, values > 1e-9 * values[0]]
+    assert space.shape[1] < columns.shape[1]  # a bond's basis may be any
+    tangent = TangentSpace(cores)
+    for seed in range(3):
+        matrix = torch.randn(24, 24, generator=torch.Generator().manual_seed(seed)).double()
+        wanted = (space.t() @ matrix.flatten()).square().sum() / matrix.square().sum()
+        assert tangent.share(matrix) == pytest.approx(wanted.item(), rel=1e-9)
+    assert tangent.share(contract(cores)) == pytest.approx(1)
+
+
+def seen(gradient: Tensor, update: Tensor | None) -> Seen:
+    return Seen("q", torch.randn(24, 24), gradient, exact(gradient), gradient, update)
+
+
+def test_shares_are_of_all_weights_together():
+    torch.manual_seed(0)
+    gradients = [torch.randn(24, 24) * scale for scale in (1.0, 10.0)]
+    update = torch.randn(24, 2) @ torch.randn(2, 24)
+    found = {
+        row.name: row
+        for row in reaches([seen(g, update) for g in gradients], Sizes(4, 3, rank=2, frames=3, shared_frames=24))
+    }
+    values = [torch.linalg.svdvals(g).square() for g in gradients]
+    wanted = sum(v[:3].sum() for v in values) / sum(v.sum() for v in values)
+    own = found["gradient's frames, r=3, core alone"]
+    assert own.trained == 9
+    assert own.other == pytest.approx(wanted.item(), rel=1e-4)
+    assert found["one pair of frames for all, r=24"].other == pytest.approx(1, rel=1e-4)
+    assert found["best matrix of rank 2 of D (LoRA)"].update == pytest.approx(1, rel=1e-4)
+    assert found["best matrix of rank 2 of D (LoRA)"].other is None
+
+
+def test_without_an_update_there_are_gradients_alone():
+    rows = reaches([seen(torch.randn(24, 24), None)], Sizes(4, 3))
+    assert all(row.update is None and row.other is not None for row in rows)
