@@ -14,6 +14,7 @@ from tensorpeft import (
     DotaConfig,
     FactConfig,
     FloraConfig,
+    LorettaConfig,
     LortaConfig,
     LotrConfig,
     NolaConfig,
@@ -33,6 +34,7 @@ FRAMED: list[tuple[type[PeftConfig], dict[str, Any]]] = [
     (FloraConfig, {"r": 4}),
     (FloraConfig, {"r": 4, "train": "cores"}),
     (LortaConfig, {"r": 4}),
+    (LorettaConfig, {"r": 4}),
     (LoraConfig, {"r": 4}),
 ]
 over_framed = pytest.mark.parametrize(
@@ -198,7 +200,7 @@ def test_a_loras_frames_from_the_weight_are_its_singular_vectors():
     ("what", "message"),
     [
         ("no batch", "batches: there is none"),
-        ("no frames", "a NOLA adapter has no frames .* fact, flora, lorta, lotr, and PEFT's LoRA"),
+        ("no frames", "a NOLA adapter has no frames .* fact, flora, loretta, lorta, lotr, and PEFT's LoRA"),
         ("no start", "is not zero"),
         ("trained", "is not zero"),
         ("unknown", "adapter_name='other'"),

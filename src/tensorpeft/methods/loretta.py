@@ -10,15 +10,16 @@ from torch import Tensor
 
 from tensorpeft.modes import factor_modes
 from tensorpeft.networks.group import join
+from tensorpeft.networks.sketch import Gradient
 from tensorpeft.networks.tensor_train import TensorTrainUpdate, random_train
-from tensorpeft.plugin.config import Bases, TensorConfig, check_is_bool, check_modes, check_rank, check_scale
+from tensorpeft.plugin.config import Bases, FramedConfig, check_is_bool, check_modes, check_rank, check_scale
 from tensorpeft.plugin.registration import register
 from tensorpeft.sites import Site
 
 
 @register("loretta")
 @dataclass
-class LorettaConfig(TensorConfig):
+class LorettaConfig(FramedConfig):
     """`ΔW = (alpha / r) · B A`: A (r, in) and B (out, r) are each a tensor train over the modes of all its entries.
 
     A 768 x 768 weight at the defaults has 1,160 parameters: twice the train over 8·8·12·8 = 8 · 768 with bonds of 5.
@@ -61,6 +62,15 @@ class LorettaConfig(TensorConfig):
     def build(self, sites: Sequence[Site], bases: Bases) -> Mapping[str, TensorTrainUpdate]:
         """Two trains per site. Reads no weight."""
         return join({site.name: self._build_one(site) for site in sites})
+
+    def frame_rank(self, sites: Mapping[str, tuple[int, int]]) -> int:
+        """That of the update."""
+        return self.r
+
+    def set_frames(self, updates: Mapping[str, TensorTrainUpdate], gradients: Mapping[str, Gradient]) -> None:
+        """Both trains where the weight's gradient has most energy, as far as their bonds can hold that."""
+        for name, update in updates.items():
+            update.set_frames(gradients[name])
 
     def _build_one(self, site: Site) -> TensorTrainUpdate:
         down = self._train(site.in_, std=1 / sqrt(3 * site.in_))  # the variance of LoRA's A

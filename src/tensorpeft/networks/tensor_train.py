@@ -7,12 +7,15 @@ product of the matrices `T1[:, m_1, :] · T2[:, m_2, :] · … · TN[:, m_N, :]`
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from math import prod
+from math import prod, sqrt
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensorpeft.networks.low_rank import Factors
+from tensorpeft.networks.mpo import decompose
+from tensorpeft.networks.sketch import Gradient, leading_frames
 from tensorpeft.networks.update import AbstractLowRankUpdate
 
 
@@ -43,6 +46,16 @@ def random_train(
     bonds = train_bonds(modes, rank)
     stds = [std, *(bond**-0.5 for bond in bonds[1:-1])]
     return [torch.normal(0.0, stds[k], (bonds[k], mode, bonds[k + 1])) for k, mode in enumerate(modes)]
+
+
+def train_of(
+    vector: Tensor,  # (product of the modes,)
+    modes: Sequence[int],
+    rank: int,
+) -> list[Tensor]:  # as `random_train`'s
+    """The train nearest to a vector, or nearly, by TT-SVD; all cores but the last are left-orthonormal."""
+    # An operator whose rows are one.
+    return [core.squeeze(1) for core in decompose(vector.reshape(1, -1), [1] * len(modes), modes, rank)]
 
 
 def describe_trains(update: nn.Module, num_down: int, num_up: int) -> str:
@@ -77,6 +90,23 @@ class TensorTrainUpdate(AbstractLowRankUpdate):
     def group_key(self) -> Hashable:
         """The shapes of its cores, and what else it was made with."""
         return self.rank, self.scale, tuple(core.shape for core in self.parameters())
+
+    @torch.no_grad()
+    def set_frames(self, gradient: Gradient) -> None:
+        """Put A and B where the gradient's energy is, cut to their bonds; B's last core is zero.
+
+        A is as large as LoRA's is in the mean: its rows have the norm 1/√3.
+        """
+        left, right = leading_frames([gradient], self.rank)
+        for side, frame, count in (("down", right.t(), self.num_down), ("up", left, self.num_up)):
+            cores = [getattr(self, f"{side}_{k}") for k in range(1, count + 1)]
+            modes, bond = [core.shape[1] for core in cores], max(core.shape[2] for core in cores)
+            rows, columns = (self.rank, len(right)) if side == "down" else (len(left), self.rank)
+            whole = F.pad(frame, (0, columns - frame.shape[1], 0, rows - frame.shape[0]))
+            found = train_of(whole.flatten(), modes, bond)
+            size = sqrt(self.rank / 3) / found[-1].norm() if side == "down" else 0.0
+            for core, value in zip(cores, [*found[:-1], found[-1] * size]):
+                core.copy_(value)
 
     def factors_from(self, tensors: Mapping[str, Tensor]) -> Factors:
         """A, the scale and B: formed once per forward, and kept for backward."""
