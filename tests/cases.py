@@ -20,6 +20,7 @@ from tensorpeft import (
     LorettaConfig,
     LortaConfig,
     LotrConfig,
+    MetaTtConfig,
     NolaConfig,
     QuantaConfig,
 )
@@ -56,6 +57,8 @@ CASES = [
     Case("lotr", LotrConfig, {"r": 4}),
     Case("fact-tt", FactConfig, {"r": 4}),
     Case("fact-tk", FactConfig, {"r": 4, "core": "tk"}),
+    Case("metatt", MetaTtConfig, {"r": 4}),
+    Case("metatt-5d", MetaTtConfig, {"r": 4, "order": 5}),
     Case("loretta", LorettaConfig, {"r": 4}, rate=1e-2),
     Case("loretta-no-start", LorettaConfig, {"r": 4, "init_weights": False}, starts_at_identity=False, rate=1e-2),
     Case("flora", FloraConfig, {"r": 4, "alpha": 64}),

@@ -7,6 +7,7 @@ from tensorpeft.methods.loretta import LorettaConfig
 from tensorpeft.methods.loretta_adapter import LorettaAdapterConfig
 from tensorpeft.methods.lorta import LortaConfig
 from tensorpeft.methods.lotr import LotrConfig
+from tensorpeft.methods.metatt import MetaTtConfig
 from tensorpeft.methods.nola import NolaConfig
 from tensorpeft.methods.quanta import QuantaConfig
 from tensorpeft.plugin.tensor_map import print_tensor_map
@@ -20,6 +21,7 @@ __all__ = [
     "LorettaConfig",
     "LortaConfig",
     "LotrConfig",
+    "MetaTtConfig",
     "NolaConfig",
     "QuantaConfig",
     "print_tensor_map",
