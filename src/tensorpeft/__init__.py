@@ -10,6 +10,7 @@ from tensorpeft.methods.lotr import LotrConfig
 from tensorpeft.methods.metatt import MetaTtConfig
 from tensorpeft.methods.nola import NolaConfig
 from tensorpeft.methods.quanta import QuantaConfig
+from tensorpeft.methods.tenslora import TensLoraConfig
 from tensorpeft.plugin.tensor_map import print_tensor_map
 from tensorpeft.quantization import quantizer as _quantizer  # noqa: F401  # registers residual bases with transformers
 
@@ -24,6 +25,7 @@ __all__ = [
     "MetaTtConfig",
     "NolaConfig",
     "QuantaConfig",
+    "TensLoraConfig",
     "print_tensor_map",
 ]
 __version__ = "0.1.0"

@@ -21,11 +21,11 @@ from tensorpeft.sites import Site, group_by_tensor, shape_name
 @register("metatt")
 @dataclass
 class MetaTtConfig(TensorConfig):
-    """`ΔW_{l,m}ᵀ = alpha · G1 G2[l] G3[m] G4` for layer l, projection m; order 5 has a core for the heads before the last.
+    """`ΔW_{l,m}ᵀ = alpha · G1 G2[l] G3[m] G4` for layer l and projection m; order 5 has one more core, for the heads.
 
-    G1 (in, r) and G4 (r, out) meet the two sides of a weight, G2 (layers, r, r) and G3 (projections, r, r) stand between
-    them. All weights of one shape (and tower) are one train: in a model whose keys and values are narrower than its
-    queries, they are a second one.
+    G1 (in, r) and G4 (r, out) meet the two sides of a weight, G2 (layers, r, r) and G3 (projections, r, r) stand
+    between them. All weights of one shape (and tower) are one train: in a model whose keys and values are narrower than
+    its queries, they are a second one.
 
     With order 5, `ΔW_{l,m}ᵀ[:, head h] = alpha · G1 G2[l] G3[m] G4[h] G5`, G4 (heads, r, r) and G5 (r, head dimension).
     All weights of attention of one hidden size and head dimension are one train, on its heads' side the outputs of

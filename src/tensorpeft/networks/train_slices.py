@@ -135,8 +135,8 @@ def round_train(
 ) -> list[Tensor]:  # the same; float64
     """A train cut to a rank, its norm spread equally over the cores.
 
-    The error is at most √(N − 1) times the best one's: before a bond is cut, all cores to its right are made orthogonal,
-    so that the cut is of the tensor and not of a core. Source: Oseledets (2011), algorithm 2.
+    The error is at most √(N − 1) times the best one's: before a bond is cut, all cores to its right are made
+    orthogonal, so that the cut is of the tensor and not of a core. Source: Oseledets (2011), algorithm 2.
     """
     cut = [core.double() for core in cores]
     for k in range(len(cut) - 1, 0, -1):
