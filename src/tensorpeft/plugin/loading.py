@@ -26,6 +26,8 @@ _SHARE_TOLERANCE = 0.2
 _CHECKPOINTED = "_checkpoint_wrapped_module."
 # What PEFT puts before the name of a module of the base model in a checkpoint's keys.
 _BASE_PREFIX = "base_model.model."
+# Of the memory that torch allocates on a CPU, in bytes.
+_ALIGNMENT = 64
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -207,7 +209,9 @@ def _as_held(key: str, tensor: Tensor, held: Tensor) -> Tensor:
                 "not have. Load the model in float64, or save the adapter in float32."
             )
         return narrow
-    return tensor.to(torch.promote_types(tensor.dtype, held.dtype))
+    tensor = tensor.to(torch.promote_types(tensor.dtype, held.dtype))
+    # What lies across a file's memory as it comes may stay there, and small products of it round otherwise.
+    return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
 
 
 def _trained_in_full(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
