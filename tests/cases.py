@@ -60,7 +60,7 @@ CASES = [
     Case("fact-tk", FactConfig, {"r": 4, "core": "tk"}),
     Case("metatt", MetaTtConfig, {"r": 4}),
     Case("metatt-5d", MetaTtConfig, {"r": 4, "order": 5}),
-    Case("tenslora", TensLoraConfig, {"r": [4, 3, 3, 2]}),
+    Case("tenslora", TensLoraConfig, {"r": 4}),
     Case("tenslora-heads-cp", TensLoraConfig, {"r": 4, "arrangement": "Att_QKV_Depth", "decomposition": "cp"}),
     Case("loretta", LorettaConfig, {"r": 4}, rate=1e-2),
     Case("loretta-no-start", LorettaConfig, {"r": 4, "init_weights": False}, starts_at_identity=False, rate=1e-2),

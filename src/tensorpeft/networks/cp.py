@@ -76,8 +76,9 @@ class CpUpdate(AbstractSliceUpdate):
         """The terms of all, side by side; each one's A with its weight and scale."""
         updates = (self, *others)
         shared = [cast(CpFactors, update.shared) for update in updates]
-        if any(factors.sizes != shared[0].sizes for factors in shared):
-            raise ValueError(f"tensors of the modes {[factors.sizes for factors in shared]}: expected equal ones.")
+        forms = [(type(factors).__name__, factors.sizes) for factors in shared]
+        if any(form != forms[0] for form in forms):
+            raise ValueError(f"tensors of the modes {forms}: expected equal ones.")
         parts = [dict(factors.named_parameters()) for factors in shared]
         factors = [weight * update.scale for weight, update in zip(weights, updates)]
         return {

@@ -83,8 +83,9 @@ class TuckerSliceUpdate(AbstractSliceUpdate):
         """The factors side by side; the cores, with weights and scales, on the diagonal of larger ones."""
         updates = (self, *others)
         shared = [cast(TuckerSliceFactors, update.shared) for update in updates]
-        if any(factors.sizes != shared[0].sizes for factors in shared):
-            raise ValueError(f"tensors of the modes {[factors.sizes for factors in shared]}: expected equal ones.")
+        forms = [(type(factors).__name__, factors.sizes) for factors in shared]
+        if any(form != forms[0] for form in forms):
+            raise ValueError(f"tensors of the modes {forms}: expected equal ones.")
         ranks = [factors.rank for factors in shared]
         parts = [dict(factors.named_parameters()) for factors in shared]
         found = dict[str, Tensor]()
