@@ -8,6 +8,7 @@ from tensorpeft.methods.loretta_adapter import LorettaAdapterConfig
 from tensorpeft.methods.lorta import LortaConfig
 from tensorpeft.methods.lotr import LotrConfig
 from tensorpeft.methods.metatt import MetaTtConfig
+from tensorpeft.methods.metatt_sweep import MetaTtSweep
 from tensorpeft.methods.nola import NolaConfig
 from tensorpeft.methods.quanta import QuantaConfig
 from tensorpeft.methods.tenslora import TensLoraConfig
@@ -23,6 +24,7 @@ __all__ = [
     "LortaConfig",
     "LotrConfig",
     "MetaTtConfig",
+    "MetaTtSweep",
     "NolaConfig",
     "QuantaConfig",
     "TensLoraConfig",

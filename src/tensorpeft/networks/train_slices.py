@@ -56,17 +56,8 @@ class TrainFactors(SharedFactors):
 
     @torch.no_grad()
     def cut(self, name: str, rank: int) -> dict[nn.Parameter, nn.Parameter]:
-        """Cut the bonds of one train to a rank: what each parameter has been replaced by.
-
-        Raises:
-            ValueError: a core is zero, so that the train has no direction worth keeping. Nothing has been changed.
-        """
+        """Cut the bonds of one train, none of whose cores is zero, to a rank: what each parameter was replaced by."""
         old = self.cores(name)
-        if not all(core.any() for core in old):
-            raise ValueError(
-                f"{name}: a core of this train is still zero, so that a cut would choose its bonds at random. Cut it "
-                "after the first step of training."
-            )
         first, *inner, last = old
         chain = [first[None], *(core.transpose(0, 1) for core in inner), last[..., None]]
         cut = round_train(chain, rank)
