@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from tensorpeft.methods.places import Place, Places, place_heads
+from tensorpeft.methods.tensor_places import Place, Places, place_heads
 from tensorpeft.networks.cp import CpFactors, CpUpdate
 from tensorpeft.networks.group import join
 from tensorpeft.plugin.config import Bases, TensorConfig, check_is_bool, check_rank, check_scale

@@ -26,8 +26,6 @@ _SHARE_TOLERANCE = 0.2
 _CHECKPOINTED = "_checkpoint_wrapped_module."
 # What PEFT puts before the name of a module of the base model in a checkpoint's keys.
 _BASE_PREFIX = "base_model.model."
-# Of the memory that torch allocates on a CPU, in bytes.
-_ALIGNMENT = 64
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -210,8 +208,8 @@ def _as_held(key: str, tensor: Tensor, held: Tensor) -> Tensor:
             )
         return narrow
     tensor = tensor.to(torch.promote_types(tensor.dtype, held.dtype))
-    # What lies across a file's memory as it comes may stay there, and small products of it round otherwise.
-    return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
+    # It may stay where it lies in a file. Small products round otherwise unless it is aligned as torch's own memory is.
+    return tensor if tensor.data_ptr() % 64 == 0 else tensor.clone()
 
 
 def _trained_in_full(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
