@@ -30,7 +30,7 @@ ADAPTERS: dict[str, Callable[[int], PeftConfig]] = {
     "FacT-TT": lambda r: FactConfig(r=r, target_modules=TARGETS),
     "FacT-TK": lambda r: FactConfig(r=r, core="tk", target_modules=TARGETS),
     "MetaTT": lambda r: MetaTtConfig(r=r, target_modules=TARGETS),
-    "MetaTT-5D": lambda r: MetaTtConfig(r=r, order=5, target_modules=TARGETS),
+    "MetaTT-5D": lambda r: MetaTtConfig(r=r, variant="5d", target_modules=TARGETS),
     "TensLoRA": lambda r: TensLoraConfig(r=r, target_modules=TARGETS),
     "TensLoRA, heads": lambda r: TensLoraConfig(r=r, arrangement="Att_QKV_Depth", target_modules=TARGETS),
     "FLoRA": lambda r: FloraConfig(r=r, target_modules=TARGETS),

@@ -59,7 +59,7 @@ CASES = [
     Case("fact-tt", FactConfig, {"r": 4}),
     Case("fact-tk", FactConfig, {"r": 4, "core": "tk"}),
     Case("metatt", MetaTtConfig, {"r": 4}),
-    Case("metatt-5d", MetaTtConfig, {"r": 4, "order": 5}),
+    Case("metatt-5d", MetaTtConfig, {"r": 4, "variant": "5d"}),
     Case("tenslora", TensLoraConfig, {"r": 4}),
     Case("tenslora-heads-cp", TensLoraConfig, {"r": 4, "arrangement": "Att_QKV_Depth", "decomposition": "cp"}),
     Case("loretta", LorettaConfig, {"r": 4}, rate=1e-2),

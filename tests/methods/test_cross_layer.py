@@ -50,7 +50,7 @@ class Method:
         if self.config is LortaConfig:
             return lorta_updates(architecture, factors, self.scale, xp)
         if self.config is MetaTtConfig:
-            has_heads = self.arguments["order"] == 5
+            has_heads = self.arguments["variant"] == "5d"
             return train_updates(architecture, shapes(architecture), factors, self.scale, has_heads, xp)
         if self.config is TensLoraConfig:
             arrangement = self.arguments["arrangement"]
@@ -70,8 +70,8 @@ METHODS = [
     Method("lotr", LotrConfig, {"r": 3, "alpha": 7}, 7 / 3),
     Method("fact-tt", FactConfig, {"r": 3, "core": "tt", "scale": 0.6}, 0.6),
     Method("fact-tk", FactConfig, {"r": 3, "core": "tk", "scale": 0.6}, 0.6),
-    Method("metatt", MetaTtConfig, {"r": 3, "order": 4, "alpha": 0.6}, 0.6),
-    Method("metatt-5d", MetaTtConfig, {"r": 3, "order": 5, "alpha": 0.6}, 0.6),
+    Method("metatt", MetaTtConfig, {"r": 3, "variant": "4d", "alpha": 0.6}, 0.6),
+    Method("metatt-5d", MetaTtConfig, {"r": 3, "variant": "5d", "alpha": 0.6}, 0.6),
     tenslora("QKV_Depth", [3, 4, 2, 5]),
     tenslora("Att_QKV_Depth", [5, 4, 3, 2, 3]),
 ]
@@ -278,10 +278,15 @@ def build_roberta(sizes: dict[str, int]) -> nn.Module:
         ),
         (build_llama, LLAMA_2_7B, MetaTtConfig(r=8, target_modules=QV), 67_712),
         (build_llama, LLAMA_2_7B, MetaTtConfig(r=64, target_modules=QV), 663_552),
-        (build_llama, LLAMA_2_7B, MetaTtConfig(r=8, order=5, target_modules=QV), 38_016),
-        (build_llama, LLAMA_3_8B, MetaTtConfig(r=4, order=5, target_modules=QV), (4096 + 128 + 4 * (32 + 2 + 32)) * 4),
+        (build_llama, LLAMA_2_7B, MetaTtConfig(r=8, variant="5d", target_modules=QV), 38_016),
+        (
+            build_llama,
+            LLAMA_3_8B,
+            MetaTtConfig(r=4, variant="5d", target_modules=QV),
+            (4096 + 128 + 4 * (32 + 2 + 32)) * 4,
+        ),
         (build_roberta, ROBERTA_BASE, MetaTtConfig(r=8, target_modules=["query", "value"]), 13_184),
-        (build_roberta, ROBERTA_BASE, MetaTtConfig(r=16, order=5, target_modules=["query", "value"]), 19_968),
+        (build_roberta, ROBERTA_BASE, MetaTtConfig(r=16, variant="5d", target_modules=["query", "value"]), 19_968),
         (build_roberta, ROBERTA_LARGE, MetaTtConfig(r=16, target_modules=["query", "value"]), 39_424),
         *[
             (

@@ -19,7 +19,7 @@ from tensorpeft.networks.train_slices import TrainFactors, round_train
 from tensorpeft.plugin.layer import TensorLayer
 
 LLAMA = MODELS[0]
-over_orders = pytest.mark.parametrize("order", [4, 5])
+over_variants = pytest.mark.parametrize("variant", ["4d", "5d"])
 
 
 def dense(cores: list[Tensor]) -> np.ndarray:
@@ -65,9 +65,9 @@ def test_a_cut_to_the_rank_that_it_has_changes_nothing():
     np.testing.assert_allclose(dense(cut), dense(cores), rtol=0, atol=1e-9)
 
 
-def adapted(order: int = 4, r: int = 4, **more: Any) -> PeftModel:
+def adapted(variant: str = "4d", r: int = 4, **more: Any) -> PeftModel:
     torch.manual_seed(3)
-    config = MetaTtConfig(r=r, order=order, target_modules=LLAMA.targets, task_type="CAUSAL_LM", **more)
+    config = MetaTtConfig(r=r, variant=variant, target_modules=LLAMA.targets, task_type="CAUSAL_LM", **more)
     return get_peft_model(LLAMA.fresh(), config)
 
 
@@ -84,9 +84,9 @@ def trained_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-@over_orders
-def test_a_cut_adapter_is_a_smaller_one(order: int, tmp_path):
-    model = adapted(order, r=6).eval()
+@over_variants
+def test_a_cut_adapter_is_a_smaller_one(variant: str, tmp_path):
+    model = adapted(variant, r=6).eval()
     perturb(model)
     before, size = deltas(model), model.get_nb_trainable_parameters()[0]
     assert cut_ranks(model, 3)
@@ -103,7 +103,7 @@ def test_a_cut_adapter_is_a_smaller_one(order: int, tmp_path):
         loaded = PeftModel.from_pretrained(LLAMA.fresh(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage).eval()
         assert torch.equal(logits(loaded), expected)
         assert loaded.peft_config["default"].bonds == bonds
-    model.add_adapter("second", MetaTtConfig(r=2, order=order, target_modules=LLAMA.targets))
+    model.add_adapter("second", MetaTtConfig(r=2, variant=variant, target_modules=LLAMA.targets))
     model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum")
     model.set_adapter("sum", inference_mode=True)
     torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
@@ -118,7 +118,7 @@ def test_a_zero_core_is_refused():
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 
-def test_bonds_of_another_order_are_refused():
+def test_bonds_of_another_variant_are_refused():
     with pytest.raises(ValueError, match=r"bonds\['24x24'\]=\[2, 2\]: expected 3, one between each two"):
         adapted(bonds={"24x24": [2, 2]})
     with pytest.raises(ValueError, match=r"bonds\['24x24'\]=0: expected a whole number of at least 1"):

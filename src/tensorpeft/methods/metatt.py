@@ -21,23 +21,23 @@ from tensorpeft.sites import Site, group_by_tensor, shape_name
 @register("metatt")
 @dataclass
 class MetaTtConfig(TensorConfig):
-    """`ΔW_{l,m}ᵀ = alpha · G1 G2[l] G3[m] G4` for layer l and projection m; order 5 has one more core, for the heads.
+    """`ΔW_{l,m}ᵀ = alpha · G1 G2[l] G3[m] G4` for layer l and projection m; 5d has one more core, for the heads.
 
     G1 (in, r) and G4 (r, out) meet the two sides of a weight, G2 (layers, r, r) and G3 (projections, r, r) stand
     between them. All weights of one shape (and tower) are one train: in a model whose keys and values are narrower than
     its queries, they are a second one.
 
-    With order 5, `ΔW_{l,m}ᵀ[:, head h] = alpha · G1 G2[l] G3[m] G4[h] G5`, G4 (heads, r, r) and G5 (r, head dimension).
+    With 5d, `ΔW_{l,m}ᵀ[:, head h] = alpha · G1 G2[l] G3[m] G4[h] G5`, G4 (heads, r, r) and G5 (r, head dimension).
     All weights of attention of one hidden size and head dimension are one train, on its heads' side the outputs of
     query, key and value and the inputs of the attention's output, whose slice is transposed. Keys and values of
     grouped-query attention use the first slices of G4; a fused projection is split. Weights outside of attention have
-    no heads: theirs are trains of order 4. Cross attention counts as layers of its own in both.
+    no heads: theirs are trains of 4d. Cross attention counts as layers of its own in both.
 
-    Query and value of LLaMA-2-7B at r = 8 have 67,712 parameters (order 4) or 38,016 (order 5); LoRA's have 4,194,304.
+    Query and value of LLaMA-2-7B at r = 8 have 67,712 parameters (4d) or 38,016 (5d); LoRA's have 4,194,304.
 
     Args:
         r: rank of every bond.
-        order: 4, or 5 with a core for the heads.
+        variant: "4d", of four cores, or "5d", with one more for the heads.
         alpha: what multiplies every update; it is not divided by r.
         bonds: of some trains, {name: [bond, ...]}, as `MetaTtSweep` leaves them. The others have r.
         head_dim: features of an attention head, for a model whose configuration does not say it.
@@ -45,18 +45,18 @@ class MetaTtConfig(TensorConfig):
             the cores between are identities. False: all are random, which is *not* the identity.
 
     Raises:
-        ValueError: a rank, bond or head dimension below 1, an order other than 4 and 5, an alpha that is not positive;
-            when it meets a model, bonds of another number than the train has, and, with order 5, heads that are
+        ValueError: a rank, bond or head dimension below 1, an unknown variant, an alpha that is not positive;
+            when it meets a model, bonds of another number than the train has, and, with 5d, heads that are
             unknown.
 
     Source: MetaTT, 4D and 5D. The start, trains by shape, heads of grouped queries and of the output: ours.
 
-    >>> MetaTtConfig(r=8, order=5, target_modules=["q_proj", "v_proj"]).alpha
+    >>> MetaTtConfig(r=8, variant="5d", target_modules=["q_proj", "v_proj"]).alpha
     1.0
     """
 
     r: int = field(default=8, metadata={"help": "Rank of every bond."})
-    order: Literal[4, 5] = field(default=4, metadata={"help": "Cores of a train: 4, or 5 with one for the heads."})
+    variant: Literal["4d", "5d"] = field(default="4d", metadata={"help": '"4d", or "5d" with a core for the heads.'})
     alpha: float = field(default=1.0, metadata={"help": "What multiplies every update."})
     bonds: dict[str, list[int]] | None = field(default=None, metadata={"help": "Bonds of trains that have been cut."})
     head_dim: int | None = field(default=None, metadata={"help": "Features of a head, where the model does not say."})
@@ -68,8 +68,8 @@ class MetaTtConfig(TensorConfig):
         check_rank("r", self.r)
         check_is_bool("init_weights", self.init_weights)
         check_scale("alpha", self.alpha)
-        if self.order not in (4, 5):
-            raise ValueError(f"order={self.order!r}: expected 4, or 5 with a core for the heads.")
+        if self.variant not in ("4d", "5d"):
+            raise ValueError(f'variant={self.variant!r}: expected "4d", or "5d" with a core for the heads.')
         if self.head_dim is not None:
             check_rank("head_dim", self.head_dim)
         for name, bonds in (self.bonds or {}).items():
@@ -99,11 +99,11 @@ class MetaTtConfig(TensorConfig):
         return join(updates)
 
     def _has_heads(self, site: Site) -> bool:
-        return self.order == 5 and site.kind == "attention"
+        return self.variant == "5d" and site.kind == "attention"
 
     def _place(self, site: Site) -> Place:
         if self._has_heads(site):
-            return place_heads(site, self.head_dim, type(self).__name__, "order=4")
+            return place_heads(site, self.head_dim, type(self).__name__, 'variant="4d"')
         return place_matrix(site)
 
     def _bonds(self, name: str, count: int) -> list[int]:
@@ -111,7 +111,7 @@ class MetaTtConfig(TensorConfig):
         if len(bonds) != count:
             raise ValueError(
                 f"bonds[{name!r}]={bonds}: expected {count}, one between each two of this train's {count + 1} cores. "
-                "Were they cut with another order? Leave them out to give every bond r."
+                "Were they cut with another variant? Leave them out to give every bond r."
             )
         return bonds
 
