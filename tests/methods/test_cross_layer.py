@@ -279,12 +279,8 @@ def build_roberta(sizes: dict[str, int]) -> nn.Module:
         (build_llama, LLAMA_2_7B, MetaTtConfig(r=8, target_modules=QV), 67_712),
         (build_llama, LLAMA_2_7B, MetaTtConfig(r=64, target_modules=QV), 663_552),
         (build_llama, LLAMA_2_7B, MetaTtConfig(r=8, variant="5d", target_modules=QV), 38_016),
-        (
-            build_llama,
-            LLAMA_3_8B,
-            MetaTtConfig(r=4, variant="5d", target_modules=QV),
-            (4096 + 128 + 4 * (32 + 2 + 32)) * 4,
-        ),
+        # Keys and values use the first heads of the queries' core.
+        (build_llama, LLAMA_3_8B, MetaTtConfig(r=4, variant="5d", target_modules=QV), 4224 * 4 + (32 + 2 + 32) * 16),
         (build_roberta, ROBERTA_BASE, MetaTtConfig(r=8, target_modules=["query", "value"]), 13_184),
         (build_roberta, ROBERTA_BASE, MetaTtConfig(r=16, variant="5d", target_modules=["query", "value"]), 19_968),
         (build_roberta, ROBERTA_LARGE, MetaTtConfig(r=16, target_modules=["query", "value"]), 39_424),
