@@ -12,8 +12,10 @@ from tensorpeft import (
     LorettaConfig,
     LortaConfig,
     LotrConfig,
+    MetaTtConfig,
     NolaConfig,
     QuantaConfig,
+    TensLoraConfig,
 )
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
@@ -27,6 +29,10 @@ ADAPTERS: dict[str, Callable[[int], PeftConfig]] = {
     "LoTR": lambda r: LotrConfig(r=r, target_modules=TARGETS),
     "FacT-TT": lambda r: FactConfig(r=r, target_modules=TARGETS),
     "FacT-TK": lambda r: FactConfig(r=r, core="tk", target_modules=TARGETS),
+    "MetaTT": lambda r: MetaTtConfig(r=r, target_modules=TARGETS),
+    "MetaTT-5D": lambda r: MetaTtConfig(r=r, variant="5d", target_modules=TARGETS),
+    "TensLoRA": lambda r: TensLoraConfig(r=r, target_modules=TARGETS),
+    "TensLoRA, heads": lambda r: TensLoraConfig(r=r, arrangement="Att_QKV_Depth", target_modules=TARGETS),
     "FLoRA": lambda r: FloraConfig(r=r, target_modules=TARGETS),
     "NOLA": lambda r: NolaConfig(r=r, target_modules=TARGETS),
     "LoRETTA": lambda r: LorettaConfig(r=r, target_modules=TARGETS),

@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from adapters import ADAPTERS, TARGETS
 
 NAMES = ["LoRA", "DoTA", "DoTA, random", "LoRTA", "LoTR", "FacT-TT", "FacT-TK", "FLoRA", "LoRETTA", "NOLA"]
-NAMES += ["QuanTA 4 axes"]
+NAMES += ["QuanTA 4 axes", "MetaTT", "MetaTT-5D", "TensLoRA", "TensLoRA, heads"]
 
 
 class OperationCounter(TorchDispatchMode):
@@ -93,10 +93,10 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 12, 30])
     arguments = parser.parse_args()
     print(f"Operations added per adapted weight, forward and backward, r = {arguments.rank}\n")
-    print(f"{'':14s}" + "".join(f"{layers:>5d} layers" for layers in arguments.layers))
+    print(f"{'':16s}" + "".join(f"{layers:>5d} layers" for layers in arguments.layers))
     for name in NAMES:
         counts = [added_per_weight(ADAPTERS[name](arguments.rank), layers) for layers in arguments.layers]
-        print(f"{name:14s}" + "".join(f"{count:12.1f}" for count in counts))
+        print(f"{name:16s}" + "".join(f"{count:12.1f}" for count in counts))
 
 
 if __name__ == "__main__":

@@ -20,8 +20,10 @@ from tensorpeft import (
     LorettaConfig,
     LortaConfig,
     LotrConfig,
+    MetaTtConfig,
     NolaConfig,
     QuantaConfig,
+    TensLoraConfig,
 )
 
 
@@ -56,6 +58,10 @@ CASES = [
     Case("lotr", LotrConfig, {"r": 4}),
     Case("fact-tt", FactConfig, {"r": 4}),
     Case("fact-tk", FactConfig, {"r": 4, "core": "tk"}),
+    Case("metatt", MetaTtConfig, {"r": 4}),
+    Case("metatt-5d", MetaTtConfig, {"r": 4, "variant": "5d"}),
+    Case("tenslora", TensLoraConfig, {"r": 4}),
+    Case("tenslora-heads-cp", TensLoraConfig, {"r": 4, "arrangement": "Att_QKV_Depth", "decomposition": "cp"}),
     Case("loretta", LorettaConfig, {"r": 4}, rate=1e-2),
     Case("loretta-no-start", LorettaConfig, {"r": 4, "init_weights": False}, starts_at_identity=False, rate=1e-2),
     Case("flora", FloraConfig, {"r": 4, "alpha": 64}),

@@ -1,10 +1,11 @@
-"""LoRTA, LoTR and FacT in plain numpy and float64: dense tensors by the written formulas, and what each layer takes.
+"""LoRTA, LoTR, FacT, MetaTT and TensLoRA in plain numpy and float64: dense tensors, and what each layer takes.
 
 What the layers of each architecture are stands here by hand, from the sources of transformers; nothing is asked of the
 library. Letters: l layer, m projection, h head, b head feature, a hidden feature, i intermediate feature, n weight of
 one shape, o output and d input feature, k, p and q ranks. With `xp=torch` autograd differentiates the same formulas.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -15,7 +16,14 @@ import torch
 import transformers
 from torch import nn
 
-__all__ = ["ARCHITECTURES", "Architecture", "lorta_updates", "over_layer_updates"]
+__all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "lorta_updates",
+    "over_layer_updates",
+    "stacked_updates",
+    "train_updates",
+]
 
 Array: TypeAlias = Any  # of numpy, or of torch where gradients are wanted
 HEADS = 4
@@ -79,6 +87,22 @@ def attention_weight(
     return heads.reshape(-1, hidden)
 
 
+def attention_updates(
+    architecture: Architecture,
+    tensor: Array,  # (layers, projections, heads, head_dim, hidden)
+    xp: ModuleType,
+) -> dict[str, Array]:  # {layer: (out, in)}
+    """Every layer's slice; the projection's place is that among the distinct ones."""
+    updates, order = {}, "".join(architecture.projections.values())
+    assert tensor.shape[:2] == (len(architecture.attention), len(order))
+    num_heads = {"q": HEADS, "k": architecture.kv_heads, "v": architecture.kv_heads, "o": HEADS}
+    for layer, block in enumerate(architecture.attention):
+        for name, letters in architecture.projections.items():
+            parts = [tensor[layer, order.index(letter)][: num_heads[letter]] for letter in letters]
+            updates[f"{block}.{name}"] = attention_weight(parts, letters, architecture.interleaved, xp)
+    return updates
+
+
 def lorta_updates(
     architecture: Architecture,
     factors: dict[str, Array],
@@ -86,14 +110,7 @@ def lorta_updates(
     xp: ModuleType = np,
 ) -> dict[str, Array]:  # {layer: (out, in)}
     """Every layer's slice of the two tensors; the row of C_M is the place among the distinct projections."""
-    updates = {}
-    tensor, order = lorta_attention(factors, scale, xp), "".join(architecture.projections.values())
-    assert tensor.shape[:2] == (len(architecture.attention), len(order))
-    num_heads = {"q": HEADS, "k": architecture.kv_heads, "v": architecture.kv_heads, "o": HEADS}
-    for layer, block in enumerate(architecture.attention):
-        for name, letters in architecture.projections.items():
-            parts = [tensor[layer, order.index(letter)][: num_heads[letter]] for letter in letters]
-            updates[f"{block}.{name}"] = attention_weight(parts, letters, architecture.interleaved, xp)
+    updates = attention_updates(architecture, lorta_attention(factors, scale, xp), xp)
     tensor = lorta_mlp(factors, scale, xp)
     counts = [2 if side == "two rows" else 1 for side in architecture.mlp_layers.values()]
     assert tensor.shape[:2] == (len(architecture.mlp), sum(counts))
@@ -122,6 +139,81 @@ def over_layer_updates(
         middle = own["G"] if own["G"] is not None else xp.einsum("nk,pqk->npq", own["P"], own["C"])
         tensor = scale * xp.einsum("op,npq,dq->nod", own["U"], middle, own["V"])
         updates |= dict(zip(names, tensor, strict=True))
+    return updates
+
+
+def roles(architecture: Architecture) -> dict[str, tuple[str, str]]:
+    """{layer: (block, its name in the block)}."""
+    blocks = [(architecture.attention, architecture.projections), (architecture.mlp, architecture.mlp_layers)]
+    return {f"{block}.{name}": (block, name) for names, layers in blocks for block in names for name in layers}
+
+
+def train_updates(
+    architecture: Architecture,
+    shapes: dict[str, tuple[int, int]],  # of every adapted layer, in module order
+    factors: dict[str, Array],
+    scale: float,
+    has_heads: bool,
+    xp: ModuleType = np,
+) -> dict[str, Array]:  # {layer: (out, in)}
+    """MetaTT: s G1 G2[l] G3[m] G4, transposed, over the layers of one shape; with heads s G1 G2[l] G3[m] G4[h] G5."""
+    updates, places = {}, roles(architecture)
+    if has_heads:
+        heads = {name.rpartition("_")[2]: core for name, core in factors.items() if name.startswith("heads_")}
+        cores = [heads[f"G{k}"] for k in range(1, 6)]
+        updates = attention_updates(architecture, scale * xp.einsum("ap,lpq,mqt,htu,ub->lmhba", *cores), xp)
+    rest = {name: shape for name, shape in shapes.items() if name not in updates}
+    for out_features, in_features in set(rest.values()):
+        names = [name for name, shape in rest.items() if shape == (out_features, in_features)]
+        blocks, leaves = (list(dict.fromkeys(places[name][k] for name in names)) for k in (0, 1))
+        cores = [factors[f"{out_features}x{in_features}_G{k}"] for k in range(1, 5)]
+        tensor = scale * xp.einsum("ap,lpq,mqt,tb->lmba", *cores)
+        assert tensor.shape[:2] == (len(blocks), len(leaves))
+        updates |= {name: tensor[blocks.index(places[name][0]), leaves.index(places[name][1])] for name in names}
+    return updates
+
+
+def stacked_updates(
+    architecture: Architecture,
+    shapes: dict[str, tuple[int, int]],  # of every adapted layer, in module order
+    factors: dict[str, Array],
+    scale: float,
+    arrangement: str,
+    xp: ModuleType = np,
+) -> dict[str, Array]:  # {layer: (out, in)}
+    """TensLoRA: s Σ G[p,q,…] A[a,p] B[b,q] …, of the modes that are stacked; without G the sum is over one k."""
+    stacked, places, updates = arrangement.split("_"), roles(architecture), {}
+    tensors: dict[tuple[str, ...], list[str]] = {}
+    for name, (out_features, in_features) in shapes.items():
+        block, leaf = places[name]
+        key = f"{out_features}x{in_features}"
+        letters = architecture.projections.get(leaf) if block in architecture.attention else None
+        if "Att" in stacked and letters is not None:
+            counts = {"q": HEADS, "k": architecture.kv_heads, "v": architecture.kv_heads, "o": HEADS}
+            heads = sum(counts[letter] for letter in letters)
+            inner, outer = (in_features, out_features) if letters == "o" else (out_features, in_features)
+            key = f"heads_{outer}x{heads}x{inner // heads}"
+        own = [key, *([] if "QKV" in stacked else [leaf]), *([] if "Depth" in stacked else [block])]
+        tensors.setdefault(tuple(own), []).append(name)
+    # Tensors stand in the order of the first layer of each.
+    stems = list(dict.fromkeys(re.sub(r"_(A|B|C_[HML]|G)$", "", name) for name in factors))
+    for key, names in zip(stems, tensors.values(), strict=True):
+        blocks, leaves = (list(dict.fromkeys(places[name][k] for name in names)) for k in (0, 1))
+        modes = {"A": "ap", "B": "bq", "C_H": "hs", "C_M": "mt", "C_L": "lu"}
+        present = {mode: factors[f"{key}_{mode}"] for mode in modes if f"{key}_{mode}" in factors}
+        core = factors.get(f"{key}_G")
+        axes = [modes[mode] if core is not None else modes[mode][0] + "k" for mode in present]
+        operands = [] if core is None else [core]
+        terms = ["".join(axis[1] for axis in axes)] * len(operands) + axes
+        kept = "".join(letter for letter in "lmhba" if letter in "".join(axis[0] for axis in axes))
+        tensor = scale * xp.einsum(f"{','.join(terms)}->{kept}", *operands, *present.values())
+        for name in names:
+            weight = tensor
+            weight = weight[blocks.index(places[name][0])] if "l" in kept else weight
+            weight = weight[leaves.index(places[name][1])] if "m" in kept else weight
+            weight = weight.reshape(-1, weight.shape[-1])
+            is_turned = "h" in kept and architecture.projections[places[name][1]] == "o"
+            updates[name] = weight.T if is_turned else weight
     return updates
 
 

@@ -11,6 +11,7 @@ operations = import_module("operations")
 
 # Per adapted weight of a model with twelve layers. LoRA has 10.
 BOUNDS = {"DoTA": 14, "DoTA, random": 12, "LoRTA": 8, "LoTR": 8, "FacT-TT": 8, "FacT-TK": 8, "LoRETTA": 10}
+BOUNDS |= {"MetaTT": 8, "MetaTT-5D": 8, "TensLoRA": 8}
 
 
 @pytest.mark.parametrize("name", BOUNDS)

@@ -7,8 +7,11 @@ from tensorpeft.methods.loretta import LorettaConfig
 from tensorpeft.methods.loretta_adapter import LorettaAdapterConfig
 from tensorpeft.methods.lorta import LortaConfig
 from tensorpeft.methods.lotr import LotrConfig
+from tensorpeft.methods.metatt import MetaTtConfig
+from tensorpeft.methods.metatt_sweep import MetaTtSweep
 from tensorpeft.methods.nola import NolaConfig
 from tensorpeft.methods.quanta import QuantaConfig
+from tensorpeft.methods.tenslora import TensLoraConfig
 from tensorpeft.plugin.gradients import initialize_from_gradients
 from tensorpeft.plugin.tensor_map import print_tensor_map
 from tensorpeft.quantization import quantizer as _quantizer  # noqa: F401  # registers residual bases with transformers
@@ -21,8 +24,11 @@ __all__ = [
     "LorettaConfig",
     "LortaConfig",
     "LotrConfig",
+    "MetaTtConfig",
+    "MetaTtSweep",
     "NolaConfig",
     "QuantaConfig",
+    "TensLoraConfig",
     "initialize_from_gradients",
     "print_tensor_map",
 ]

@@ -1,4 +1,4 @@
-"""LoRTA, LoTR and FacT against the dense tensors of their formulas, over the architectures that people adapt."""
+"""Methods of shared factors against the dense tensors of their formulas, over the architectures that people adapt."""
 
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -14,8 +14,15 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from cases import tiny_llama, tokens
-from cross_layer_oracles import ARCHITECTURES, Architecture, lorta_updates, over_layer_updates
-from tensorpeft import FactConfig, LortaConfig, LotrConfig
+from cross_layer_oracles import (
+    ARCHITECTURES,
+    Architecture,
+    lorta_updates,
+    over_layer_updates,
+    stacked_updates,
+    train_updates,
+)
+from tensorpeft import FactConfig, LortaConfig, LotrConfig, MetaTtConfig, TensLoraConfig
 
 TOLERANCE = 1e-10
 
@@ -42,7 +49,19 @@ class Method:
     ) -> dict[str, Any]:  # {layer: (out, in)}
         if self.config is LortaConfig:
             return lorta_updates(architecture, factors, self.scale, xp)
+        if self.config is MetaTtConfig:
+            has_heads = self.arguments["variant"] == "5d"
+            return train_updates(architecture, shapes(architecture), factors, self.scale, has_heads, xp)
+        if self.config is TensLoraConfig:
+            arrangement = self.arguments["arrangement"]
+            return stacked_updates(architecture, shapes(architecture), factors, self.scale, arrangement, xp)
         return over_layer_updates(shapes(architecture), factors, self.scale, xp)
+
+
+def tenslora(arrangement: str, r: int | list[int], **more: Any) -> Method:
+    scale = 6.0 if more else 0.6
+    arguments = {"r": r, "arrangement": arrangement, "scale": scale, **more}
+    return Method(f"tenslora-{arrangement}{'-cp' if more else ''}", TensLoraConfig, arguments, scale)
 
 
 LORTA = Method("lorta", LortaConfig, {"r": 3, "alpha": 7}, 7 / 3)
@@ -51,10 +70,41 @@ METHODS = [
     Method("lotr", LotrConfig, {"r": 3, "alpha": 7}, 7 / 3),
     Method("fact-tt", FactConfig, {"r": 3, "core": "tt", "scale": 0.6}, 0.6),
     Method("fact-tk", FactConfig, {"r": 3, "core": "tk", "scale": 0.6}, 0.6),
+    Method("metatt", MetaTtConfig, {"r": 3, "variant": "4d", "alpha": 0.6}, 0.6),
+    Method("metatt-5d", MetaTtConfig, {"r": 3, "variant": "5d", "alpha": 0.6}, 0.6),
+    tenslora("QKV_Depth", [3, 4, 2, 5]),
+    tenslora("Att_QKV_Depth", [5, 4, 3, 2, 3]),
 ]
+# Every way to stack; what the others of the list have is tested over all architectures.
+ARRANGEMENTS = [
+    tenslora("Att", [4, 3, 2]),
+    tenslora("QKV", [2, 3, 4]),
+    tenslora("Depth", [3, 2, 4]),
+    tenslora("Att_QKV", [3, 4, 5, 2]),
+    tenslora("Att_Depth", [9, 2, 2, 3]),
+    tenslora("QKV_Depth", 3, decomposition="cp"),
+    tenslora("Att", 3, decomposition="cp"),
+    tenslora("Att_QKV_Depth", 3, decomposition="cp"),
+]
+SOME = ("llama-grouped", "gpt2-conv1d", "gpt-neox-interleaved", "t5")
 BY_NAME = {architecture.name: architecture for architecture in ARCHITECTURES}
 over_methods = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+over_arrangements = pytest.mark.parametrize("method", ARRANGEMENTS, ids=lambda method: method.name)
 over_architectures = pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda architecture: architecture.name)
+# The weights of every architecture with the methods that split them in every way; the others with some.
+over_pairs = pytest.mark.parametrize(
+    ("architecture", "method"),
+    [
+        pytest.param(
+            architecture,
+            method,
+            id=f"{architecture.name}-{method.name}",
+            marks=[] if method in METHODS[:4] or architecture.name in SOME else pytest.mark.thorough,
+        )
+        for architecture in ARCHITECTURES
+        for method in METHODS
+    ],
+)
 
 
 def shapes(architecture: Architecture) -> dict[str, tuple[int, int]]:
@@ -93,8 +143,7 @@ def inputs(architecture: Architecture) -> dict[str, torch.Tensor]:
     return {"input_ids": tokens(), **decoder_input}
 
 
-@over_methods
-@over_architectures
+@over_pairs
 def test_updates_are_the_slices_of_the_dense_tensor(architecture: Architecture, method: Method):
     """Catches a swapped mode, row, head order or transpose in any layer."""
     model = method.adapt(architecture.fresh(), architecture.targets)
@@ -109,8 +158,13 @@ def test_updates_are_the_slices_of_the_dense_tensor(architecture: Architecture, 
         )
 
 
-@over_methods
-@over_architectures
+@over_arrangements
+@pytest.mark.parametrize("name", SOME[:3])
+def test_updates_are_the_slices_of_the_dense_tensor_in_every_arrangement(name: str, method: Method):
+    test_updates_are_the_slices_of_the_dense_tensor(BY_NAME[name], method)
+
+
+@over_pairs
 def test_outputs_are_those_of_the_base_with_dense_weights(architecture: Architecture, method: Method):
     """The layers multiply by the factors in an order of their own; get_delta_weight says nothing about that path."""
     model, base = method.adapt(architecture.fresh(), architecture.targets), architecture.fresh()
@@ -125,8 +179,7 @@ def test_outputs_are_those_of_the_base_with_dense_weights(architecture: Architec
     torch.testing.assert_close(actual, expected, rtol=0, atol=TOLERANCE)
 
 
-@over_methods
-@over_architectures
+@over_pairs
 def test_gradients_are_those_of_the_dense_formula(architecture: Architecture, method: Method):
     """A shared factor collects its gradient from every layer, also from those that use only some of its rows."""
     model, base = method.adapt(architecture.fresh(), architecture.targets), architecture.fresh()
@@ -188,6 +241,7 @@ ROBERTA_LARGE = {
     "num_hidden_layers": 24,
     "num_attention_heads": 16,
 }
+ENCODER_QKV = ["query", "key", "value"]
 QV, QKVO, MLP = ["q_proj", "v_proj"], ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
 
 
@@ -222,6 +276,33 @@ def build_roberta(sizes: dict[str, int]) -> nn.Module:
             FactConfig(r=4, core="tk", target_modules=QV),
             (4096 + 4096 + 32) * 4 + 4**3 + (4096 + 1024 + 32) * 4 + 4**3,
         ),
+        (build_llama, LLAMA_2_7B, MetaTtConfig(r=8, target_modules=QV), 67_712),
+        (build_llama, LLAMA_2_7B, MetaTtConfig(r=64, target_modules=QV), 663_552),
+        (build_llama, LLAMA_2_7B, MetaTtConfig(r=8, variant="5d", target_modules=QV), 38_016),
+        # Keys and values use the first heads of the queries' core.
+        (build_llama, LLAMA_3_8B, MetaTtConfig(r=4, variant="5d", target_modules=QV), 4224 * 4 + (32 + 2 + 32) * 16),
+        (build_roberta, ROBERTA_BASE, MetaTtConfig(r=8, target_modules=["query", "value"]), 13_184),
+        (build_roberta, ROBERTA_BASE, MetaTtConfig(r=16, variant="5d", target_modules=["query", "value"]), 19_968),
+        (build_roberta, ROBERTA_LARGE, MetaTtConfig(r=16, target_modules=["query", "value"]), 39_424),
+        *[
+            (
+                build_roberta,
+                ROBERTA_BASE,
+                TensLoraConfig(r=r, **how, target_modules=["query", "key", "value"]),
+                expected,
+            )
+            for r, how, expected in (
+                (8, {"arrangement": "Att"}, 261_504),
+                (8, {"arrangement": "QKV"}, 153_888),
+                (8, {"arrangement": "Depth"}, 38_688),
+                (8, {"arrangement": "Att_QKV"}, 130_464),
+                (8, {"arrangement": "Att_Depth"}, 32_832),
+                (8, {"arrangement": "QKV_Depth"}, 16_504),
+                (8, {"arrangement": "Att_QKV_Depth"}, 39_640),
+                (4, {"arrangement": "QKV_Depth"}, 6_460),
+                (8, {"arrangement": "QKV_Depth", "decomposition": "cp"}, 12_408),
+            )
+        ],
         (build_roberta, ROBERTA_BASE, LortaConfig(r=4, target_modules=["query", "value"]), 3_432),
         (build_roberta, ROBERTA_LARGE, LortaConfig(r=8, target_modules=["query", "value"]), 9_040),
     ],
@@ -379,7 +460,7 @@ def test_a_checkpoint_holds_every_shared_factor_once(method: Method, tmp_path):
     model.save_pretrained(tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     num_parameters = sum(factor.numel() for factor in factors.values())
-    assert 4 * num_parameters < path.stat().st_size <= 4 * num_parameters * 1.05 + 2048
+    assert 4 * num_parameters < path.stat().st_size <= 4 * num_parameters * 1.05 + 1024 + 160 * len(factors)
     saved = load_file(path)
     assert sorted(key.rpartition(".")[2] for key in saved) == sorted(factors)
     for key, tensor in saved.items():

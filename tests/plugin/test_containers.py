@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cases import CASES, Case, minilm, perturb
 
-SHARED = [case for case in CASES if case.name in ("lorta", "lotr", "fact-tt", "fact-tk")]
+SHARED = [case for case in CASES if case.name in ("lorta", "lotr", "fact-tt", "fact-tk", "metatt-5d", "tenslora")]
 over_shared = pytest.mark.parametrize("case", SHARED, ids=lambda case: case.name)
 
 

@@ -14,7 +14,11 @@ from tensorpeft.networks.group import Group
 from tensorpeft.networks.update import AbstractUpdate
 
 LLAMA = MODELS[0]
-GROUPED = [case for case in CASES if case.name in ("dota", "dota-random", "lorta", "lotr", "fact-tk", "loretta")]
+GROUPED = [
+    case
+    for case in CASES
+    if case.name in ("dota", "dota-random", "lorta", "lotr", "fact-tk", "metatt-5d", "tenslora", "loretta")
+]
 OWN = [case for case in GROUPED if case.name in ("dota", "dota-random", "loretta")]
 over_own = pytest.mark.parametrize("case", OWN, ids=lambda case: case.name)
 over_grouped = pytest.mark.parametrize("case", GROUPED, ids=lambda case: case.name)

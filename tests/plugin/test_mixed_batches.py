@@ -39,7 +39,7 @@ def five_values(case: Case, field: str) -> list[Any] | None:
         return [choices[k % len(choices)] for k in range(5)]
     if kind is bool:
         return [own, not own, own, not own, own]
-    if kind is int:
+    if type(own) is int:
         return [own + k for k in range(5)]
     return [own * factor for factor in (1.0, 0.25, 2.0, 3.0, 0.5)] if kind is float else None
 

@@ -15,7 +15,7 @@ from tensorpeft.export import to_lora
 from tensorpeft.plugin.layer import TensorLayer
 
 LLAMA = MODELS[0]
-SUMMABLE = [case for case in CASES if case.name in ("lorta", "lotr", "fact-tt", "fact-tk")]
+SUMMABLE = [case for case in CASES if case.name in ("lorta", "lotr", "fact-tt", "fact-tk", "metatt-5d", "tenslora")]
 FIRST_OF_EACH = list({case.config: case for case in reversed(CASES)}.values())
 over_summable = pytest.mark.parametrize("case", SUMMABLE, ids=lambda case: case.name)
 IN_FULL: dict[str, dict[str, Any]] = {

@@ -13,7 +13,7 @@ from cases import CASES, MODELS, Case, logits, perturb, tokens
 from tensorpeft import LortaConfig, LotrConfig
 from tensorpeft.networks.update import SharedFactors
 
-SHARED = [case for case in CASES if case.name in ("lorta", "lotr", "fact-tt", "fact-tk")]
+SHARED = [case for case in CASES if case.name in ("lorta", "lotr", "fact-tt", "fact-tk", "metatt-5d", "tenslora")]
 LLAMA = MODELS[0]
 over_shared = pytest.mark.parametrize("case", SHARED, ids=lambda case: case.name)
 

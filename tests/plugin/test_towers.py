@@ -13,7 +13,7 @@ from cases import CASES, Case, over_cases, perturb, tiny_llama
 from tensorpeft import LortaConfig
 from tensorpeft.plugin.tensor_map import tensor_map
 
-SHARED = [case for case in CASES if case.name in ("lorta", "lotr", "fact-tt", "fact-tk")]
+SHARED = [case for case in CASES if case.name in ("lorta", "lotr", "fact-tt", "fact-tk", "metatt-5d", "tenslora")]
 over_shared = pytest.mark.parametrize("case", SHARED, ids=lambda case: case.name)
 TEXT = {
     "vocab_size": 64,

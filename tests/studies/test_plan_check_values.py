@@ -44,8 +44,17 @@ CHECK_VALUES = [
         "LLaMA-2-7B",
         TWO,
         64,
-        {"lora": 16 * 2_097_152, "lorta": 274_560, "lotr": 786_432, "fact-tt": 786_432, "fact-tk": 790_528},
+        {
+            "lora": 16 * 2_097_152,
+            "lorta": 274_560,
+            "lotr": 786_432,
+            "fact-tt": 786_432,
+            "fact-tk": 790_528,
+        },
     ),
+    ("LLaMA-2-7B", TWO, 64, {"metatt": 663_552}),
+    ("LLaMA-2-7B", TWO, 8, {"metatt": 67_712, "metatt-5d": 38_016}),
+    ("RoBERTa-base", ["query", "key", "value"], 8, {"tenslora": 16_504}),
     ("LLaMA-2-7B", FOUR, 1, {"lorta": 4_292}),
     ("LLaMA-2-7B", FOUR, 48, {"lorta": 48 * 4_292}),
     # Axes 16·8·8·4, and a square tensor for each of their six pairs.

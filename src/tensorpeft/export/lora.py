@@ -234,7 +234,7 @@ def _check_rank(updates: Mapping[str, AbstractUpdate], rank: int | None, energy:
         raise ValueError(f"{given}: this adapter has low rank and is exported exactly. Leave it out.")
     if energy is not None and not 0 < energy <= 1:
         raise ValueError(f"energy={energy}: expected a share of the update's energy, above 0 and at most 1.")
-    known = [len(update.factors().down) for update in updates.values() if isinstance(update, AbstractFactoredUpdate)]
+    known = [update.factors().rank for update in updates.values() if isinstance(update, AbstractFactoredUpdate)]
     largest = max([*known, 1 if rank is None else rank])
     if not 1 <= (largest if rank is None else rank) <= SERVED_RANKS[-1]:
         raise ValueError(f"rank {largest}: expected 1 to {SERVED_RANKS[-1]}, the largest that LoRA servers take.")

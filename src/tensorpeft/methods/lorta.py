@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import cast
 
+from tensorpeft.methods.tensor_places import Place, Places, place_heads
 from tensorpeft.networks.cp import CpFactors, CpUpdate
 from tensorpeft.networks.group import join
 from tensorpeft.networks.sketch import Gradient
@@ -65,19 +66,10 @@ class LortaConfig(FramedConfig):
         """A slice of the attention's or the MLP's tensor per site. Reads no weight."""
         places = {site.name: self._place(site) for site in sites}
         groups = group_by_tensor(sites, _tensor_name)
-        tensors = {name: _Tensor([places[site.name] for site in group]) for name, group in groups.items()}
-        shared = CpFactors(self.r, {name: tensor.modes() for name, tensor in tensors.items()}, self.init_weights)
+        tensors = {name: _places([places[site.name] for site in group]) for name, group in groups.items()}
+        shared = CpFactors(self.r, {name: _modes(tensor) for name, tensor in tensors.items()}, self.init_weights)
         updates = {
-            place.site.name: CpUpdate(
-                shared,
-                name,
-                layer=tensor.blocks.index(place.site.block),
-                projections=[tensor.projections.index(projection) for projection in place.site.projections],
-                heads=place.heads,
-                scale=self.alpha / self.r,
-                inner_is_out=place.site.inner_is_out,
-                interleaved=place.site.interleaved,
-            )
+            place.site.name: CpUpdate(shared, name, **tensor.slice_of(place), scale=self.alpha / self.r)
             for name, tensor in tensors.items()
             for place in tensor.places
         }
@@ -96,8 +88,8 @@ class LortaConfig(FramedConfig):
             shared = cast(CpFactors, updates[names[0]].shared)
             shared.set_frames(tensor, [updates[name] for name in names], [gradients[name] for name in names])
 
-    def _place(self, site: Site) -> _Place:
-        """The site with its heads.
+    def _place(self, site: Site) -> Place:
+        """The site with its heads; an MLP's hidden units are one.
 
         Raises:
             ValueError: its block, its projections or its heads are unknown.
@@ -107,37 +99,11 @@ class LortaConfig(FramedConfig):
                 f"{site.name}: LoRTA's tensor has a mode for the layers, but this weight is in no attention or MLP "
                 "block of a list of layers. Narrow target_modules, or name it in exclude_modules."
             )
-        if site.kind != "attention":
-            parts = len(site.projections)
-            return _Place(site, site.inner_dim // parts, (1,) * parts)
-        head_dim = self.head_dim or site.head_dim
-        if not site.projections:
-            raise ValueError(
-                f"{site.name}: a projection ({site.out}, {site.in_}) inside an attention block whose name or row order "
-                "is unknown for this model, so that its heads cannot be told apart. Target the query, key, value and "
-                "output layers if the model has them, exclude this one, or use LotrConfig, which needs no heads."
-            )
-        if head_dim is None:
-            raise ValueError(
-                f"{site.name}: the model's configuration says neither head_dim nor hidden_size and "
-                "num_attention_heads. Pass head_dim to LortaConfig."
-            )
-        heads = site.heads if site.is_fused and site.heads else (site.inner_dim // head_dim,)
-        if sum(heads) * head_dim != site.inner_dim:
-            raise ValueError(
-                f"{site.name}: {site.inner_dim} features are not a whole number of heads of head_dim={head_dim}. "
-                "Pass the right head_dim to LortaConfig."
-            )
-        return _Place(site, head_dim, heads)
-
-
-@dataclass(frozen=True)
-class _Place:
-    """A site and what its side of the heads is made of; an MLP's hidden units are one head."""
-
-    site: Site
-    head_dim: int
-    heads: tuple[int, ...]
+        if site.kind == "attention":
+            return place_heads(site, self.head_dim, "LortaConfig", "LotrConfig")
+        parts = len(site.projections)
+        sides = site.model_dim, site.inner_dim // parts
+        return Place(site, *sides, (1,) * parts, site.projections, site.inner_is_out, site.interleaved)
 
 
 def _tensor_name(site: Site) -> str:
@@ -145,31 +111,28 @@ def _tensor_name(site: Site) -> str:
     return site.name.replace(".", "_") if site.kind == "plain" else str(site.kind)
 
 
-class _Tensor:
-    """The modes that the sites of one kind span.
+def _places(places: Sequence[Place]) -> Places:
+    """The places of one kind.
 
     Raises:
-        ValueError: the sites differ in a mode that they share.
+        ValueError: they differ in a mode that they share.
     """
+    first = places[0]
+    for place in places:
+        got, expected = (place.outer, place.features), (first.outer, first.features)
+        if got != expected:
+            raise ValueError(
+                f"{place.site.name}: a hidden size and {'head' if place.site.kind == 'attention' else 'inner'} "
+                f"dimension of {got}, but {first.site.name} has {expected}: one tensor needs layers of one size. "
+                "Exclude the others (exclude_modules, layers_to_transform), or use LotrConfig, which makes one "
+                "tensor per shape."
+            )
+    return Places(places)
 
-    def __init__(self, places: Sequence[_Place]):
-        self.places = places
-        self.blocks = list(dict.fromkeys(place.site.block for place in places))
-        self.projections = list(dict.fromkeys(name for place in places for name in place.site.projections))
-        first = places[0]
-        for place in places:
-            got, expected = (place.site.model_dim, place.head_dim), (first.site.model_dim, first.head_dim)
-            if got != expected:
-                raise ValueError(
-                    f"{place.site.name}: a hidden size and {'head' if place.site.kind == 'attention' else 'inner'} "
-                    f"dimension of {got}, but {first.site.name} has {expected}: one tensor needs layers of one size. "
-                    "Exclude the others (exclude_modules, layers_to_transform), or use LotrConfig, which makes one "
-                    "tensor per shape."
-                )
 
-    def modes(self) -> dict[str, int]:
-        """{factor: size}, as `CpFactors` takes it."""
-        first = self.places[0]
-        heads = {"C_H": max(max(place.heads) for place in self.places)} if first.site.kind == "attention" else {}
-        modes = {"A": first.site.model_dim, "B": first.head_dim, **heads}
-        return {**modes, "C_L": len(self.blocks), "C_M": len(self.projections)}
+def _modes(tensor: Places) -> dict[str, int]:
+    """{factor: size}, as `CpFactors` takes it."""
+    first = tensor.places[0]
+    heads = {"C_H": tensor.num_heads} if first.site.kind == "attention" else {}
+    modes = {"A": first.outer, "B": first.features, **heads}
+    return {**modes, "C_L": len(tensor.blocks), "C_M": len(tensor.projections)}

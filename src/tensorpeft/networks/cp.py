@@ -6,17 +6,17 @@ The entry of layer l and projection m at (model feature a, head h, head feature 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import sqrt
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from tensorpeft.networks.group import Parts, Tensors, tensors_of
-from tensorpeft.networks.low_rank import Factors, Pair
+from tensorpeft.networks.group import tensors_of
 from tensorpeft.networks.sketch import Gradient, leading_columns
-from tensorpeft.networks.update import AbstractSummableUpdate, SharedFactors
+from tensorpeft.networks.slices import AbstractSliceUpdate, rows_of
+from tensorpeft.networks.update import SharedFactors
 
 # Alternating least squares of a start: what is wanted are directions, not digits.
 _SWEEPS, _RIDGE = 12, 1e-6
@@ -28,7 +28,7 @@ class CpFactors(SharedFactors):
     Args:
         rank: r, the number of terms.
         sizes: name of a tensor -> its modes, {factor: size}: A the model dimension, B the features of a head, C_H the
-            heads, C_L the layers, C_M the projections. A tensor without heads has no C_H.
+            heads, C_L the layers, C_M the projections. A tensor without one of the last three modes has no such factor.
         is_zero: whether B starts at zero, so that every weight does. If not, B starts as A does.
     """
 
@@ -60,11 +60,12 @@ class CpFactors(SharedFactors):
         gradients = [g if m.inner_is_out else Gradient(g.right, g.core.t(), g.left) for m, g in zip(members, gradients)]
         frame = leading_columns([gradient.right for gradient in gradients], self.rank)
         modes = self.sizes[tensor]
-        shape = [modes[name] for name in ("C_M", "C_L")] + [modes.get("C_H", 1), modes["B"], frame.shape[1]]
+        shape = [modes.get(name, 1) for name in ("C_M", "C_L", "C_H")] + [modes["B"], frame.shape[1]]
         folded = frame.new_zeros(shape)
         for member, gradient in zip(members, gradients):
             rows = gradient.left @ (gradient.core @ (gradient.right.t() @ frame))
             for projection, part in member.unfold_inner(rows):
+                part = part.reshape(-1, *shape[-2:])  # a tensor without heads has one
                 folded[projection, member.layer, : len(part)] = part
         found = dict(zip(("C_M", "C_L", "C_H", "B", "A"), decompose(folded, self.rank)))
         found["A"] = frame @ found["A"]
@@ -82,119 +83,49 @@ class CpFactors(SharedFactors):
         )
 
 
-class CpUpdate(AbstractSummableUpdate):
-    """One weight of a CP tensor: `ΔW = scale · K diag(C_L[layer]) Aᵀ`, of rank at most r, or its transpose.
+class CpUpdate(AbstractSliceUpdate):
+    """One weight of a CP tensor: `ΔW = scale · K diag(C_L[layer] ∘ C_M[projection]) Aᵀ`, or its transpose.
 
-    K (inner dimension, r) stacks the rows of the weight's projections; for a single one it is the Khatri-Rao product
-    `C_H ⊙ B` of its heads, times C_M. A always meets the model dimension.
-
-    Args:
-        shared: the factors.
-        tensor: the name of this weight's tensor in them.
-        layer: row of C_L.
-        projections: rows of C_M, one unless the weight is a fused projection.
-        heads: the heads of each projection, the first so many rows of C_H; ignored where there is no C_H.
-        scale: s.
-        inner_is_out: whether K is on the output side (query, key, value) or A is (output).
-        interleaved: whether a fused projection has each head's rows of all projections together; without heads, each
-            hidden unit's.
+    K is the Khatri-Rao product `C_H ⊙ B` of its heads. A always meets the model dimension.
     """
 
-    def __init__(
-        self,
-        shared: CpFactors,
-        tensor: str,
-        layer: int,
-        projections: Sequence[int],
-        heads: Sequence[int],
-        scale: float,
-        inner_is_out: bool = True,
-        interleaved: bool = False,
-    ):
-        super().__init__(shared)
-        self.tensor = tensor
-        self.layer = layer
-        self.projections = tuple(projections)
-        self.heads = tuple(heads)
-        self.scale = scale
-        self.inner_is_out = inner_is_out
-        self.interleaved = interleaved
+    def outer(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """A."""
+        return tensors[f"{self.tensor}_A"]
 
-    def factors_from(self, tensors: Mapping[str, Tensor]) -> Factors:
-        """A and K on their sides, the coefficients of layer and projection between them."""
-        model, layers, coefficients = (tensors[f"{self.tensor}_{name}"] for name in ("A", "C_L", "C_M"))
-        core = layers[..., self.layer, :] * self.scale
-        if len(self.projections) == 1:
-            core = core * coefficients[..., self.projections[0], :]
-            inner = self._inner(tensors, self.heads[0]).flatten(-3, -2)
-        else:
-            parts = [
-                self._inner(tensors, heads) * coefficients[..., projection, None, None, :]
-                for projection, heads in zip(self.projections, self.heads)
-            ]
-            axis = -3 if f"{self.tensor}_C_H" in tensors else -2  # around each head, or each hidden unit
-            inner = torch.stack(parts, axis) if self.interleaved else torch.cat(parts, -3)
-            inner = inner.flatten(-4, -2) if self.interleaved else inner.flatten(-3, -2)
-        return Factors(model.mT, core, inner) if self.inner_is_out else Factors(inner.mT, core, model)
+    def inner(self, tensors: Mapping[str, Tensor], heads: int) -> Tensor:
+        """`C_H ⊙ B`, or B."""
+        features, per_head = tensors[f"{self.tensor}_B"], tensors.get(f"{self.tensor}_C_H")
+        return features.unsqueeze(1) if per_head is None else per_head[:heads, None] * features
+
+    def cores(self, tensors: Mapping[str, Tensor], layer: int | Tensor, projection: int | Tensor) -> Tensor:
+        """The coefficients of layer and projection."""
+        places = {"C_L": layer, "C_M": projection}
+        known = {name: tensors.get(f"{self.tensor}_{name}") for name in places}
+        rows = [rows_of(tensor, places[name]) for name, tensor in known.items() if tensor is not None]
+        if not rows:  # a tensor of one weight
+            model = self.outer(tensors)
+            return model.new_ones(model.shape[1])
+        return rows[0] if len(rows) == 1 else rows[0] * rows[1]
 
     def sum_shared(self, others: Sequence[CpUpdate], weights: Sequence[float]) -> dict[str, Tensor]:
-        """The terms of all, side by side; each one's C_L with its weight and scale."""
+        """The terms of all, side by side; each one's A with its weight and scale."""
         updates = (self, *others)
         shared = [cast(CpFactors, update.shared) for update in updates]
-        if any(factors.sizes != shared[0].sizes for factors in shared):
-            raise ValueError(f"tensors of the modes {[factors.sizes for factors in shared]}: expected equal ones.")
-        parts = [dict(factors.named_parameters()) for factors in shared]
+        forms = [(type(factors).__name__, factors.sizes) for factors in shared]
+        if any(form != forms[0] for form in forms):
+            raise ValueError(f"tensors of the modes {forms}: expected equal ones.")
+        parts = [tensors_of(factors) for factors in shared]
         factors = [weight * update.scale for weight, update in zip(weights, updates)]
         return {
-            key: torch.cat([part[key] * (k if key.endswith("_C_L") else 1) for part, k in zip(parts, factors)], dim=1)
+            key: torch.cat([part[key] * (k if key.endswith("_A") else 1) for part, k in zip(parts, factors)], dim=1)
             for key in parts[0]
         }
-
-    def group_key(self) -> Hashable | None:
-        """Of one tensor, on one side of it, with as many heads; fused projections are made alone."""
-        return (self.tensor, self.heads, self.inner_is_out) if len(self.projections) == 1 else None
-
-    def make_parts(
-        self, members: Sequence[CpUpdate], own: Sequence[Tensors], shared: Tensors, dtype: torch.dtype | None
-    ) -> list[Parts]:
-        """The pairs of factors: A and K are the same for all, but for the coefficients of layer and projection."""
-        if len(members) == 1:
-            return super().make_parts(members, own, shared, dtype)
-        model, layers, coefficients = (shared[f"{self.tensor}_{name}"] for name in ("A", "C_L", "C_M"))
-        places = [(member.layer, member.projections[0]) for member in members]
-        layer, projection = torch.tensor(places, device=layers.device).unbind(1)
-        core = layers.index_select(0, layer) * self.scale * coefficients.index_select(0, projection)
-        inner = self._inner(shared, self.heads[0]).flatten(-3, -2)
-        down, up = (model, inner) if self.inner_is_out else (inner, model)
-        pair = Pair(down.t().to(dtype or down.dtype), (up * core.unsqueeze(1)).to(dtype or up.dtype))
-        return list(zip(pair.down.expand(len(members), -1, -1).unbind(), pair.up.unbind()))
-
-    def _inner(self, tensors: Mapping[str, Tensor], heads: int) -> Tensor:  # (heads, head features, r)
-        features = tensors[f"{self.tensor}_B"].unsqueeze(-3)
-        per_head = tensors.get(f"{self.tensor}_C_H")
-        return features if per_head is None else per_head[..., :heads, None, :] * features
-
-    def unfold_inner(
-        self,
-        rows: Tensor,  # (inner dimension, *)
-    ) -> list[tuple[int, Tensor]]:  # (heads, head features, *) for every projection
-        """The rows of a matrix, in the order that K has them, by projection, head and feature."""
-        if not self.interleaved:
-            split = rows.unflatten(0, (sum(self.heads), -1)).split(list(self.heads))
-        elif "C_H" in cast(CpFactors, self.shared).sizes[self.tensor]:
-            split = rows.unflatten(0, (self.heads[0], len(self.heads), -1)).unbind(1)
-        else:
-            split = rows.unflatten(0, (1, -1, len(self.heads))).unbind(2)
-        return list(zip(self.projections, split))
 
     def tensor_name(self) -> str:
         """The tensor and its modes."""
         modes = cast(CpFactors, self.shared).sizes[self.tensor]
         return f"{self.tensor}: " + " · ".join(f"{factor} {size}" for factor, size in modes.items())
-
-    def extra_repr(self) -> str:
-        """Which weight of which tensor."""
-        return f"{self.tensor}, layer {self.layer}, projection {', '.join(map(str, self.projections))}"
 
 
 @torch.no_grad()

@@ -20,16 +20,23 @@ from tensorpeft.networks.dtypes import at_least_float32, product_dtype, without_
 
 
 class Factors(NamedTuple):
-    """`ΔW = up · core · down` of rank r: what LoRA has, with a core between its two factors."""
+    """`ΔW = up · core · down`: what LoRA has, with a core between its two factors."""
 
     down: Tensor  # (r, in)
-    core: Tensor  # (r,): a diagonal; or (r, r)
-    up: Tensor  # (out, r)
+    core: Tensor  # (r,): a diagonal; or (r', r)
+    up: Tensor  # (out, r')
+
+    @property
+    def rank(self) -> int:
+        """Of the pair."""
+        return min(self.down.shape[-2], self.up.shape[-1])
 
     def pair(self) -> Pair:
-        """The same of two factors. Differentiable; all factors may have a leading axis."""
+        """The same of two factors, at the smaller of two ranks. Differentiable; all factors may have a leading axis."""
         if self.core.ndim < self.up.ndim:
             return Pair(self.down, self.up * self.core.unsqueeze(-2))
+        if self.core.shape[-2] < self.core.shape[-1]:
+            return Pair(self.core @ self.down, self.up)
         return Pair(self.down, self.up @ self.core)
 
 
@@ -38,6 +45,25 @@ class Pair(NamedTuple):
 
     down: Tensor  # (r, in)
     up: Tensor  # (out, r)
+
+
+def pairs_of(
+    factors: Factors,  # the core with a leading axis of weights
+    dtype: torch.dtype | None,  # that the pairs are wanted in; None: the factors'
+) -> list[tuple[Tensor, ...]]:  # a pair for each weight
+    """The pairs of weights that differ in their cores alone: what is equal is one tensor, the rest is one product."""
+    down, cores, up = factors
+    count = len(cores)
+    if cores.ndim == 2:
+        downs, ups = down.to(dtype or down.dtype).expand(count, -1, -1), (up * cores.unsqueeze(1)).to(dtype or up.dtype)
+    elif cores.shape[1] < cores.shape[2]:
+        downs = (cores.flatten(0, 1) @ down).to(dtype or down.dtype).view(count, -1, down.shape[1])
+        ups = up.to(dtype or up.dtype).expand(count, -1, -1)
+    else:
+        side_by_side = cores.transpose(0, 1).flatten(1)  # (r', weights · r)
+        downs = down.to(dtype or down.dtype).expand(count, -1, -1)
+        ups = (up @ side_by_side).to(dtype or up.dtype).view(len(up), count, -1).transpose(0, 1)
+    return list(zip(downs.unbind(), ups.unbind()))
 
 
 def low_rank_linear(

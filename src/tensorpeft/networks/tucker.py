@@ -13,8 +13,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from tensorpeft.networks.blocks import on_diagonal
 from tensorpeft.networks.group import Parts, Tensors, tensors_of
-from tensorpeft.networks.low_rank import Factors
+from tensorpeft.networks.low_rank import Factors, pairs_of
 from tensorpeft.networks.sketch import Gradient, leading_frames, put_columns
 from tensorpeft.networks.update import AbstractLowRankUpdate, AbstractSummableUpdate, SharedFactors
 
@@ -153,10 +154,7 @@ class TuckerUpdate(AbstractSummableUpdate):
         else:
             rows, small = shared[f"{self.tensor}_P"].index_select(0, indices), shared[f"{self.tensor}_C"]
             cores = (rows @ small.flatten(0, 1).t()).view(-1, *small.shape[:2])
-        side_by_side = (cores * self.scale).transpose(0, 1).flatten(1)  # (r, members · r)
-        ups = (up @ side_by_side).to(dtype or up.dtype).view(len(up), len(members), -1)
-        downs = down.t().to(dtype or down.dtype).expand(len(members), -1, -1)
-        return list(zip(downs.unbind(), ups.unbind(1)))
+        return pairs_of(Factors(down.t(), cores * self.scale, up), dtype)
 
     def factors_from(self, tensors: Mapping[str, Tensor]) -> Factors:
         """Vᵀ, the scaled core and U."""
@@ -181,10 +179,10 @@ class TuckerUpdate(AbstractSummableUpdate):
         found = dict[str, Tensor]()
         for key in parts[0]:
             if key[-1] in "UVP":
-                found[key] = torch.cat([part[key] for part in parts], dim=1)
+                found[key] = on_diagonal([part[key] for part in parts], [1])
             else:
                 cores = [part[key] * scale for part, scale in zip(parts, scales)]
-                found[key] = _on_diagonal(cores, num_modes=3 if key[-1] == "C" else 2)
+                found[key] = on_diagonal(cores, [0, 1, 2] if key[-1] == "C" else [1, 2])
         return found
 
     def tensor_name(self) -> str:
@@ -206,15 +204,3 @@ def set_shared_frames(updates: Mapping[str, TuckerUpdate], gradients: Mapping[st
     for tensor, names in tensors.items():
         shared = cast(TuckerFactors, updates[names[0]].shared)
         shared.set_frames(tensor, [gradients[name] for name in names])
-
-
-def _on_diagonal(cores: Sequence[Tensor], num_modes: int) -> Tensor:
-    """Cores in the corners that meet on the diagonal of their last modes; the modes before are those of each."""
-    before, total = cores[0].shape[:-num_modes], sum(core.shape[-1] for core in cores)
-    result = cores[0].new_zeros(*before, *(total,) * num_modes)
-    start = 0
-    for core in cores:
-        end = start + core.shape[-1]
-        result[(..., *(slice(start, end),) * num_modes)] = core
-        start = end
-    return result

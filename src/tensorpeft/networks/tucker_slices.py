@@ -1,0 +1,101 @@
+"""Tucker tensors over the weights of many layers, with a rank for every mode.
+
+The entry of layer l and projection m at (outer feature a, head h, feature b) is
+`Σ G[p, q, s, t, u] A[a, p] B[b, q] C_H[h, s] C_M[m, t] C_L[l, u]`. Source: TensLoRA (arXiv 2509.19391).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from tensorpeft.networks.blocks import on_diagonal
+from tensorpeft.networks.slices import AbstractSliceUpdate, rows_of
+from tensorpeft.networks.update import SharedFactors
+
+
+class TuckerSliceFactors(SharedFactors):
+    """Core and factors of several tensors, each under its own name: `768x768_G`, `768x768_A` and so on.
+
+    The core G is zero; the factors are made without values worth keeping: the method fills them.
+
+    Args:
+        sizes: name of a tensor -> its modes in the order of the core's axes, {factor: size}: A the outer side, B the
+            other or the features of a head, then, where there are such modes, C_H, C_M, C_L.
+        ranks: name of a tensor -> {factor: rank}.
+    """
+
+    def __init__(self, sizes: dict[str, dict[str, int]], ranks: dict[str, dict[str, int]]):
+        super().__init__()
+        self.sizes = sizes
+        self.ranks = ranks
+        for name, modes in sizes.items():
+            for factor, size in modes.items():
+                self.register_parameter(f"{name}_{factor}", nn.Parameter(torch.zeros(size, ranks[name][factor])))
+            core = torch.zeros([ranks[name][factor] for factor in modes])
+            self.register_parameter(f"{name}_G", nn.Parameter(core))
+
+    @property
+    def rank(self) -> int:
+        """The largest of all."""
+        return max(rank for ranks in self.ranks.values() for rank in ranks.values())
+
+    def describe(self, name: str) -> str:
+        """Modes and ranks, as in `A 768 (8) · B 768 (8) · C_L 12 (4)`."""
+        return " · ".join(f"{factor} {size} ({self.ranks[name][factor]})" for factor, size in self.sizes[name].items())
+
+    def extra_repr(self) -> str:
+        """Modes and ranks of every tensor."""
+        return "; ".join(f"{name}: {self.describe(name)}" for name in self.sizes)
+
+
+class TuckerSliceUpdate(AbstractSliceUpdate):
+    """One weight of a Tucker tensor: the core is contracted with the rows of layer and projection, no tensor formed."""
+
+    def outer(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """A."""
+        return tensors[f"{self.tensor}_A"]
+
+    def inner(self, tensors: Mapping[str, Tensor], heads: int) -> Tensor:
+        """B, or the Kronecker product `C_H ⊗ B`, the head slowest."""
+        features, per_head = tensors[f"{self.tensor}_B"], tensors.get(f"{self.tensor}_C_H")
+        if per_head is None:
+            return features.unsqueeze(1)
+        return (features[:, :, None] * per_head[:heads, None, None]).flatten(2)
+
+    def cores(self, tensors: Mapping[str, Tensor], layer: int | Tensor, projection: int | Tensor) -> Tensor:
+        """G without the axes of layers and projections."""
+        places = {"C_M": projection, "C_L": layer}
+        known = {name: tensors.get(f"{self.tensor}_{name}") for name in places}
+        rows = [rows_of(tensor, places[name]) for name, tensor in known.items() if tensor is not None]
+        core = tensors[f"{self.tensor}_G"]
+        if not rows:  # a tensor of one weight
+            return core.flatten(1).t()
+        row = rows[0] if len(rows) == 1 else (rows[0].unsqueeze(-1) * rows[1].unsqueeze(-2)).flatten(-2)
+        matrix = core.flatten(core.ndim - len(rows)).flatten(0, -2)  # (r_A · r_B …, r_M · r_L)
+        found = (matrix @ row.unsqueeze(1)).squeeze(1) if row.ndim == 1 else row @ matrix.t()
+        return found.view(*row.shape[:-1], len(core), -1).mT
+
+    def sum_shared(self, others: Sequence[TuckerSliceUpdate], weights: Sequence[float]) -> dict[str, Tensor]:
+        """The factors side by side; the cores, with weights and scales, on the diagonal of larger ones."""
+        updates = (self, *others)
+        shared = [cast(TuckerSliceFactors, update.shared) for update in updates]
+        forms = [(type(factors).__name__, factors.sizes) for factors in shared]
+        if any(form != forms[0] for form in forms):
+            raise ValueError(f"tensors of the modes {forms}: expected equal ones.")
+        ranks = [factors.rank for factors in shared]
+        parts = [dict(factors.named_parameters()) for factors in shared]
+        found = dict[str, Tensor]()
+        for key in parts[0]:
+            blocks: list[Tensor] = [part[key] for part in parts]
+            if key.endswith("_G"):
+                blocks = [core * weight * update.scale for core, weight, update in zip(blocks, weights, updates)]
+            found[key] = on_diagonal(blocks, range(blocks[0].ndim) if key.endswith("_G") else [1], ranks)
+        return found
+
+    def tensor_name(self) -> str:
+        """The tensor, its modes and their ranks."""
+        return f"{self.tensor}: {cast(TuckerSliceFactors, self.shared).describe(self.tensor)}"
