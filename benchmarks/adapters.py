@@ -14,6 +14,7 @@ from tensorpeft import (
     LotrConfig,
     NolaConfig,
     QuantaConfig,
+    QuantumPeftConfig,
 )
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
@@ -31,6 +32,7 @@ ADAPTERS: dict[str, Callable[[int], PeftConfig]] = {
     "NOLA": lambda r: NolaConfig(r=r, target_modules=TARGETS),
     "LoRETTA": lambda r: LorettaConfig(r=r, target_modules=TARGETS),
     "LoRETTA-adp": lambda r: LorettaAdapterConfig(),
+    "Quantum-PEFT": lambda r: QuantumPeftConfig(r=r, target_modules=TARGETS),
     "QuanTA 4 axes": lambda r: QuantaConfig(target_modules=TARGETS),
     "QuanTA 3 axes": lambda r: QuantaConfig(num_axes=3, target_modules=TARGETS),
     # On bases in 4 bits.

@@ -22,6 +22,7 @@ from tensorpeft import (
     LotrConfig,
     NolaConfig,
     QuantaConfig,
+    QuantumPeftConfig,
 )
 
 
@@ -62,6 +63,7 @@ CASES = [
     Case("nola", NolaConfig, {"r": 4, "num_bases": 16, "seed": 5}, rate=1e-2),
     Case("quanta", QuantaConfig, {"num_axes": 3}, rate=1e-2),
     Case("quanta-no-start", QuantaConfig, {"num_axes": 3, "init_weights": False}, starts_at_identity=False, rate=1e-2),
+    Case("quantum-peft", QuantumPeftConfig, {"r": 4, "alpha": 64}),
     Case("loretta-adapter", LorettaAdapterConfig, {"bottleneck": 32, "tt_rank": 16}, dpo_steps=30, merges=False),
 ]
 MERGING_CASES = [case for case in CASES if case.merges]

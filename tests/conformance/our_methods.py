@@ -12,6 +12,7 @@ from tensorpeft import (
     LotrConfig,
     NolaConfig,
     QuantaConfig,
+    QuantumPeftConfig,
 )
 
 
@@ -58,6 +59,7 @@ _CASES = {
         *_cases("LoRETTA", LorettaConfig, {"r": 4, "alpha": 0.3}),
         *_cases("FLoRA", FloraConfig, {"r": 4, "alpha": 1}),
         *_cases("NOLA", NolaConfig, {"r": 4, "num_bases": 16, "alpha": 1}),
+        *_cases("Quantum-PEFT", QuantumPeftConfig, {"r": 4, "alpha": 1}),
         *_cases("QuanTA", QuantaConfig, {"num_axes": 2}),
         *_cases("LoRETTA adapter", LorettaAdapterConfig, {"bottleneck": 8}),
         *(
