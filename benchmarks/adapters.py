@@ -15,6 +15,7 @@ from tensorpeft import (
     NolaConfig,
     QuantaConfig,
     QuantumPeftConfig,
+    SuperLoraConfig,
 )
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
@@ -33,6 +34,7 @@ ADAPTERS: dict[str, Callable[[int], PeftConfig]] = {
     "LoRETTA": lambda r: LorettaConfig(r=r, target_modules=TARGETS),
     "LoRETTA-adp": lambda r: LorettaAdapterConfig(),
     "Quantum-PEFT": lambda r: QuantumPeftConfig(r=r, target_modules=TARGETS),
+    "SuperLoRA": lambda r: SuperLoraConfig(r=r, target_modules=TARGETS),
     "QuanTA 4 axes": lambda r: QuantaConfig(target_modules=TARGETS),
     "QuanTA 3 axes": lambda r: QuantaConfig(num_axes=3, target_modules=TARGETS),
     # On bases in 4 bits.

@@ -10,6 +10,7 @@ from tensorpeft.methods.lotr import LotrConfig
 from tensorpeft.methods.nola import NolaConfig
 from tensorpeft.methods.quanta import QuantaConfig
 from tensorpeft.methods.quantum_peft import QuantumPeftConfig
+from tensorpeft.methods.superlora import SuperLoraConfig
 from tensorpeft.plugin.tensor_map import print_tensor_map
 from tensorpeft.quantization import quantizer as _quantizer  # noqa: F401  # registers residual bases with transformers
 
@@ -24,6 +25,7 @@ __all__ = [
     "NolaConfig",
     "QuantaConfig",
     "QuantumPeftConfig",
+    "SuperLoraConfig",
     "print_tensor_map",
 ]
 __version__ = "0.1.0"

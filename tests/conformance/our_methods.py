@@ -13,6 +13,7 @@ from tensorpeft import (
     NolaConfig,
     QuantaConfig,
     QuantumPeftConfig,
+    SuperLoraConfig,
 )
 
 
@@ -60,6 +61,7 @@ _CASES = {
         *_cases("FLoRA", FloraConfig, {"r": 4, "alpha": 1}),
         *_cases("NOLA", NolaConfig, {"r": 4, "num_bases": 16, "alpha": 1}),
         *_cases("Quantum-PEFT", QuantumPeftConfig, {"r": 4, "alpha": 1}),
+        *_cases("SuperLoRA", SuperLoraConfig, {"r": 4, "alpha": 1}),
         *_cases("QuanTA", QuantaConfig, {"num_axes": 2}),
         *_cases("LoRETTA adapter", LorettaAdapterConfig, {"bottleneck": 8}),
         *(
