@@ -8,6 +8,7 @@ from tensorpeft import (
     DotaConfig,
     FactConfig,
     FloraConfig,
+    LoraPtConfig,
     LorettaAdapterConfig,
     LorettaConfig,
     LortaConfig,
@@ -35,6 +36,7 @@ ADAPTERS: dict[str, Callable[[int], PeftConfig]] = {
     "LoRETTA-adp": lambda r: LorettaAdapterConfig(),
     "Quantum-PEFT": lambda r: QuantumPeftConfig(r=r, target_modules=TARGETS),
     "SuperLoRA": lambda r: SuperLoraConfig(r=r, target_modules=TARGETS),
+    "LoRA-PT": lambda r: LoraPtConfig(r=1, target_modules=TARGETS),
     "QuanTA 4 axes": lambda r: QuantaConfig(target_modules=TARGETS),
     "QuanTA 3 axes": lambda r: QuantaConfig(num_axes=3, target_modules=TARGETS),
     # On bases in 4 bits.

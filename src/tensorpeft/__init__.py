@@ -3,6 +3,7 @@
 from tensorpeft.methods.dota import DotaConfig
 from tensorpeft.methods.fact import FactConfig
 from tensorpeft.methods.flora import FloraConfig
+from tensorpeft.methods.lora_pt import LoraPtConfig
 from tensorpeft.methods.loretta import LorettaConfig
 from tensorpeft.methods.loretta_adapter import LorettaAdapterConfig
 from tensorpeft.methods.lorta import LortaConfig
@@ -18,6 +19,7 @@ __all__ = [
     "DotaConfig",
     "FactConfig",
     "FloraConfig",
+    "LoraPtConfig",
     "LorettaAdapterConfig",
     "LorettaConfig",
     "LortaConfig",

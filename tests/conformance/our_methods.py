@@ -6,6 +6,7 @@ from tensorpeft import (
     DotaConfig,
     FactConfig,
     FloraConfig,
+    LoraPtConfig,
     LorettaAdapterConfig,
     LorettaConfig,
     LortaConfig,
@@ -62,6 +63,7 @@ _CASES = {
         *_cases("NOLA", NolaConfig, {"r": 4, "num_bases": 16, "alpha": 1}),
         *_cases("Quantum-PEFT", QuantumPeftConfig, {"r": 4, "alpha": 1}),
         *_cases("SuperLoRA", SuperLoraConfig, {"r": 4, "alpha": 1}),
+        *_cases("LoRA-PT", LoraPtConfig, {"r": 1}),
         *_cases("QuanTA", QuantaConfig, {"num_axes": 2}),
         *_cases("LoRETTA adapter", LorettaAdapterConfig, {"bottleneck": 8}),
         *(
