@@ -17,6 +17,7 @@ from tensorpeft import (
     QuantaConfig,
     QuantumPeftConfig,
     SuperLoraConfig,
+    TcurLoraConfig,
 )
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
@@ -37,6 +38,7 @@ ADAPTERS: dict[str, Callable[[int], PeftConfig]] = {
     "Quantum-PEFT": lambda r: QuantumPeftConfig(r=r, target_modules=TARGETS),
     "SuperLoRA": lambda r: SuperLoraConfig(r=r, target_modules=TARGETS),
     "LoRA-PT": lambda r: LoraPtConfig(r=1, target_modules=TARGETS),
+    "tCURLoRA": lambda r: TcurLoraConfig(r=r, target_modules=TARGETS),
     "QuanTA 4 axes": lambda r: QuantaConfig(target_modules=TARGETS),
     "QuanTA 3 axes": lambda r: QuantaConfig(num_axes=3, target_modules=TARGETS),
     # On bases in 4 bits.

@@ -10,9 +10,10 @@ the targets q, k, v, up and down. `--vocabulary 5376` gives the output head the 
 24-layer model; `--model` takes a real one instead; `--hidden 4096` makes LLaMA-2-7B's layers. `--methods few` compares
 LoRA, DoTA and LoRTA; `--methods cross-layer` LoRTA, LoTR and FacT instead of DoTA, at LoRA's rank; `--methods low-rank`
 FLoRA, NOLA, LoRETTA and Quantum-PEFT; `--methods others` QuanTA, with three and with four axes, LoRETTA's adapters
-behind the blocks, and SuperLoRA; `--methods quantised` QLoRA and QDoTA, whose linear layers are all in 4 bits. All
-adapters run in turn, the order reversed every second round; medians, and the ratio to LoRA (or to the bare model).
-Beside it, what the arithmetic alone would give: the floating-point operations of the step's products.
+behind the blocks, SuperLoRA, LoRA-PT (r = 1) and tCURLoRA; `--methods quantised` QLoRA and QDoTA, whose linear layers
+are all in 4 bits. All adapters run in turn, the order reversed every second round; medians, and the ratio to LoRA (or
+to the bare model). Beside it, what the arithmetic alone would give: the floating-point operations of the step's
+products.
 Memory is what fine-tuning takes above the frozen model: the adapter, AdamW's two moments, and the peak that a step
 allocates, by torch's allocator.
 
@@ -51,7 +52,7 @@ GROUPS = {
     "cross-layer": ["LoRA", "LoRTA", "LoTR", "FacT-TT", "FacT-TK"],
     "few": ["LoRA", "DoTA", "LoRTA"],
     "low-rank": ["LoRA", "FLoRA", "NOLA", "LoRETTA", "Quantum-PEFT"],
-    "others": ["LoRA", "QuanTA 4 axes", "QuanTA 3 axes", "LoRETTA-adp", "SuperLoRA"],
+    "others": ["LoRA", "QuanTA 4 axes", "QuanTA 3 axes", "LoRETTA-adp", "SuperLoRA", "LoRA-PT", "tCURLoRA"],
     "quantised": ["QLoRA", "QDoTA"],
 }
 BASES: dict[str, Callable[[nn.Module, PeftConfig], nn.Module]] = {

@@ -25,6 +25,7 @@ from tensorpeft import (
     QuantaConfig,
     QuantumPeftConfig,
     SuperLoraConfig,
+    TcurLoraConfig,
 )
 
 
@@ -68,6 +69,7 @@ CASES = [
     Case("quantum-peft", QuantumPeftConfig, {"r": 4, "alpha": 64}),
     Case("superlora", SuperLoraConfig, {"r": 4}, rate=1e-2),
     Case("lora-pt", LoraPtConfig, {"r": 2}),
+    Case("tcur-lora", TcurLoraConfig, {"r": 4, "alpha": 8}),
     Case("loretta-adapter", LorettaAdapterConfig, {"bottleneck": 32, "tt_rank": 16}, dpo_steps=30, merges=False),
 ]
 MERGING_CASES = [case for case in CASES if case.merges]

@@ -12,6 +12,7 @@ from tensorpeft.methods.nola import NolaConfig
 from tensorpeft.methods.quanta import QuantaConfig
 from tensorpeft.methods.quantum_peft import QuantumPeftConfig
 from tensorpeft.methods.superlora import SuperLoraConfig
+from tensorpeft.methods.tcur_lora import TcurLoraConfig
 from tensorpeft.plugin.tensor_map import print_tensor_map
 from tensorpeft.quantization import quantizer as _quantizer  # noqa: F401  # registers residual bases with transformers
 
@@ -28,6 +29,7 @@ __all__ = [
     "QuantaConfig",
     "QuantumPeftConfig",
     "SuperLoraConfig",
+    "TcurLoraConfig",
     "print_tensor_map",
 ]
 __version__ = "0.1.0"

@@ -15,6 +15,7 @@ from tensorpeft import (
     QuantaConfig,
     QuantumPeftConfig,
     SuperLoraConfig,
+    TcurLoraConfig,
 )
 
 
@@ -64,6 +65,7 @@ _CASES = {
         *_cases("Quantum-PEFT", QuantumPeftConfig, {"r": 4, "alpha": 1}),
         *_cases("SuperLoRA", SuperLoraConfig, {"r": 4, "alpha": 1}),
         *_cases("LoRA-PT", LoraPtConfig, {"r": 1}),
+        *_cases("tCURLoRA", TcurLoraConfig, {"r": 4}),
         *_cases("QuanTA", QuantaConfig, {"num_axes": 2}),
         *_cases("LoRETTA adapter", LorettaAdapterConfig, {"bottleneck": 8}),
         *(

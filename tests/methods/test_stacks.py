@@ -1,4 +1,4 @@
-"""LoRA-PT: its dense formula by complex FFTs, where it starts, and its size."""
+"""LoRA-PT and tCURLoRA: their dense formula by complex FFTs, where they start, and their size."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,8 +11,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from cases import MODELS, Model, logits, over_models, perturb, tiny_llama, tokens
-from tensorpeft import LoraPtConfig
-from tensorpeft.networks.stacked import Triplets, leading_triplets
+from tensorpeft import LoraPtConfig, TcurLoraConfig
+from tensorpeft.networks.stacked import leading_triplets
 
 TOLERANCE = 1e-10
 LLAMA = MODELS[0]
@@ -66,10 +66,11 @@ def dense_updates(base: nn.Module, names: list[str], factors: Mapping[str, Any],
     return updates
 
 
+@pytest.mark.parametrize("config", [LoraPtConfig, TcurLoraConfig])
 @over_models
-def test_updates_outputs_and_gradients_are_those_of_the_dense_formula(model: Model):
-    peft_model, base = adapt(model, LoraPtConfig), model.fresh().double()
-    perturb(peft_model, scale=1.0)
+def test_updates_outputs_and_gradients_are_those_of_the_dense_formula(model: Model, config: type[PeftConfig]):
+    peft_model, base = adapt(model, config), model.fresh().double()
+    perturb(peft_model, scale=1.0 if config is LoraPtConfig else 3.0)
     factors, names = factors_of(peft_model), peft_model.targeted_module_names
     updates = dense_updates(base, names, {name: factor.detach().numpy() for name, factor in factors.items()})
     for name, update in updates.items():
@@ -128,7 +129,6 @@ def test_weights_of_zeros_and_constant_ones_have_triplets():
     for weights in (torch.zeros(3, 6, 5), torch.ones(4, 5, 6), torch.eye(6).expand(3, 6, 6)):
         triplets = leading_triplets(weights, 2)
         assert all(bool(factor.isfinite().all()) for factor in triplets)
-        assert isinstance(triplets, Triplets)
 
 
 def test_the_update_is_of_rank_n_r():
@@ -152,15 +152,47 @@ UNETR = {
     [
         (LoraPtConfig, 1, 73_776 + 46_092 + 46_092),
         (LoraPtConfig, 8, 590_208 + 2 * 368_736),
+        (TcurLoraConfig, 1, 72),
+        (TcurLoraConfig, 8, 4_608),
+        (TcurLoraConfig, 16, 18_432),
     ],
 )
 def test_unetr_has_the_formula_s_number_of_parameters(config: type[PeftConfig], r: int, expected: int):
     peft_model = get_peft_model(nn.ModuleDict(UNETR), config(r=r, target_modules=list(UNETR)))
     assert peft_model.get_nb_trainable_parameters()[0] == expected
-    shapes = {(48, 768, 768), (12, 3072, 768), (12, 768, 3072)}
-    assert expected == sum(n * r * (out + in_ + 1) for n, out, in_ in shapes)
 
 
-def test_a_rank_below_one_is_refused():
-    with pytest.raises(ValueError, match="r=0"):
-        LoraPtConfig(r=0)
+@pytest.mark.parametrize("alpha", [1, 3])
+@LAYERS
+def test_tcurlora_s_columns_and_rows_are_the_longest_ones(num_layers: int, alpha: float):
+    model, stacks = stacks_of_weights(num_layers)
+    config = TcurLoraConfig(r=3, alpha=alpha, target_modules=model.targets)
+    factors = factors_of(get_peft_model(model.fresh(), config).double())
+    for shape, weights in stacks.items():
+        spectrum = np.fft.fft(weights, axis=0)
+        columns = np.argsort(-np.linalg.norm(spectrum, axis=1).sum(0))[:3]
+        rows = np.argsort(-np.linalg.norm(spectrum[:, :, columns], axis=2).sum(0))[:3]
+        unit = np.sqrt(np.mean(np.abs(spectrum[:, rows][:, :, columns]) ** 2))
+        for factor, expected in (("U", alpha / unit * spectrum[:, :, columns]), ("V", spectrum[:, rows].conj().mT)):
+            actual = np.stack(complex_slices(factors[f"{shape}_{factor}"].numpy()))
+            np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-4)  # transformed in float32
+        assert factors[f"{shape}_S"].shape == (len(weights), 3, 3)
+        assert not factors[f"{shape}_S"].any()
+
+
+@pytest.mark.parametrize("config", [LoraPtConfig, TcurLoraConfig])
+def test_weights_that_are_not_finite_are_refused_by_name(config: type[PeftConfig]):
+    model = LLAMA.fresh()
+    model.model.layers[1].mlp.up_proj.weight.data[3, 4] = torch.inf
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.up_proj and the others of its shape: .*finite"):
+        get_peft_model(model, config(target_modules=["up_proj"]))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("arguments", [{"r": 0}, {"r": True}, {"alpha": 0}, {"alpha": float("nan")}])
+def test_impossible_configuration(arguments: dict[str, Any]):
+    (field,) = arguments
+    for config in [LoraPtConfig, TcurLoraConfig] if field == "r" else [TcurLoraConfig]:
+        with pytest.raises(ValueError, match=rf"^{field}="):
+            config(**arguments)

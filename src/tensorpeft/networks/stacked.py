@@ -223,8 +223,10 @@ def columns_and_rows(
     weights: Tensor,  # (n, out, in), floating point
     rank: int,
 ) -> Triplets:
-    """C_k = D_k[:, J], a core of zeros and R_kᴴ = D_k[I, :]ᴴ, for the same J and I in all slices.
+    """C_k = D_k[:, J] / c, a core of zeros and R_kᴴ = D_k[I, :]ᴴ, for the same J and I in all slices.
 
+    c is the root mean square of all D_k[I, J]: cores of about one are then as large as the t-CUR decomposition's own,
+    the inverses of these blocks, and move the weights by about themselves.
     J are the columns with the largest sum of lengths over all D_k, I the rows with the largest one within them.
 
     Raises:
@@ -235,9 +237,12 @@ def columns_and_rows(
     columns = _largest(_linalg.vector_norm(spectrum, dim=1), times, rank)
     left = spectrum[:, :, columns]
     rows = _largest(_linalg.vector_norm(left, dim=2), times, rank)
-    right = spectrum[:, rows].mH
+    squares = _linalg.vector_norm(left[:, rows], dim=(1, 2)).square() @ times.to(left.real.dtype)
+    unit = (squares / (count * rank**2)).sqrt()
+    left = left / unit.where(unit > 0, 1)
+    right = spectrum[:, rows].mH.resolve_conj()
     core = left.real.new_zeros(count, rank, rank)
-    return Triplets(_packed(list(left), count), core, _packed(list(right.resolve_conj()), count))
+    return Triplets(_packed(list(left), count), core, _packed(list(right), count))
 
 
 def _largest(lengths: Tensor, times: Tensor, number: int) -> Tensor:  # (number,)
