@@ -8,6 +8,7 @@ from tensorpeft import (
     DotaConfig,
     FactConfig,
     FloraConfig,
+    LoraPtConfig,
     LorettaAdapterConfig,
     LorettaConfig,
     LortaConfig,
@@ -15,6 +16,9 @@ from tensorpeft import (
     MetaTtConfig,
     NolaConfig,
     QuantaConfig,
+    QuantumPeftConfig,
+    SuperLoraConfig,
+    TcurLoraConfig,
     TensLoraConfig,
 )
 
@@ -37,6 +41,10 @@ ADAPTERS: dict[str, Callable[[int], PeftConfig]] = {
     "NOLA": lambda r: NolaConfig(r=r, target_modules=TARGETS),
     "LoRETTA": lambda r: LorettaConfig(r=r, target_modules=TARGETS),
     "LoRETTA-adp": lambda r: LorettaAdapterConfig(),
+    "Quantum-PEFT": lambda r: QuantumPeftConfig(r=r, target_modules=TARGETS),
+    "SuperLoRA": lambda r: SuperLoraConfig(r=r, target_modules=TARGETS),
+    "LoRA-PT": lambda r: LoraPtConfig(r=1, target_modules=TARGETS),
+    "tCURLoRA": lambda r: TcurLoraConfig(r=r, target_modules=TARGETS),
     "QuanTA 4 axes": lambda r: QuantaConfig(target_modules=TARGETS),
     "QuanTA 3 axes": lambda r: QuantaConfig(num_axes=3, target_modules=TARGETS),
     # On bases in 4 bits.

@@ -1,4 +1,4 @@
-"""LoRETTA, FLoRA and NOLA in plain numpy and float64 by the written formulas, and Philox in plain integers.
+"""LoRETTA, FLoRA, NOLA and Quantum-PEFT in plain numpy and float64 by the written formulas; Philox in plain integers.
 
 Nothing is asked of the library but its parameters, by name. With `xp=torch` autograd differentiates the same formulas.
 """
@@ -19,12 +19,13 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from cases import Model
-from tensorpeft import FloraConfig, LorettaConfig, NolaConfig
+from tensorpeft import FloraConfig, LorettaConfig, NolaConfig, QuantumPeftConfig
 
 __all__ = [
     "METHODS",
     "Method",
     "bases_of",
+    "circuit_matrix",
     "dense_updates",
     "philox_block",
     "random_bases",
@@ -87,6 +88,46 @@ def nola_update(
     return alpha / r * factors[0] @ factors[1]
 
 
+def quantum_update(
+    tensors: Mapping[str, Array],  # up_angles, down_angles, diagonal (r,)
+    shape: tuple[int, int],  # (out, in)
+    num_layers: int,
+    alpha: float,
+    xp: ModuleType = np,
+) -> Array:  # (out, in)
+    """`alpha · U diag(λ) Vᵀ`: the first rows and columns of two whole circuits."""
+    r = len(tensors["diagonal"])
+    sides = [
+        circuit_matrix(tensors[name], (size - 1).bit_length(), num_layers, xp)[:size, :r]
+        for name, size in zip(("up_angles", "down_angles"), shape)
+    ]
+    return alpha * (sides[0] * tensors["diagonal"]) @ sides[1].T
+
+
+def circuit_matrix(angles: Array, bits: int, num_layers: int, xp: ModuleType = np) -> Array:  # (2^bits, 2^bits)
+    """Gate by gate, each a matrix of the whole size: rotations of all bits; for every pair, CZ and two rotations."""
+    rest = iter(angles)
+
+    def rotation(bit: int) -> Array:
+        cos, sin = xp.cos((angle := next(rest)) / 2), xp.sin(angle / 2)
+        gate = xp.stack([xp.stack([cos, -sin]), xp.stack([sin, cos])])
+        return xp.kron(xp.kron(xp.eye(2**bit, dtype=gate.dtype), gate), xp.eye(2 ** (bits - bit - 1), dtype=gate.dtype))
+
+    result = xp.eye(2**bits, dtype=xp.float64)
+    for bit in range(bits):
+        result = rotation(bit) @ result
+    for _ in range(num_layers):
+        for start in (0, 1):
+            for bit in range(start, bits - 1, 2):
+                both = [bool(k >> (bits - 1 - bit) & 1 and k >> (bits - 2 - bit) & 1) for k in range(2**bits)]
+                signs = xp.ones(2**bits, dtype=xp.float64)
+                signs[both] = -1
+                result = rotation(bit) @ (signs[:, None] * result)
+                result = rotation(bit + 1) @ result
+    assert not list(rest)  # an angle per rotation, no more
+    return result
+
+
 WORD = (1 << 64) - 1
 
 
@@ -139,6 +180,7 @@ METHODS = {
     "loretta": Method("loretta", LorettaConfig, {"r": 3, "alpha": 7, "tt_rank": 2}),
     "flora": Method("flora", FloraConfig, {"r": 3, "alpha": 7}),
     "nola": Method("nola", NolaConfig, {"r": 3, "alpha": 7, "num_bases": 5, "seed": 2**63 + 11}),
+    "quantum-peft": Method("quantum-peft", QuantumPeftConfig, {"r": 3, "alpha": 7, "num_layers": 2}),
 }
 
 
@@ -175,6 +217,8 @@ def dense_updates(
             update = loretta_update(tensors, shape[0], r, alpha, xp)
         elif method.name == "flora":
             update = flora_update(tensors, r, alpha, xp)
+        elif method.name == "quantum-peft":
+            update = quantum_update(tensors, shape, method.arguments["num_layers"], alpha, xp)
         else:
             update = nola_update(tensors, shape, method.arguments["seed"], r, alpha, xp)
         updates[name] = update.T if isinstance(base.get_submodule(name), Conv1D) else update

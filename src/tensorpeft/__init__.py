@@ -3,6 +3,7 @@
 from tensorpeft.methods.dota import DotaConfig
 from tensorpeft.methods.fact import FactConfig
 from tensorpeft.methods.flora import FloraConfig
+from tensorpeft.methods.lora_pt import LoraPtConfig
 from tensorpeft.methods.loretta import LorettaConfig
 from tensorpeft.methods.loretta_adapter import LorettaAdapterConfig
 from tensorpeft.methods.lorta import LortaConfig
@@ -11,6 +12,9 @@ from tensorpeft.methods.metatt import MetaTtConfig
 from tensorpeft.methods.metatt_sweep import MetaTtSweep
 from tensorpeft.methods.nola import NolaConfig
 from tensorpeft.methods.quanta import QuantaConfig
+from tensorpeft.methods.quantum_peft import QuantumPeftConfig
+from tensorpeft.methods.superlora import SuperLoraConfig
+from tensorpeft.methods.tcur_lora import TcurLoraConfig
 from tensorpeft.methods.tenslora import TensLoraConfig
 from tensorpeft.plugin.gradients import initialize_from_gradients
 from tensorpeft.plugin.tensor_map import print_tensor_map
@@ -20,6 +24,7 @@ __all__ = [
     "DotaConfig",
     "FactConfig",
     "FloraConfig",
+    "LoraPtConfig",
     "LorettaAdapterConfig",
     "LorettaConfig",
     "LortaConfig",
@@ -28,6 +33,9 @@ __all__ = [
     "MetaTtSweep",
     "NolaConfig",
     "QuantaConfig",
+    "QuantumPeftConfig",
+    "SuperLoraConfig",
+    "TcurLoraConfig",
     "TensLoraConfig",
     "initialize_from_gradients",
     "print_tensor_map",

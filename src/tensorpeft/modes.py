@@ -59,6 +59,28 @@ def factor_modes(size: int, num_modes: int) -> tuple[int, ...]:
     return _largest_in_the_middle(ascending)
 
 
+def fold_modes(size: int, num_modes: int) -> tuple[int, ...]:
+    """Ascending, nearly equal modes of a tensor that holds `size` entries: their product, or a little more.
+
+    The most even factors of the size, where they are even: their sum is at most a hundredth above the least that any
+    tensor has, of equal modes. Otherwise the modes with the least sum that hold the entries, the rest being padding.
+
+    >>> fold_modes(14_155_776, 2), fold_modes(14_155_776, 3)
+    ((3456, 4096), (216, 256, 256))
+    >>> fold_modes(7919, 2)  # a prime
+    (89, 89)
+    """
+    exact = _most_even_factors(size, num_modes, 1)
+    assert exact is not None  # `size` itself beside ones is always a solution
+    if sum(exact) <= 1.01 * num_modes * size ** (1 / num_modes):
+        return exact
+    # One less than the modes of a cube that is large enough, in as many of them as leave it so.
+    side = round(size ** (1 / num_modes))
+    side += side**num_modes < size
+    smaller = next(k for k in range(num_modes, -1, -1) if (side - 1) ** k * side ** (num_modes - k) >= size)
+    return (*(side - 1,) * smaller, *(side,) * (num_modes - smaller))
+
+
 def bond_dimensions(
     out_modes: Sequence[int], in_modes: Sequence[int], max_bond: int | Sequence[int]
 ) -> tuple[int, ...]:

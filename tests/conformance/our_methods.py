@@ -6,12 +6,16 @@ from tensorpeft import (
     DotaConfig,
     FactConfig,
     FloraConfig,
+    LoraPtConfig,
     LorettaAdapterConfig,
     LorettaConfig,
     LortaConfig,
     LotrConfig,
     NolaConfig,
     QuantaConfig,
+    QuantumPeftConfig,
+    SuperLoraConfig,
+    TcurLoraConfig,
 )
 
 
@@ -58,6 +62,10 @@ _CASES = {
         *_cases("LoRETTA", LorettaConfig, {"r": 4, "alpha": 0.3}),
         *_cases("FLoRA", FloraConfig, {"r": 4, "alpha": 1}),
         *_cases("NOLA", NolaConfig, {"r": 4, "num_bases": 16, "alpha": 1}),
+        *_cases("Quantum-PEFT", QuantumPeftConfig, {"r": 4, "alpha": 1}),
+        *_cases("SuperLoRA", SuperLoraConfig, {"r": 4, "alpha": 1}),
+        *_cases("LoRA-PT", LoraPtConfig, {"r": 1}),
+        *_cases("tCURLoRA", TcurLoraConfig, {"r": 4}),
         *_cases("QuanTA", QuantaConfig, {"num_axes": 2}),
         *_cases("LoRETTA adapter", LorettaAdapterConfig, {"bottleneck": 8}),
         *(

@@ -1,4 +1,4 @@
-"""LoRETTA, FLoRA and NOLA: their dense formulas through whole models, and what is special to each."""
+"""LoRETTA, FLoRA, NOLA and Quantum-PEFT: their dense formulas through whole models, and what is special to each."""
 
 import copy
 import hashlib
@@ -13,13 +13,24 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from cases import MODELS, Model, logits, over_models, perturb, tokens
-from own_factor_oracles import METHODS, Method, bases_of, dense_updates, philox_block, random_bases, train_of, trained
-from tensorpeft import FloraConfig, LorettaConfig, NolaConfig
+from own_factor_oracles import (
+    METHODS,
+    Method,
+    bases_of,
+    circuit_matrix,
+    dense_updates,
+    philox_block,
+    random_bases,
+    train_of,
+    trained,
+)
+from tensorpeft import FloraConfig, LorettaConfig, NolaConfig, QuantumPeftConfig
 from tensorpeft.export import to_lora
+from tensorpeft.networks.pauli import num_angles, orthonormal_rows
 from tensorpeft.networks.random_bases import random_basis
 
 TOLERANCE = 1e-10
-LORETTA, FLORA, NOLA = METHODS.values()
+LORETTA, FLORA, NOLA, QUANTUM = METHODS.values()
 LLAMA = MODELS[0]
 pytestmark = pytest.mark.filterwarnings("ignore:the size .* is prime")
 over_methods = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
@@ -32,7 +43,7 @@ def test_updates_and_outputs_are_those_of_the_dense_formula(model: Model, method
     before, updates = logits(base), dense_updates(method, base, trained(peft_model))
     assert len(updates) == 2 * len(model.targets)
     for name, update in updates.items():
-        if method is not LORETTA:  # it has its own test
+        if method in (FLORA, NOLA):  # the others have their own test
             count = sum(tensor.numel() for tensor in trained(peft_model)[name].values())
             assert count == (2 * 5 if method is NOLA else 3 * sum(update.shape) + 3 * 3)
         assert np.abs(update).max() > 1e-3, name  # nothing is proved by zeros
@@ -109,9 +120,9 @@ def test_what_is_saved_after_a_change_of_dtype_is_what_was_in_memory(method: Met
 @over_models
 @pytest.mark.parametrize(
     ("method", "more"),
-    [(LORETTA, [{}] * 5), (FLORA, [{}] * 5)]
+    [(LORETTA, [{}] * 5), (FLORA, [{}] * 5), (QUANTUM, [{}] * 5)]
     + [(NOLA, [{"seed": seed} for seed in seeds]) for seeds in ([1, 2, 3, 4, 5], [4] * 5, [1, 1, 1, 1, 2])],
-    ids=["loretta", "flora", "nola-seeds-differ", "nola-one-seed", "nola-one-seed-differs"],
+    ids=["loretta", "flora", "quantum-peft", "nola-seeds-differ", "nola-one-seed", "nola-one-seed-differs"],
 )
 def test_five_adapters_in_one_batch(model: Model, method: Method, more: list[dict[str, Any]]):
     peft_model = method.adapt(model, **more[0])
@@ -161,20 +172,56 @@ def test_loretta_s_modes_can_be_given(tmp_path):
 @pytest.mark.parametrize(
     ("configs", "field", "values"),
     [
-        ([LorettaConfig, FloraConfig, NolaConfig], "r", [0, 2.5]),
-        ([LorettaConfig, FloraConfig, NolaConfig], "alpha", [0, float("nan")]),
+        ([LorettaConfig, FloraConfig, NolaConfig, QuantumPeftConfig], "r", [0, 2.5]),
+        ([LorettaConfig, FloraConfig, NolaConfig, QuantumPeftConfig], "alpha", [0, float("nan")]),
         ([LorettaConfig], "tt_rank", [0]),
         ([LorettaConfig], "modes", [{72: [8, 8]}, {72: []}]),
         ([LorettaConfig], "modes", [{72: [-8, -9]}, {72: [8.0, 9.0]}]),
         ([LorettaConfig], "modes", [[8, 9]]),
         ([NolaConfig], "seed", [-1, 2**64, "x", 1.5, True]),
         ([NolaConfig], "num_bases", [0]),
+        ([QuantumPeftConfig], "num_layers", [0, 2**11]),
     ],
 )
 def test_impossible_configuration(configs: list[type[PeftConfig]], field: str, values: list[Any]):
     for config, value in product(configs, values):
         with pytest.raises(ValueError, match=rf"^{field}\b"):
             config(target_modules=["q_proj"], **{field: value})
+
+
+def test_quantum_peft_s_circuit_at_zero_angles_is_its_signs():
+    expected = torch.diag(torch.tensor([1.0, 1, 1, -1, 1, 1, -1, 1]))
+    assert torch.equal(orthonormal_rows(torch.zeros(num_angles(8, 1)), 8, num_layers=1, count=8), expected)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 24, 32, 64])
+@pytest.mark.parametrize("num_layers", [1, 3])
+def test_quantum_peft_s_columns_are_a_dense_circuit_s(size: int, num_layers: int):
+    bits = max((size - 1).bit_length(), 1)
+    generator = torch.Generator().manual_seed(size)
+    angles = 6 * torch.rand(2, num_angles(size, num_layers), generator=generator, dtype=torch.float64) - 3
+    rows = orthonormal_rows(angles, size, num_layers, count=size)
+    for some, expected in zip(rows, (circuit_matrix(each.numpy(), bits, num_layers) for each in angles)):
+        np.testing.assert_allclose(some.numpy(), expected[:size, :size].T, rtol=0, atol=1e-14)
+        if size == 2**bits:
+            np.testing.assert_allclose(some @ some.T, np.eye(size), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("size", "num_layers", "expected"),
+    [(1024, 1, 28), (1024, 2, 46), (1024, 4, 82), (4096, 1, 34), (4096, 2, 56), (4096, 4, 100), (768, 1, 28)],
+)
+def test_quantum_peft_has_the_formula_s_number_of_angles(size: int, num_layers: int, expected: int):
+    bits = (size - 1).bit_length()
+    assert num_angles(size, num_layers) == (2 * num_layers + 1) * bits - 2 * num_layers == expected
+
+
+def test_quantum_peft_s_rank_is_cut_to_the_weight_s():
+    model = QUANTUM.adapt(LLAMA, r=99)
+    assert {
+        (tensors["diagonal"].shape, len(model.base_model.model.get_submodule(name).weight))
+        for name, tensors in trained(model).items()
+    } == {((24,), 24), ((12,), 12), ((24,), 44)}
 
 
 @pytest.mark.parametrize("seed", [0, 5, 2**53 + 1, 2**64 - 1])

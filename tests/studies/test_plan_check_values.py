@@ -59,6 +59,8 @@ CHECK_VALUES = [
     ("LLaMA-2-7B", FOUR, 48, {"lorta": 48 * 4_292}),
     # Axes 16·8·8·4, and a square tensor for each of their six pairs.
     ("LLaMA-2-7B", TWO, None, {"quanta": 64 * (2 * 32**2 + 2 * 64**2 + 2 * 128**2)}),
+    ("LLaMA-2-7B", TWO, 4, {"quantum-peft": 64 * (2 * 34 + 4)}),
+    ("RoBERTa-base", BERT_TWO, 8, {"superlora": 728 * 8 + 8**3}),  # as many entries as ViT-base has
     # Two trains over 8·8·12·8 with bonds of 5.
     ("RoBERTa-base", BERT_TWO, 8, {"loretta": 24 * 2 * (8 * 5 + 5 * 8 * 5 + 5 * 12 * 5 + 5 * 8)}),
     ("RoBERTa-base", BERT_TWO, 4, {"lorta": 3_432}),

@@ -232,9 +232,7 @@ def _make(
     if only is not None:
         own = [tensors if member is only else _detached(tensors) for member, tensors in zip(members, own)]
     if first.shared is not None:
-        shared = tensors_of(first.shared)
-        if not torch.compiler.is_compiling():
-            shared = first.shared.gradients.tensors(shared)
+        shared = first.shared.tensors()
     if torch.compiler.is_compiling() or is_transformed() or not any(map(_needs_grad, members)):
         return first.make_parts(members, own, shared, dtype)
 

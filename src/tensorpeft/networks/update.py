@@ -14,6 +14,7 @@ from tensorpeft.networks.dtypes import product_dtype
 from tensorpeft.networks.group import Parts, Place, Tensors, parts_of, tensors_of
 from tensorpeft.networks.low_rank import MATRIX_PRODUCT, PAIR_PRODUCT, Factors, Pair, low_rank_linear
 from tensorpeft.networks.nested import GradientsOnce
+from tensorpeft.networks.versions import Kept
 
 # The buffer that an update has where a part of it is stored in the base layer: which base that must be.
 BASE_DIGEST = "base_digest"
@@ -153,6 +154,16 @@ class SharedFactors(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.gradients = GradientsOnce()
+        self._numbers: Kept[object] = Kept()
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Its parameters and buffers by name, or what takes their gradients for them now (`GradientsOnce`)."""
+        tensors = tensors_of(self)
+        return tensors if torch.compiler.is_compiling() else self.gradients.tensors(tensors)
+
+    def numbers(self) -> object:
+        """The same object for as long as its tensors hold the same numbers."""
+        return self._numbers.get(object, list(tensors_of(self).values()))
 
 
 class AbstractFusedUpdate(AbstractWeightUpdate):

@@ -164,7 +164,8 @@ class TensorLayer(UpdateHolder):
         if version is None:
             return make()
         numbers = [t for update in updates for t in (*update.parameters(), *update.buffers()) if t.is_floating_point()]
-        return self._cached.get(make, [*diagonals(weight), *numbers], version, dtype)
+        shared = [update.shared.numbers() for update in updates if update.shared is not None]
+        return self._cached.get(make, [*diagonals(weight), *numbers], version, dtype, shared)
 
     def train(self, mode: bool = True) -> TensorLayer:
         """As torch's; the cached weight goes, so that training and a new evaluation start from what is there."""
@@ -313,9 +314,10 @@ def check_finite(weight: Tensor, adapter_names: Sequence[str]) -> None:
         )
 
 
-def _trains(weight: Tensor | None, updates: Sequence[nn.Module]) -> bool:
+def _trains(weight: Tensor | None, updates: Sequence[AbstractUpdate]) -> bool:
     """Whether a gradient of the weight or of the updates will be asked for."""
-    parameters = [parameter for update in updates for parameter in update.parameters()]
+    modules = [module for update in updates for module in (update, update.shared) if module is not None]
+    parameters = [parameter for module in modules for parameter in module.parameters()]
     return torch.is_grad_enabled() and any(t.requires_grad for t in (*parameters, weight) if t is not None)
 
 
