@@ -236,6 +236,7 @@ def test_rows_whose_prompts_fill_the_length_are_left_out_and_said(place, tmp_pat
         (["evaluate.mode=likelihood"], "expected choices"),
         (["data.max_length=8"], "trainer.max_length"),
         (["head_learning_rate=1e-3"], "gets no new head"),
+        (["head={target_modules: [lm_head]}"], "gives labels"),
         (["model_arguments.atn_implementation=eager"], "atn_implementation"),
     ],
 )

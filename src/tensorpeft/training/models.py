@@ -22,6 +22,7 @@ from tensorpeft.quantization import quantize_residual
 from tensorpeft.reports.files import make_once
 from tensorpeft.tasks.task import LabelTask, StructureTask, Task
 from tensorpeft.training.adapters import make_config
+from tensorpeft.training.head import restrict_head
 from tensorpeft.training.recipe import Recipe, check_keys
 
 # Arguments of from_pretrained that say which files are meant.
@@ -130,5 +131,7 @@ def adapter_config(recipe: Recipe, task: Task) -> PeftConfig | None:
 
 def adapt(model: nn.Module, recipe: Recipe, task: Task) -> nn.Module:
     """The model with the recipe's adapter, or as it is where all weights are trained."""
+    if recipe.head is not None:
+        restrict_head(model, recipe.head)
     config = adapter_config(recipe, task)
     return model if config is None else get_peft_model(model, config)  # pyright: ignore[reportArgumentType]

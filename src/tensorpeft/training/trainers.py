@@ -19,12 +19,10 @@ from transformers import (
 from tensorpeft.evaluation.chat_template import as_chat
 from tensorpeft.models.folding import collate_structures
 from tensorpeft.tasks.task import LabelTask, PreferenceTask, QuestionTask, Structure, StructureTask
+from tensorpeft.training.head import is_head
 from tensorpeft.training.models import adapt, adapter_config, load_base
 from tensorpeft.training.recipe import DataRecipe, Recipe
 from tensorpeft.training.splits import Splits
-
-# As PEFT and transformers call a layer that is new to a model.
-_HEADS = ("classifier", "score", "head")
 
 
 class HeadRateTrainer(Trainer):
@@ -53,13 +51,6 @@ class HeadRateTrainer(Trainer):
                     if chosen:
                         optimizer.add_param_group({**group, "params": chosen, "lr": rate})
         return optimizer
-
-
-def is_head(
-    name: str,  # of a parameter
-) -> bool:
-    """Whether a parameter is of a head that is new to the model."""
-    return not set(name.split(".")).isdisjoint(_HEADS)
 
 
 def make_trainer(

@@ -17,7 +17,8 @@ from tensorpeft.studies.measure import median_step_times, peak_memory
 from tensorpeft.training.arguments import make_arguments
 from tensorpeft.training.models import load_tokenizer
 from tensorpeft.training.splits import Splits
-from tensorpeft.training.trainers import is_head, make_trainer
+from tensorpeft.training.head import is_head
+from tensorpeft.training.trainers import make_trainer
 
 # Of so many first batches, the one of the middle length is stepped on.
 _NUM_BATCHES = 9
