@@ -164,7 +164,14 @@ def test_a_head_of_another_task_is_refused_with_the_remedy(place, tmp_path):
 
 
 @long
-@pytest.mark.parametrize("more", [["quantize.rounds=2"], ["quantize.residual=false", "adapter.method=lora"]])
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["quantize.rounds=2"],
+        ["quantize.residual=false", "adapter.method=lora"],
+        ["quantize.residual=true", "adapter={method: lora, r: 4, init_lora_weights: pissa}"],
+    ],
+)
 def test_an_adapter_of_a_quantised_base_finds_it(more, place, tmp_path):
     pytest.importorskip("bitsandbytes")
     (result,) = train(place, "sft", tmp_path / "run", "trainer.max_steps=2", *more)

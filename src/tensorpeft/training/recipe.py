@@ -108,8 +108,9 @@ class Recipe:
         adapter: ``method`` and the fields of its configuration, of ours or of PEFT's; None: all weights are trained.
         description: what it is, and where the figures come from.
         model_arguments: of transformers' ``from_pretrained``.
-        quantize: arguments of `tensorpeft.quantization.quantize_residual`, which is done first; with ``residual:
-            false`` all weights become plain NF4, QLoRA's base. None: nothing is quantised.
+        quantize: arguments of `tensorpeft.quantization.quantize_residual`, which is done first: of DoTA's residual, or
+            of that of a LoRA with init_lora_weights: pissa. With ``residual: false`` all weights become plain NF4,
+            QLoRA's base. None: nothing is quantised.
         trainer: arguments of `transformers.TrainingArguments`, `trl.SFTConfig` or `trl.DPOConfig`, as the task wants.
         head_learning_rate: of a head that starts from noise; None: the rate of the rest.
         head: what is trained of that head; None: all of it.

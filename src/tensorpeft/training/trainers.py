@@ -99,7 +99,6 @@ def _make_trainer(
     )
     for name, parameter in trainer.model.named_parameters():  # pyright: ignore[reportOptionalMemberAccess]
         if name in exact:
-            assert torch.equal(parameter.data, exact[name].to(parameter.dtype)), name
             parameter.data = exact[name]
     return trainer
 
@@ -108,7 +107,7 @@ def _fresh_adapter(base: Any, recipe: Recipe, splits: Splits, seed: int) -> dict
     """The trained parameters of a new adapter, as they are before TRL rounds them.
 
     On a base in 4 bits TRL casts them to bfloat16, as QLoRA's paper does for LoRA. DoTA's cores would then no longer
-    start where they were decomposed, and small updates would be lost.
+    start where they were decomposed, and small updates would be lost. PiSSA's start TRL does not know.
     """
     adapted: Any = adapt(base, recipe, splits.task)
     values = {name: p.detach().clone() for name, p in adapted.named_parameters() if p.requires_grad}
