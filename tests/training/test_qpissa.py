@@ -7,6 +7,7 @@ from torch import nn
 pytest.importorskip("omegaconf")
 pytest.importorskip("bitsandbytes")
 from bitsandbytes.functional import dequantize_4bit
+
 from tensorpeft.tasks.registry import find_task
 from tensorpeft.training.models import adapt, load_base, load_tokenizer
 from tensorpeft.training.recipe import load_recipe

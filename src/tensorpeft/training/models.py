@@ -103,7 +103,7 @@ def _check_residual(config: Any, task: Task, rounds: int) -> None:
     if isinstance(task, PreferenceTask):
         raise ValueError(
             f"init_lora_weights={config.init_lora_weights} on a base in 4 bits: preferences are measured against the "
-            "model without its adapter, which here lacks the start. Write quantize: {residual: false} and another start."
+            "model without its adapter, which here lacks the start. Start otherwise, with quantize: {residual: false}."
         )
 
 
