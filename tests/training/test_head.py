@@ -76,6 +76,17 @@ def test_a_run_trains_a_lora_of_the_head_and_saves_a_whole_one(place, tmp_path):
     assert again["metrics"] == pytest.approx(result.tests["sst2"])
 
 
+def test_modules_that_are_trained_beside_a_head_stay_what_the_recipe_says(place):
+    recipe = load_recipe(place / "labels.yaml", ["adapter.modules_to_save=[LayerNorm]"])
+    task = find_task(recipe.task)
+    model = adapt(load_base(recipe, task, load_tokenizer(recipe, task), seed=0), recipe, task)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert any("LayerNorm" in name for name in trained)
+    assert any("classifier" in name for name in trained)
+    assert recipe.adapter is not None
+    assert recipe.adapter["modules_to_save"] == ["LayerNorm"]
+
+
 @pytest.mark.recipes
 def test_a_run_with_a_lora_of_the_head_goes_on_and_is_scored_later(place, tmp_path):
     recipe = load_recipe(place / "labels.yaml", [LORA_HEAD, f"output={tmp_path}"])
