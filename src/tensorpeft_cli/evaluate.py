@@ -7,8 +7,12 @@ from tensorpeft_cli.options import DTYPES, MODEL, add_cache, existing, model_nam
 from tensorpeft_cli.package import import_package
 
 HELP = "score a model or an adapter on a task of the papers, or on lm-eval's"
-_OF_LM_EVAL = ("include_path", "few_shot")
-_OF_TASKS = ("data", "mode", "max_length", "max_new_tokens", "num_beams", "beta")
+# What each of the three ways looks at, of the options that others have not.
+_LOOKS_AT = {
+    "task": ("data", "mode", "max_length", "max_new_tokens", "num_beams", "beta"),
+    "lm_eval": ("include_path", "few_shot"),
+    "mt_bench": ("max_new_tokens",),
+}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +24,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--task", metavar="NAME", help="such as cola, boolq, gsm8k, squad, preferences")
     add("--data", metavar="FILE", help="published file of the task, or hub:NAME[:CONFIG]:SPLIT")
     add("--lm-eval", metavar="A,B", help="instead of --task: tasks of lm-eval")
+    add("--mt-bench", type=existing, metavar="FILE", help="instead of --task: answer MT-Bench's question.jsonl")
     add("--include-path", type=existing, metavar="DIR", help="folder of further tasks for lm-eval")
     add("--few-shot", type=whole(0), metavar="N", help="examples before each row, for lm-eval")
     add("--mode", choices=("generate", "likelihood", "loss"), help="(default: what suits the task)")
@@ -40,7 +45,7 @@ def _run(arguments: argparse.Namespace, command: str) -> None:
     source = _check(arguments)
     import_package()
     from tensorpeft.evaluation.options import EvaluationOptions
-    from tensorpeft.evaluation.run import run_evaluate, run_lm_eval_command
+    from tensorpeft.evaluation.run import run_evaluate, run_lm_eval_command, run_mt_bench
 
     model, adapter = (arguments.model, None) if arguments.base is None else (arguments.base, Path(arguments.model))
     if arguments.lm_eval is not None:
@@ -53,6 +58,19 @@ def _run(arguments: argparse.Namespace, command: str) -> None:
             limit=arguments.rows,
             include_path=arguments.include_path,
             num_fewshot=arguments.few_shot,
+            dtype=arguments.dtype,
+        )
+        return
+    if arguments.mt_bench is not None:
+        run_mt_bench(
+            model,
+            adapter,
+            arguments.mt_bench,
+            arguments.output,
+            batch_size=arguments.batch_size,
+            max_new_tokens=arguments.max_new_tokens,
+            chat=arguments.chat,
+            rows=arguments.rows,
             dtype=arguments.dtype,
         )
         return
@@ -79,12 +97,14 @@ def _run(arguments: argparse.Namespace, command: str) -> None:
 
 def _check(arguments: argparse.Namespace) -> object:
     """The source of the rows, after refusing options that contradict each other."""
-    if (arguments.task is None) == (arguments.lm_eval is None):
-        raise ValueError("pass one of --task NAME, with --data FILE, and --lm-eval NAMES.")
-    given, others = ("--task", _OF_LM_EVAL) if arguments.lm_eval is None else ("--lm-eval", _OF_TASKS)
-    if useless := [name for name in others if getattr(arguments, name) is not None]:
-        raise ValueError(f"--{useless[0].replace('_', '-')} changes nothing with {given}. Leave it out.")
-    if arguments.lm_eval is None and arguments.data is None:
+    given = [name for name in _LOOKS_AT if getattr(arguments, name) is not None]
+    if len(given) != 1:
+        raise ValueError("pass one of --task NAME, with --data FILE, --lm-eval NAMES and --mt-bench FILE.")
+    others = {name for names in _LOOKS_AT.values() for name in names} - {*_LOOKS_AT[given[0]]}
+    if useless := sorted(name for name in others if getattr(arguments, name) is not None):
+        option, way = (f"--{name.replace('_', '-')}" for name in (useless[0], given[0]))
+        raise ValueError(f"{option} changes nothing with {way}. Leave it out.")
+    if arguments.task is not None and arguments.data is None:
         raise ValueError(
             f"--task {arguments.task}: the data is not in the package. Pass a published file as --data FILE."
         )

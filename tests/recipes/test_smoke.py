@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tensorpeft.recipes import FOLDER
 from tensorpeft.training.recipe import load_recipe
@@ -18,8 +19,21 @@ from tensorpeft.training.results import SeedResult, read_result
 
 ROOT = Path(__file__).parents[2]
 DATA = Path(os.environ.get("TENSORPEFT_DATA", ROOT.parent / "shared"))
+
+
+def has_its_own_small_version(path: Path) -> bool:
+    """Not one that puts another model, of the paper's size, or a comparison on its parent."""
+    tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    more = {*tree, *(tree.get("smoke") or {})} - {"inherits", "smoke", "description", "compare", "output"}
+    return "inherits" not in tree or not more <= {"model"}
+
+
 # Those of accelerate/ are no recipes, those of studies/ are one recipe, tested in test_compare.py.
-RECIPES = sorted(path for path in FOLDER.glob("*/*.yaml") if path.parent.name not in ("accelerate", "studies"))
+RECIPES = [
+    path
+    for path in sorted(FOLDER.glob("*/*.yaml"))
+    if path.parent.name not in ("accelerate", "studies") and has_its_own_small_version(path)
+]
 pytestmark = [
     pytest.mark.recipes,
     pytest.mark.skipif(not (DATA / "data").is_dir(), reason=f"no data in {DATA}; set TENSORPEFT_DATA"),

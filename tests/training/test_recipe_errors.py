@@ -49,6 +49,11 @@ def refused(tmp_path):
         ("data.seed: a", "data.seed='a': expected a whole number"),
         ("data.chat: maybe", "data.chat='maybe': expected true or false"),
         ("data.seed: true", "data.seed=True: expected a whole number"),
+        ("head: {r: 3}", r"head\.target_modules=None: expected a list of names"),
+        ("head: {target_modules: dense}", r"head\.target_modules='dense': expected a list of names"),
+        ("head: {target_modules: [dense], rank: 3}", r"head: unknown key 'rank'\."),
+        ("head: {target_modules: [dense], r: 0}", r"head\.r=0: expected a whole number, at least 1"),
+        ("head: {target_modules: [dense], alpha: 0}", r"head\.alpha=0: expected a number above 0"),
     ],
 )
 def test_a_wrong_recipe(refused, line, message):

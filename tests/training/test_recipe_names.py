@@ -6,7 +6,7 @@ pytest.importorskip("omegaconf")
 from tensorpeft.recipes import FOLDER, find_recipe, list_names
 from tensorpeft.training.recipe import load_comparison, load_recipe
 
-PACKAGED = "dota/ablation_rank_8"
+PACKAGED = "dota/ablation_random"
 MINE = "model: m\ntask: rte\ndata: {train: a.tsv, validation: b.tsv}\ncompare: {seeds: 7}\n"
 
 

@@ -164,7 +164,14 @@ def test_a_head_of_another_task_is_refused_with_the_remedy(place, tmp_path):
 
 
 @long
-@pytest.mark.parametrize("more", [["quantize.rounds=2"], ["quantize.residual=false", "adapter.method=lora"]])
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["quantize.rounds=2"],
+        ["quantize.residual=false", "adapter.method=lora"],
+        ["quantize.residual=true", "adapter={method: lora, r: 4, init_lora_weights: pissa}"],
+    ],
+)
 def test_an_adapter_of_a_quantised_base_finds_it(more, place, tmp_path):
     pytest.importorskip("bitsandbytes")
     (result,) = train(place, "sft", tmp_path / "run", "trainer.max_steps=2", *more)
@@ -236,6 +243,7 @@ def test_rows_whose_prompts_fill_the_length_are_left_out_and_said(place, tmp_pat
         (["evaluate.mode=likelihood"], "expected choices"),
         (["data.max_length=8"], "trainer.max_length"),
         (["head_learning_rate=1e-3"], "gets no new head"),
+        (["head={target_modules: [lm_head]}"], "gives labels"),
         (["model_arguments.atn_implementation=eager"], "atn_implementation"),
     ],
 )

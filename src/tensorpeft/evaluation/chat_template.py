@@ -25,8 +25,9 @@ def as_chat(
         raise ValueError(
             f"row {question.key!r}: it has no prompt, and a chat begins with one. Leave chat out for plain texts."
         )
-    prompt = _write(tokenizer, question.prompt)
-    answered = _write(tokenizer, question.prompt, question.response.strip())
+    turns = [{"role": "user", "content": question.prompt}]
+    prompt = write_chat(tokenizer, turns)
+    answered = write_chat(tokenizer, [*turns, {"role": "assistant", "content": question.response.strip()}])
     if not answered.startswith(prompt):
         raise ValueError(
             f"{tokenizer.name_or_path}: its chat template writes {prompt[-40:]!r} before an answer, and something else "
@@ -51,17 +52,22 @@ def find_turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return ids[0] if len(ids) == 1 else None  # pyright: ignore[reportReturnType]
 
 
-def _write(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str | None = None) -> str:
-    """A conversation as text; without a response, up to where it begins."""
+def write_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    turns: list[dict[str, str]],  # role and content, as chat templates have them
+) -> str:
+    """A conversation as text; where the last turn is the user's, up to where the answer begins.
+
+    Raises:
+        ValueError: the tokenizer has no chat template.
+    """
     if not tokenizer.chat_template:
         raise ValueError(
             f"{tokenizer.name_or_path}: its tokenizer has no chat template. Take a model that is made to chat, or "
             "leave chat out."
         )
-    turns = [{"role": "user", "content": prompt}]
-    if response is not None:
-        turns.append({"role": "assistant", "content": response})
-    text = tokenizer.apply_chat_template(turns, add_generation_prompt=response is None, tokenize=False)
+    is_asked = turns[-1]["role"] == "user"
+    text = tokenizer.apply_chat_template(turns, add_generation_prompt=is_asked, tokenize=False)
     assert isinstance(text, str)
     begins_itself = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]  # pyright: ignore[reportIndexIssue]
     return text.removeprefix(str(tokenizer.bos_token)) if begins_itself else text

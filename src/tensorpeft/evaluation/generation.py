@@ -56,10 +56,11 @@ def generate_texts(
     batch_size: int,
     on_row: Callable[[int], object],
     turn_end: int | None = None,  # a further token that ends an answer
+    temperature: float | None = None,  # None: greedy, or beam search, nothing is drawn
 ) -> list[str]:
     """What the model writes after every prompt, up to the first of the stop texts.
 
-    Greedy, or beam search: nothing is drawn. Of the model's own generation settings only its end-of-sequence tokens
+    Of the model's own generation settings only its end-of-sequence tokens
     count, beside the tokenizer's: temperatures and repetition penalties belong to a chat.
     """
     device = device_of(model)
@@ -73,7 +74,9 @@ def generate_texts(
         return [_cut(text, generation.stop) for text in _decode(tokenizer, output[:, width:])]
 
     lengths = [len(prompt.ids) for prompt in prompts]
-    settings = {"do_sample": False, "max_new_tokens": generation.max_new_tokens, "num_beams": generation.num_beams}
+    settings: dict[str, Any] = {"max_new_tokens": generation.max_new_tokens, "num_beams": generation.num_beams}
+    drawn: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0}  # all tokens may be drawn
+    settings |= {"do_sample": False} if temperature is None else drawn
     with generation_settings(model, tokenizer, turn_end, **settings):
         return map_batches(compute, prompts, lengths, batch_size, lambda indices: on_row(len(indices)))
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from tensorpeft.evaluation.evaluate import Evaluation, evaluate_task, find_mode
 from tensorpeft.evaluation.harness import run_lm_eval, table_rows
+from tensorpeft.evaluation.mt_bench import MAX_NEW_TOKENS, answer_questions, as_answer_file, read_questions
 from tensorpeft.evaluation.options import EvaluationOptions
 from tensorpeft.evaluation.report import metrics_table, write_evaluation
 from tensorpeft.evaluation.tokens import device_of
@@ -95,6 +96,45 @@ def run_lm_eval_command(
     print_table(console, Table("lm-eval", ("task", "metric", "value", "standard error"), table_rows(found)))
     say(console, f"Rows and results: {output}")
     return {**found, "samples": samples}
+
+
+def run_mt_bench(
+    model: str,  # name of a base, or of a saved adapter
+    adapter: Path | None,  # of a saved adapter; ``model`` is then its base
+    questions: Path,  # MT-Bench's question.jsonl
+    output: Path,  # folder, made where it does not exist; its name is the model's to the judge
+    batch_size: int = 16,
+    max_new_tokens: int | None = None,  # None: FastChat's 1,024
+    chat: bool = False,
+    rows: int | None = None,  # the first questions only; None: all
+    dtype: str | None = None,
+    terminal: TextIO | None = None,
+) -> list[list[str]]:
+    """The answers to every question, after writing them as FastChat's judge reads them.
+
+    Raises:
+        FileNotFoundError: there are no questions.
+        ValueError: a question is malformed, or the model cannot answer it.
+    """
+    options = EvaluationOptions(batch_size=batch_size, max_new_tokens=max_new_tokens)  # says what is wrong with them
+    console, asked = Console(file=terminal), read_questions(questions)[:rows]
+    base, adapter_name = find_base(model, adapter)
+    loaded, tokenizer = load_model(base, adapter_name, task=None, dtype=dtype)
+    with quiet(), make_progress(console) as progress:
+        bar = progress.add_task("answering", total=sum(len(question.turns) for question in asked))
+        answers = answer_questions(
+            loaded,
+            tokenizer,
+            asked,
+            batch_size,
+            options.max_new_tokens or MAX_NEW_TOKENS,
+            chat,
+            on_turn=lambda number: progress.advance(bar, number),
+        )
+    file = output / f"{output.resolve().name}.jsonl"
+    write_json_lines(file, as_answer_file(asked, answers, file.stem))
+    say(console, f"Answers, for FastChat's data/mt_bench/model_answer: {file}")
+    return answers
 
 
 def _about(model: nn.Module, base: str, adapter: str | None, seconds: float) -> dict[str, Any]:

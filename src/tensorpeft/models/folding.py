@@ -139,7 +139,7 @@ class FoldingModel(EsmFoldPreTrainedModel):
 
     def __init__(self, config: EsmConfig) -> None:
         super().__init__(config)
-        self.esm = EsmModel(config, add_pooling_layer=False)
+        self.esm = _without_heads(EsmModel(config, add_pooling_layer=False))
         self.head = FoldingHead(config)
         self.post_init()
 
@@ -197,7 +197,8 @@ class FoldingModel(EsmFoldPreTrainedModel):
 
 
 def build_folding_model(
-    esm: EsmModel | EsmConfig,  # a model is taken over as it is, without its pooler; a configuration starts at random
+    esm: EsmModel
+    | EsmConfig,  # a model is taken over, without pooler and contact head; a configuration starts at random
     num_blocks: int = 12,  # of the trunk, which are Evoformer's without alignment
     num_recycles: int = 3,
     trunk: Mapping[str, Any] | None = None,  # further fields of transformers' TrunkConfig; None: ESMFold's
@@ -230,9 +231,14 @@ def build_folding_model(
     added = {"is_folding_model": True, "esmfold_config": fold, "vocab_list": list(VOCABULARY)}
     model = FoldingModel(EsmConfig.from_dict({**config.to_dict(), **added}))
     if isinstance(esm, EsmModel):
-        esm.pooler = None
-        model.esm = esm
+        model.esm = _without_heads(esm)
     return model
+
+
+def _without_heads(esm: Any) -> EsmModel:
+    """ESM-2 without what it does not fold with; `modules_to_save=["head"]` would train its contact head, too."""
+    esm.pooler = esm.contact_head = None
+    return esm
 
 
 def _trunk_config(config: EsmConfig) -> Any:  # its fields are declared as perhaps None

@@ -1,5 +1,6 @@
 """A recipe's ``adapter`` as the configuration it names, of ours or of PEFT's."""
 
+import copy
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -24,7 +25,8 @@ def make_config(
     """
     methods, name = _methods(), str(adapter["method"]).lower()
     check_keys([name], methods, "adapter.method")
-    arguments = {key: value for key, value in adapter.items() if key != "method"}
+    # Copied, because PEFT adds a classifier to the very list of modules_to_save.
+    arguments = {key: copy.deepcopy(value) for key, value in adapter.items() if key != "method"}
     config_class = methods[name]
     known = [field.name for field in dataclasses.fields(config_class) if field.init]
     check_keys(arguments, known, f"adapter, method {name}")

@@ -5,7 +5,7 @@ from typing import Any
 
 from accelerate import PartialState
 from peft import PeftConfig, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -20,12 +20,17 @@ from tensorpeft.loading import models as loading
 from tensorpeft.models.folding import VOCABULARY, build_folding_model
 from tensorpeft.quantization import quantize_residual
 from tensorpeft.reports.files import make_once
-from tensorpeft.tasks.task import LabelTask, StructureTask, Task
+from tensorpeft.tasks.task import LabelTask, PreferenceTask, StructureTask, Task
 from tensorpeft.training.adapters import make_config
+from tensorpeft.training.head import restrict_head
 from tensorpeft.training.recipe import Recipe, check_keys
 
 # Arguments of from_pretrained that say which files are meant.
 _FOR_BOTH = ("revision", "token", "trust_remote_code", "subfolder", "cache_dir")
+# PEFT's starts of a LoRA that are a part of the weight; further ones want data.
+_SUBTRACTED = ("pissa", "olora")
+# Attribute of a base: the start that its weights lack, by the names of the adapter's parameters.
+_START = "adapter_start"
 # What all ESM-2 models have in common.
 _ESM2 = {
     "vocab_size": len(VOCABULARY),
@@ -50,7 +55,11 @@ def load_base(
     tokenizer: PreTrainedTokenizerBase | None,  # None: the task is no text
     seed: int,  # of a head that starts from noise
 ) -> PreTrainedModel:
-    """The model as it is before an adapter: quantised, where the recipe says so."""
+    """The model as it is before an adapter: quantised, where the recipe says so.
+
+    With ``residual``, the adapter's start is left out of what is quantised: DoTA's cores are kept in the base, the
+    start of a LoRA of PEFT's (PiSSA: QPiSSA) is what `adapt` begins with.
+    """
     set_seed(seed)
     arguments = dict(recipe.model_arguments)
     model: Any
@@ -68,11 +77,41 @@ def load_base(
         model = _load(AutoModelForCausalLM, recipe.model, arguments)
     if recipe.quantize is not None:
         arguments = dict(recipe.quantize)
-        config = adapter_config(recipe, task) if arguments.pop("residual", True) else None
+        config = _written_config(recipe, task) if arguments.pop("residual", True) else None
         check_keys(arguments, ("rounds", "double_quant", "skip_modules"), "quantize")
+        start: dict[str, Tensor] = {}
+        if _leaves_residual(config):
+            _check_residual(config, task, arguments.get("rounds", 1))
+            model, start, config = *_without_start(model, config), None
         model = quantize_residual(model, config, **arguments)  # pyright: ignore[reportArgumentType]
+        setattr(model, _START, start)
         _keep_base(model, tokenizer, Path(recipe.output).absolute() / "base")
     return model
+
+
+def _leaves_residual(config: PeftConfig | None) -> bool:
+    """Whether an adapter of PEFT's own takes its start from the weights and leaves them without it."""
+    return str(getattr(config, "init_lora_weights", "")).startswith(_SUBTRACTED)
+
+
+def _check_residual(config: Any, task: Task, rounds: int) -> None:
+    if rounds != 1:
+        raise ValueError(
+            f"quantize.rounds={rounds}: expected 1 with init_lora_weights={config.init_lora_weights}, which takes its "
+            "start from the weights once. Leave it out."
+        )
+    if isinstance(task, PreferenceTask):
+        raise ValueError(
+            f"init_lora_weights={config.init_lora_weights} on a base in 4 bits: preferences are measured against the "
+            "model without its adapter, which here lacks the start. Start otherwise, with quantize: {residual: false}."
+        )
+
+
+def _without_start(model: Any, config: Any) -> tuple[Any, dict[str, Tensor]]:
+    """The model whose weights lack an adapter's start, and that start by its parameters' names."""
+    adapted: Any = get_peft_model(model, config)
+    start = {name: p.detach().clone() for name, p in adapted.named_parameters() if p.requires_grad}
+    return adapted.unload(), start
 
 
 def _keep_base(model: Any, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
@@ -121,7 +160,14 @@ def _load_folding_model(name: str, arguments: dict[str, Any]) -> PreTrainedModel
 
 
 def adapter_config(recipe: Recipe, task: Task) -> PeftConfig | None:
-    """The configuration of the recipe's adapter; None where all weights are trained."""
+    """The configuration of the recipe's adapter on its base; None where all weights are trained."""
+    config: Any = _written_config(recipe, task)
+    if recipe.quantize is not None and recipe.quantize.get("residual", True) and _leaves_residual(config):
+        config.init_lora_weights = True  # the base lacks the start already: it is not taken from it again, see `adapt`
+    return config
+
+
+def _written_config(recipe: Recipe, task: Task) -> PeftConfig | None:
     if recipe.adapter is None:
         return None
     kinds = {LabelTask: "SEQ_CLS", StructureTask: None}
@@ -130,5 +176,14 @@ def adapter_config(recipe: Recipe, task: Task) -> PeftConfig | None:
 
 def adapt(model: nn.Module, recipe: Recipe, task: Task) -> nn.Module:
     """The model with the recipe's adapter, or as it is where all weights are trained."""
+    if recipe.head is not None:
+        restrict_head(model, recipe.head)
     config = adapter_config(recipe, task)
-    return model if config is None else get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
+    if config is None:
+        return model
+    start: dict[str, Tensor] = getattr(model, _START, {})
+    adapted = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
+    for name, parameter in adapted.named_parameters():
+        if name in start:
+            parameter.data = start[name].clone()
+    return adapted

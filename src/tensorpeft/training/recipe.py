@@ -74,6 +74,33 @@ class DataRecipe:
 
 
 @dataclass(frozen=True)
+class HeadRecipe:
+    """What is trained of a head that starts from noise, where it is not all of it: a LoRA of some of its linear layers.
+
+    All else of the head's linear layers stays as it starts. What a run saves is a whole head, the LoRA in its weights.
+
+    Args:
+        target_modules: endings of the layers' names, such as [dense]; a head that is one layer is called classifier
+            or score.
+        r: rank.
+        alpha: the updates are scaled by alpha / r.
+    """
+
+    target_modules: Sequence[str]
+    r: int = 8
+    alpha: float = 16
+
+    def __post_init__(self) -> None:
+        names = self.target_modules
+        if isinstance(names, str) or not names or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"head.target_modules={names!r}: expected a list of names, such as [dense].")
+        if not _is_whole(self.r, at_least=1):
+            raise ValueError(f"head.r={self.r!r}: expected a whole number, at least 1.")
+        if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float) or not self.alpha > 0:
+            raise ValueError(f"head.alpha={self.alpha!r}: expected a number above 0.")
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything that decides a run.
 
@@ -84,10 +111,12 @@ class Recipe:
         adapter: ``method`` and the fields of its configuration, of ours or of PEFT's; None: all weights are trained.
         description: what it is, and where the figures come from.
         model_arguments: of transformers' ``from_pretrained``.
-        quantize: arguments of `tensorpeft.quantization.quantize_residual`, which is done first; with ``residual:
-            false`` all weights become plain NF4, QLoRA's base. None: nothing is quantised.
+        quantize: arguments of `tensorpeft.quantization.quantize_residual`, which is done first: of DoTA's residual, or
+            of that of a LoRA with init_lora_weights: pissa. With ``residual: false`` all weights become plain NF4,
+            QLoRA's base. None: nothing is quantised.
         trainer: arguments of `transformers.TrainingArguments`, `trl.SFTConfig` or `trl.DPOConfig`, as the task wants.
         head_learning_rate: of a head that starts from noise; None: the rate of the rest.
+        head: what is trained of that head; None: all of it.
         evaluate: arguments of the evaluation on the test rows.
         seeds: a run for each: the head's and the adapter's start, the order of the rows, dropout.
         output: folder of checkpoints and report.
@@ -102,6 +131,7 @@ class Recipe:
     quantize: Mapping[str, Any] | None = None
     trainer: Mapping[str, Any] = field(default_factory=dict)
     head_learning_rate: float | None = None
+    head: HeadRecipe | None = None
     evaluate: Mapping[str, Any] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0,)
     output: str = "runs/train"
@@ -307,12 +337,12 @@ def _package_folder(name: str) -> str:
 
 def _as_recipe(tree: dict[str, Any], place: str) -> Recipe:
     check_keys(tree, [f.name for f in fields(Recipe)], place)
-    for name in ("data", "model_arguments", "quantize", "trainer", "evaluate", "adapter"):
+    for name in ("data", "model_arguments", "quantize", "trainer", "evaluate", "adapter", "head"):
         if tree.get(name) is not None and not isinstance(tree[name], dict):
             raise ValueError(f"{place}: {name}={tree[name]!r}: expected a mapping of fields.")
     # Null takes back what a file below says. Not in adapter and trainer: some of their fields mean something by None.
     tree = _without_nulls(tree)
-    for name in ("data", "model_arguments", "quantize", "evaluate"):
+    for name in ("data", "model_arguments", "quantize", "evaluate", "head"):
         if name in tree:
             tree[name] = _without_nulls(tree[name])
     if missing := [name for name in ("model", "task", "data") if not tree.get(name)]:
@@ -321,9 +351,18 @@ def _as_recipe(tree: dict[str, Any], place: str) -> Recipe:
     check_keys(data, [f.name for f in fields(DataRecipe)], f"{place}: data")
     if missing := [name for name in ("train", "validation") if data.get(name) in (None, "", [], {})]:
         raise ValueError(f"{place}: data.{missing[0]} is missing: a file, a folder, {{hub: NAME}}, or a list of them.")
+    head = tree.get("head")
+    if head is not None:
+        check_keys(head, [f.name for f in fields(HeadRecipe)], f"{place}: head")
+        head.setdefault("target_modules", None)
     try:
         return Recipe(
-            **{**tree, "data": DataRecipe(**data), "seeds": tuple(seeds) if isinstance(seeds, list) else (seeds,)}
+            **{
+                **tree,
+                "data": DataRecipe(**data),
+                "head": None if head is None else HeadRecipe(**head),
+                "seeds": tuple(seeds) if isinstance(seeds, list) else (seeds,),
+            }
         )
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from None

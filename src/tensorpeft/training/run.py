@@ -116,6 +116,11 @@ def _check_fields(recipe: Recipe, task: Task) -> None:
         raise ValueError(f"data.max_length: the task {task.name} is cut by trainer.max_length. Write it there.")
     if recipe.head_learning_rate is not None and not has_head:
         raise ValueError(f"head_learning_rate: a model for the task {task.name} gets no new head. Remove it.")
+    if recipe.head is not None and (recipe.adapter is None or not isinstance(task, LabelTask)):
+        raise ValueError(
+            "head: a LoRA of a new head stands beside an adapter of a model that gives labels. Leave it out where all "
+            f"weights are trained, and for {task.name} if it is no such task."
+        )
     if recipe.data.chat and not isinstance(task, QuestionTask):
         raise ValueError(f"data.chat: only questions are asked in a chat, {task.name} has none. Remove it.")
     if recipe.data.loss_on == "text" and not isinstance(task, QuestionTask):

@@ -14,6 +14,7 @@ from tensorpeft.evaluation.options import EvaluationOptions
 from tensorpeft.reports.files import write_json_lines, write_lines
 from tensorpeft.reports.terminal import plain
 from tensorpeft.training.checkpoints import last_whole_checkpoint, train_from
+from tensorpeft.training.head import fold_head
 from tensorpeft.training.models import load_tokenizer
 from tensorpeft.training.recipe import Recipe
 from tensorpeft.training.results import SeedResult, read_result
@@ -93,8 +94,10 @@ def run_seed(
     history = tuple(trainer.state.log_history)  # before the kept checkpoint is evaluated, under the last step's number
     validation = {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items()}
     saved = folder / kept_folder(recipe)
+    model: Any = trainer.model
+    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]  # of what was trained: a head is folded now
+    fold_head(model)
     _save(trainer, saved)
-    parameters = list(trainer.model.parameters())  # pyright: ignore[reportOptionalMemberAccess]
     result = SeedResult(
         seed=arguments.seed,
         history=history,
@@ -102,8 +105,8 @@ def run_seed(
         best_step=trainer.state.best_global_step if arguments.load_best_model_at_end else None,
         steps=trainer.state.max_steps,
         tests=_test(trainer, recipe, tokenizer, splits, options, saved, console),
-        trained_parameters=sum(p.numel() for p in parameters if p.requires_grad),
-        all_parameters=sum(p.numel() for p in parameters),
+        trained_parameters=sum(size for size, is_trained in counts if is_trained),
+        all_parameters=sum(size for size, _ in counts),
     )
     if trainer.is_world_process_zero():
         result.write(folder / RESULTS)
@@ -123,7 +126,7 @@ def score_seed(
     if result.tests or not splits.test:
         return result
     tokenizer = load_tokenizer(recipe, splits.task)
-    trainer = make_trainer(recipe, splits, tokenizer, arguments)
+    trainer = make_trainer(dataclasses.replace(recipe, head=None), splits, tokenizer, arguments)  # saved folded
     saved = folder / kept_folder(recipe)
     trainer._load_from_checkpoint(str(saved))
     tests = _test(trainer, recipe, tokenizer, splits, options, saved, console)
@@ -141,7 +144,7 @@ def score_untrained(
 ) -> SeedResult:
     """The result of the recipe's model as it is before training, validated and tested; written to the folder."""
     data = dataclasses.replace(recipe.data, start_rows=None)
-    recipe = dataclasses.replace(recipe, adapter=None, quantize=None, data=data)
+    recipe = dataclasses.replace(recipe, adapter=None, quantize=None, head=None, data=data)
     folder, tokenizer = Path(str(arguments.output_dir)), load_tokenizer(recipe, splits.task)
     trainer = make_trainer(recipe, splits, tokenizer, arguments)
     _silence(trainer)

@@ -19,12 +19,10 @@ from transformers import (
 from tensorpeft.evaluation.chat_template import as_chat
 from tensorpeft.models.folding import collate_structures
 from tensorpeft.tasks.task import LabelTask, PreferenceTask, QuestionTask, Structure, StructureTask
+from tensorpeft.training.head import is_head
 from tensorpeft.training.models import adapt, adapter_config, load_base
 from tensorpeft.training.recipe import DataRecipe, Recipe
 from tensorpeft.training.splits import Splits
-
-# As PEFT and transformers call a layer that is new to a model.
-_HEADS = ("classifier", "score", "head")
 
 
 class HeadRateTrainer(Trainer):
@@ -53,13 +51,6 @@ class HeadRateTrainer(Trainer):
                     if chosen:
                         optimizer.add_param_group({**group, "params": chosen, "lr": rate})
         return optimizer
-
-
-def is_head(
-    name: str,  # of a parameter
-) -> bool:
-    """Whether a parameter is of a head that is new to the model."""
-    return not set(name.split(".")).isdisjoint(_HEADS)
 
 
 def make_trainer(
@@ -108,7 +99,6 @@ def _make_trainer(
     )
     for name, parameter in trainer.model.named_parameters():  # pyright: ignore[reportOptionalMemberAccess]
         if name in exact:
-            assert torch.equal(parameter.data, exact[name].to(parameter.dtype)), name
             parameter.data = exact[name]
     return trainer
 
@@ -117,7 +107,7 @@ def _fresh_adapter(base: Any, recipe: Recipe, splits: Splits, seed: int) -> dict
     """The trained parameters of a new adapter, as they are before TRL rounds them.
 
     On a base in 4 bits TRL casts them to bfloat16, as QLoRA's paper does for LoRA. DoTA's cores would then no longer
-    start where they were decomposed, and small updates would be lost.
+    start where they were decomposed, and small updates would be lost. PiSSA's start TRL does not know.
     """
     adapted: Any = adapt(base, recipe, splits.task)
     values = {name: p.detach().clone() for name, p in adapted.named_parameters() if p.requires_grad}

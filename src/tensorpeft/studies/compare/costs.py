@@ -15,9 +15,10 @@ from tensorpeft.studies.compare.entries import Comparison, Entry
 from tensorpeft.studies.compare.results import EntryCosts
 from tensorpeft.studies.measure import median_step_times, peak_memory
 from tensorpeft.training.arguments import make_arguments
+from tensorpeft.training.head import is_head
 from tensorpeft.training.models import load_tokenizer
 from tensorpeft.training.splits import Splits
-from tensorpeft.training.trainers import is_head, make_trainer
+from tensorpeft.training.trainers import make_trainer
 
 # Of so many first batches, the one of the middle length is stepped on.
 _NUM_BATCHES = 9

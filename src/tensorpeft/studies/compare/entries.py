@@ -16,7 +16,7 @@ from tensorpeft.training.recipe import Recipe, check_keys, load_comparison, load
 _TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 _KEPT_MODULES = ("modules_to_save",)
 _SECTION = ("seeds", "methods", "rate_scale", "budget", "target_loss", "widenings", "output")
-_ON_TOP = ("trainer", "quantize", "model_arguments", "head_learning_rate")
+_ON_TOP = ("trainer", "quantize", "model_arguments", "head_learning_rate", "head")
 _ENTRY = ("label", "note", "rates", "knob", "adapter", "start_rows", *_ON_TOP)
 
 
@@ -66,7 +66,7 @@ class Comparison:
 
 def with_untrained(comparison: Comparison) -> Comparison:
     """The comparison with the model before training as its first entry."""
-    recipe = replace(comparison.recipe, adapter=None, quantize=None)
+    recipe = replace(comparison.recipe, adapter=None, quantize=None, head=None)
     untrained = Entry("untrained", "before training", recipe, rates=())
     return replace(comparison, entries=(untrained, *comparison.entries))
 
@@ -156,6 +156,8 @@ def _make_entry(
         on_top["adapter"] = _adapter(described.get("adapter", {}), method, recipe.adapter)
     entry_recipe = read(on_top) if on_top else recipe
     adapter = entry_recipe.adapter
+    if adapter is None:
+        entry_recipe = replace(entry_recipe, head=None)  # all weights are trained
     like = _most_like(adapter)
     rates = described.get("rates") or rate_grid(base_rate * like.rate)
     if not isinstance(rates, Sequence) or not all(_is_rate(rate) for rate in rates):

@@ -12,9 +12,9 @@ from torch import nn
 from tensorpeft.studies.budget import closest_value
 from tensorpeft.studies.compare.entries import Comparison, Entry
 from tensorpeft.tasks.task import Task
+from tensorpeft.training.head import is_head
 from tensorpeft.training.models import adapter_config, load_base, load_tokenizer
 from tensorpeft.training.recipe import Recipe
-from tensorpeft.training.trainers import is_head
 
 
 def fit_budget(
