@@ -4,9 +4,12 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 import resource
 import shutil
+import subprocess
 import sys
+from abc import ABC, abstractmethod
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -15,12 +18,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-import tensorpeft.serving
+import tensorpeft_vllm
 from cases import CASES, logits, over_cases, perturb, tiny_llama
 from tensorpeft.export import has_exact_lora
 from tensorpeft.serving.adapters import ServedAdapters
 from tensorpeft.serving.cache import BoundedCache
-from tensorpeft.serving.resolver import TensorResolver, adapters_of, register
+from tensorpeft.serving.resolver import TensorResolver, adapters_of
 
 TARGETS = ["q_proj", "v_proj", "o_proj"]
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -281,13 +284,29 @@ def test_a_server_does_not_start_with_a_wrong_setting(name, value, folder, monke
         adapters_of(given)
 
 
-def test_without_a_folder_the_plug_in_does_nothing(monkeypatch):
-    monkeypatch.delenv("TENSORPEFT_ADAPTERS", raising=False)
-    register()
-    assert not any(name.partition(".")[0] == "vllm" for name in sys.modules)
+def test_without_a_folder_vllm_s_processes_import_nothing_of_ours():
+    """In a process of its own: this one has all of it."""
+    code = "import sys, tensorpeft_vllm as t; t.register(); print(*(name for name in sys.modules if 'peft' in name))"
+    environment = {key: value for key, value in os.environ.items() if key != "TENSORPEFT_ADAPTERS"}
+    command = [sys.executable, "-c", code]
+    assert subprocess.check_output(command, env=environment, text=True).split() == ["tensorpeft_vllm"]
+
+
+def test_with_a_folder_vllm_knows_the_resolver(folder, monkeypatch):
+    class LoRAResolver(ABC):
+        @abstractmethod
+        async def resolve_lora(self, base_model_name, lora_name): ...
+
+    registered = {}
+    resolver = ModuleType("vllm.lora.resolver")
+    resolver.LoRAResolver = LoRAResolver  # type: ignore[attr-defined]
+    resolver.LoRAResolverRegistry = SimpleNamespace(register_resolver=registered.__setitem__)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm.lora.resolver", resolver)
+    monkeypatch.setenv("TENSORPEFT_ADAPTERS", str(folder))
+    tensorpeft_vllm.register()
+    assert isinstance(registered["tensorpeft"], LoRAResolver)
 
 
 def test_the_entry_point_is_the_plug_in():
-    text = Path(tensorpeft.__file__).parents[2].joinpath("pyproject.toml").read_text()
-    assert '[project.entry-points."vllm.general_plugins"]\ntensorpeft = "tensorpeft.serving:register"' in text
-    assert tensorpeft.serving.register is register
+    text = Path(tensorpeft_vllm.__file__).parents[1].joinpath("pyproject.toml").read_text()
+    assert '[project.entry-points."vllm.general_plugins"]\ntensorpeft = "tensorpeft_vllm:register"' in text

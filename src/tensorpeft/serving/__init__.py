@@ -1,4 +1,4 @@
-"""Engines that serve adapters: vLLM finds `register` by its entry point, and expands adapters by their names."""
+"""Engines that serve adapters: vLLM comes to `register` by its entry point, `tensorpeft_vllm`."""
 
 from tensorpeft.serving.resolver import register
 

@@ -57,18 +57,16 @@ class TensorResolver:
 
 
 def register() -> None:
-    """Let vLLM ask for the adapters of the folder that TENSORPEFT_ADAPTERS names; without it, nothing is done.
+    """Let vLLM ask for the adapters of the folder that TENSORPEFT_ADAPTERS names.
 
     Raises:
         ValueError: there is no such folder, or TENSORPEFT_SERVING_CACHE_GB is no size.
     """
-    if not (folder := os.environ.get(ADAPTERS)):
-        return
     from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry  # pyright: ignore[reportMissingImports]
 
     registry: Any = LoRAResolverRegistry
     LoRAResolver.register(TensorResolver)
-    registry.register_resolver("tensorpeft", TensorResolver(adapters_of(Path(folder))))
+    registry.register_resolver("tensorpeft", TensorResolver(adapters_of(Path(os.environ[ADAPTERS]))))
 
 
 def adapters_of(folder: Path) -> ServedAdapters:
