@@ -35,14 +35,14 @@ def greedy(model: nn.Module, ids: Sequence[int], count: int, never: Sequence[int
 
 
 class LlamaCpp:
-    """A llama.cpp of its own, with a model and perhaps an adapter, that computes in float32."""
+    """A llama.cpp of its own, with a model and perhaps an adapter, that computes in float32, so many texts at once."""
 
-    def __init__(self, model: Path, adapter: Path | None = None) -> None:
+    def __init__(self, model: Path, adapter: Path | None = None, slots: int = 1) -> None:
         import xllamacpp
 
         params = xllamacpp.CommonParams()
         params.model.path = str(model)
-        params.n_ctx, params.n_parallel, params.verbosity, params.n_gpu_layers = 256, 1, -1, 0
+        params.n_ctx, params.n_parallel, params.verbosity, params.n_gpu_layers = 256 * slots, slots, -1, 0
         params.warmup = params.fit_params = False
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
