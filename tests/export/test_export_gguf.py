@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from urllib.request import Request, urlopen
 
 import gguf
 import pytest
@@ -38,6 +37,10 @@ from tensorpeft.plugin.layer import TensorLayer
 from tensorpeft.quantization import quantize_residual
 from tensorpeft.reports.folders import sole_writer
 from tensorpeft_cli import main
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from engines import LlamaCpp
+from engines import greedy as greedy_but
 
 STORIES = Path(os.environ.get("TENSORPEFT_DATA", "../shared")) / "models" / "stories260K"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
@@ -285,45 +288,9 @@ def test_the_missing_library_is_named(tmp_path, monkeypatch, capsys):
     assert 'pip install "tensorpeft[gguf]"' in capsys.readouterr().err
 
 
-class LlamaCpp:
-    """A llama.cpp of its own, with a model and perhaps an adapter, that computes in float32."""
-
-    def __init__(self, model: Path, adapter: Path | None = None) -> None:
-        import xllamacpp
-
-        params = xllamacpp.CommonParams()
-        params.model.path = str(model)
-        params.n_ctx, params.n_parallel, params.verbosity, params.n_gpu_layers = 256, 1, -1, 0
-        params.warmup = params.fit_params = False
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        if adapter is not None:
-            params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
-        self._server = xllamacpp.Server(params)
-
-    def _ask(self, path: str, **body) -> dict:
-        headers = {"Content-Type": "application/json"}
-        with urlopen(Request(self._server.listening_address + path, json.dumps(body).encode(), headers)) as answer:
-            return json.load(answer)
-
-    def tokens(self, text: str) -> list[int]:
-        return self._ask("/tokenize", content=text, add_special=True)["tokens"]
-
-    def greedy(self, ids: list[int], count: int) -> list[int]:
-        fixed = {"temperature": 0.0, "top_k": 1, "ignore_eos": True, "return_tokens": True, "cache_prompt": False}
-        return self._ask("/completion", prompt=ids, n_predict=count, **fixed)["tokens"]
-
-
 def greedy(model, ids: list[int], count: int) -> list[int]:
     """As llama.cpp was asked: no token that it takes for an end is chosen."""
-    found = list(ids)
-    for _ in range(count):
-        with torch.no_grad():
-            scores = model(input_ids=torch.tensor([found])).logits[0, -1]
-        scores[[0, 2]] = -torch.inf
-        found.append(scores.argmax().item())
-    return found[len(ids) :]
+    return greedy_but(model, ids, count, never=[0, 2])
 
 
 @pytest.fixture

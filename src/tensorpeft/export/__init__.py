@@ -4,13 +4,14 @@ from tensorpeft.export.check import ExportCheck, check_export, is_measurable
 from tensorpeft.export.dense import to_dense
 from tensorpeft.export.distil import distil
 from tensorpeft.export.gguf import to_gguf_lora, to_gguf_model
-from tensorpeft.export.lora import ExportedLayer, start_commands, to_lora
+from tensorpeft.export.lora import ExportedLayer, has_exact_lora, start_commands, to_lora
 
 __all__ = [
     "ExportCheck",
     "ExportedLayer",
     "check_export",
     "distil",
+    "has_exact_lora",
     "is_measurable",
     "start_commands",
     "to_dense",

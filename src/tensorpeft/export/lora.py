@@ -187,6 +187,17 @@ def start_commands(
     ]
 
 
+def has_exact_lora(model: PeftModel) -> bool:
+    """Whether the active adapter is exported without a rank: every update is a product of two thin factors.
+
+    Raises:
+        ValueError: it is none of ours, or several are active.
+    """
+    name = active_adapter(model)
+    layers = adapted_layers(model, name).values()
+    return all(isinstance(layer.updates[name], AbstractFactoredUpdate) for layer in layers)
+
+
 def adapted_layers(model: PeftModel, name: str) -> dict[str, TensorLayer]:
     """The layers that an adapter of ours changes, by name, in the model's order.
 
