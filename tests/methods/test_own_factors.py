@@ -180,7 +180,7 @@ def test_loretta_s_modes_can_be_given(tmp_path):
         ([LorettaConfig], "modes", [[8, 9]]),
         ([NolaConfig], "seed", [-1, 2**64, "x", 1.5, True]),
         ([NolaConfig], "num_bases", [0]),
-        ([QuantumPeftConfig], "num_layers", [0, 2**11]),
+        ([QuantumPeftConfig], "num_layers", [0, 2**15]),
     ],
 )
 def test_impossible_configuration(configs: list[type[PeftConfig]], field: str, values: list[Any]):

@@ -14,8 +14,8 @@ from tensorpeft.plugin.config import Bases, TensorConfig, check_is_bool, check_r
 from tensorpeft.plugin.registration import register
 from tensorpeft.sites import Site
 
-# A step's time and memory grow with the layers, and no more than so many were ever of use.
-_LARGEST_NUM_LAYERS = 2**10
+# What a configuration, which may come from a damaged file, can ask for.
+_LARGEST_NUM_LAYERS = 2**14
 
 
 @register("quantumpeft")

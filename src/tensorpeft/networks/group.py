@@ -228,11 +228,10 @@ def _make(
 ) -> list[Parts]:
     """The parts of all members, with a graph of all; or of only one, and of what is shared."""
     first = members[0]
-    own, shared = [tensors_of(member) for member in members], {}
+    own = [tensors_of(member) for member in members]
+    shared: Tensors = {} if first.shared is None else first.shared.tensors()
     if only is not None:
         own = [tensors if member is only else _detached(tensors) for member, tensors in zip(members, own)]
-    if first.shared is not None:
-        shared = first.shared.tensors()
     if torch.compiler.is_compiling() or is_transformed() or not any(map(_needs_grad, members)):
         return first.make_parts(members, own, shared, dtype)
 

@@ -8,7 +8,7 @@ logarithmic in the size. Nothing of the size P x P is formed. Source: Quantum-PE
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from functools import reduce
 
 import torch
@@ -68,7 +68,8 @@ def _angles_by_bit(angles: Tensor, bits: int, num_layers: int) -> Iterator[Tenso
     """Of the first rotations, then of each half of each layer: zero for a bit that stands in no pair."""
     halves = ((0, bits // 2 * 2), (1, (bits - 1) // 2 * 2))  # the first bit that is rotated, and how many are
     counts = [count for _, count in halves] * num_layers
-    first, *rest = angles.split([bits, *counts], dim=-1)
+    parts: Sequence[Tensor] = torch.split(angles, [bits, *counts], dim=-1)  # pyright: ignore[reportUnknownMemberType]
+    first, *rest = parts
     yield first
     for k, some in enumerate(rest):
         before, count = halves[k % 2]
@@ -90,11 +91,11 @@ def _rotate(
 ) -> Tensor:  # as `state`
     """Every bit rotated by its angle, `[[cos θ/2, −sin θ/2], [sin θ/2, cos θ/2]]`."""
     cos, sin = torch.cos(angles / 2), torch.sin(angles / 2)
-    rotations = torch.stack([cos, -sin, sin, cos], -1).unflatten(-1, (2, 2))  # (members, bits, 2, 2)
-    for some in rotations.split(_BITS_AT_ONCE, dim=-3):
-        matrix = reduce(_kronecker, some.unbind(1))  # (members, d, d)
+    rotations = torch.stack([cos, -sin, sin, cos], -1).view(*angles.shape, 2, 2).unbind(1)  # each (members, 2, 2)
+    for start in range(0, len(rotations), _BITS_AT_ONCE):
+        matrix = reduce(_kronecker, rotations[start : start + _BITS_AT_ONCE])  # (members, d, d)
         # Its bits are the first; the product leaves them the last, so that all are in order again in the end.
-        columns = state.unflatten(2, (matrix.shape[-1], -1)).mT.flatten(1, 2)
+        columns = torch.unflatten(state, 2, (matrix.shape[-1], -1)).mT.flatten(1, 2)
         state = torch.bmm(columns, matrix.mT).view(state.shape)
     return state
 

@@ -25,6 +25,7 @@ from tensorpeft.networks.effective import effective_linear
 from tensorpeft.networks.update import AbstractFusedUpdate, SharedFactors
 
 _linalg: Any = torch.linalg  # has no types
+_fft: Any = torch.fft  # likewise
 
 
 class Triplets(NamedTuple):
@@ -187,7 +188,7 @@ def _spectrum(
     weights = at_least_float32(weights)
     if not bool(weights.isfinite().all()):
         raise ValueError("cannot decompose the weights: expected finite numbers. Check the checkpoint.")
-    return torch.fft.rfft(weights, dim=0)
+    return _fft.rfft(weights, dim=0)  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
