@@ -16,6 +16,7 @@ from tensorpeft.training.splits import Splits, describe_source
 
 # What TRL logs for diagnosis.
 _UNREPORTED = ("entropy", "num_tokens", "logps", "logits", "preparation_time")
+_UNREPORTED += ("completions/", "clip_ratio", "reward_std", "zero_std", "/std", "sampling/", "step_time")
 
 
 def summary(recipe: Recipe, results: Sequence[SeedResult]) -> Table:
@@ -50,11 +51,14 @@ def plot_training(recipe: Recipe, results: Sequence[SeedResult], path: Path) -> 
     """Write a PNG of the losses along training, and beside it of the validation metrics, if there are any."""
     logged = {key for entry in results[0].history for key in entry}
     metrics = sorted(key for key in logged if key.startswith("eval_") and _is_score(key))
-    panels = 2 if metrics else 1
+    is_rewarded = recipe.rewards is not None  # the validation's loss is then a reward, and has its own panel
+    panels = 2 if metrics or is_rewarded else 1
     figure, axes = make_figure(1 + 5.5 * panels, 4.5, panels, columns=panels)
-    for key, label, style in (("loss", "training", ":"), ("eval_loss", "validation", "-")):
+    for key, label, style in (("loss", "training", ":"), ("eval_loss", "validation", "-"))[: 1 if is_rewarded else 2]:
         _draw(axes[0], results, key, label, style)
-    axes[0].set(title="Loss", ylabel="loss (nats)")
+    axes[0].set(title="Loss", ylabel="GRPO's loss" if is_rewarded else "loss (nats)")
+    if is_rewarded:
+        _draw(axes[1], results, "reward", "reward in training", ":")
     for key in metrics:
         _draw(axes[1], results, key, key.removeprefix("eval_"), "-")
         axes[1].set(title="Validation metrics", ylabel="score")
@@ -117,6 +121,9 @@ def _data(recipe: Recipe, splits: Splits) -> list[str]:
         f"Training: {len(splits.train)} rows of {describe_source(recipe.data.train)}.",
         f"Validation: {len(splits.validation)} rows of {describe_source(recipe.data.validation)}.",
     ]
+    if recipe.rewards is not None:
+        parts = " + ".join(f"{weight:g} × {name}" for name, weight in recipe.rewards.items())
+        lines.append(f"Reward: {parts}, of answers that are drawn. Its mean, negative, is the validation loss.")
     for name, (task, examples) in splits.test.items():
         lines.append(f"Test {name}: {len(examples)} rows. {task.description}")
     leaks = [f"Leak: {leak}." for leak in splits.leaks]
