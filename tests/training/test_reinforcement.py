@@ -95,7 +95,8 @@ def test_a_model_learns_what_is_rewarded(recipe, tmp_path):
     assert sum(rewards[-6:]) > sum(rewards[:6])
     report = (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
     assert f"- Reward: 2 × {__name__}:share_of_small_words, of answers that are drawn." in report
-    assert "| validation reward |" in report
+    assert f"| validation reward before training | {first:.4f} |" in report
+    assert f"| validation reward | {last:.4f} |" in report
     assert "clip_ratio" not in report.partition("## Recipe")[0]
 
 

@@ -24,6 +24,9 @@ def summary(recipe: Recipe, results: Sequence[SeedResult]) -> Table:
     reported = _common([result.validation for result in results])
     reported = [key for key in reported if not any(part in key for part in _UNREPORTED)]
     found = [(f"validation {key}", [result.validation[key] for result in results]) for key in reported]
+    before = [reward for result in results for step, reward in result.curve("eval_reward") if step == 0]
+    if len(before) == len(results):
+        found.insert(0, ("validation reward before training", before))
     found += [(f"test {name}: {key}", [result.tests[name][key] for result in results]) for name, key in _tests(results)]
     rows = [(name, mean_and_sd(values, digits=4)) for name, values in found]
     return Table(_title(recipe, results), ("metric", "value"), rows)
