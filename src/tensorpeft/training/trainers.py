@@ -248,7 +248,8 @@ def _grpo_trainer(recipe: Recipe, task: QuestionTask, **arguments: Any) -> Train
         settings, end = arguments["model"].generation_config, find_turn_end(arguments["processing_class"])
         own = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
         settings.eos_token_id = sorted({token for token in (*own, end) if token is not None}) or None
-    return RewardTrainer(reward_funcs=find_rewards(recipe.rewards, task), **arguments)
+    functions: Any = find_rewards(recipe.rewards, task)  # TRL's own type has None in it, for rewards that do not apply
+    return RewardTrainer(reward_funcs=functions, **arguments)
 
 
 def _tell_dropped_rows(trainer: Any, arguments: dict[str, Any]) -> None:
