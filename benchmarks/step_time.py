@@ -10,11 +10,11 @@ the targets q, k, v, up and down. `--vocabulary 5376` gives the output head the 
 24-layer model; `--model` takes a real one instead; `--hidden 4096` makes LLaMA-2-7B's layers. `--methods few` compares
 LoRA, DoTA and LoRTA; `--methods cross-layer` LoRTA, LoTR and FacT instead of DoTA, at LoRA's rank; `--methods trains`
 MetaTT and TensLoRA; `--methods low-rank` FLoRA, NOLA, LoRETTA and Quantum-PEFT; `--methods others` QuanTA, with three
-and with four axes, and LoRETTA's adapters behind the blocks; `--methods folded` SuperLoRA, LoRA-PT (r = 1) and tCURLoRA; `--methods
-quantised` QLoRA and QDoTA, whose linear layers are all in 4 bits. All adapters run in turn, the order reversed every
-second round; medians, and the ratio to LoRA (or to the bare model). Beside it, what the arithmetic alone would give:
-the floating-point operations of the step's products. Memory is what fine-tuning takes above the frozen model: the
-adapter, AdamW's two moments, and the peak that a step allocates, by torch's allocator.
+and with four axes, and LoRETTA's adapters behind the blocks; `--methods folded` SuperLoRA, LoRA-PT (r = 1) and
+tCURLoRA; `--methods quantised` QLoRA and QDoTA, whose linear layers are all in 4 bits. All adapters run in turn, the
+order reversed every second round; medians, and the ratio to LoRA (or to the bare model). Beside it, what the
+arithmetic alone would give: the floating-point operations of the step's products. Memory is what fine-tuning takes
+above the frozen model: the adapter, AdamW's two moments, and the peak that a step allocates, by torch's allocator.
 
 The script starts itself anew with glibc told to keep freed memory, as CUDA's allocator does. Otherwise it hands large
 blocks back to the system after every use, and a step's time is to a tenth that of mapping them in again, which falls on

@@ -25,6 +25,20 @@ RECIPE: dict[str, Any] = {
     "compare": {"seeds": 1, "methods": {"lora": {"rates": [1e-3], "adapter": {"r": 2}}}},
 }
 
+# The same adapter, rewarded for its answers.
+REWARDED: dict[str, Any] = RECIPE | {
+    "task": "gsm8k",
+    "rewards": {"answer": 1, "format": 0.5},
+    "data": RECIPE["data"] | {"train": "questions.jsonl", "test": "questions.jsonl"},
+    "trainer": {
+        **RECIPE["trainer"],
+        "per_device_train_batch_size": 2,
+        "num_generations": 2,
+        "max_completion_length": 2,
+    },
+    "evaluate": {"batch_size": 1, "max_new_tokens": 2},
+}
+
 
 def fill(folder: Path) -> Path:
     """Write base, adapter, rows.jsonl and recipe.yaml into a folder; the names within are relative to it."""
@@ -36,5 +50,7 @@ def fill(folder: Path) -> Path:
     adapted.save_pretrained(folder / "adapter")
     rows = [{"prompt": f"w{k} w5 ", "response": f"w6 w{k}"} for k in range(8)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    questions = [{"question": f"w{k} w5", "answer": f"w6 #### {k}"} for k in range(8)]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions), encoding="utf-8")
     (folder / "recipe.yaml").write_text(json.dumps(RECIPE), encoding="utf-8")
     return folder

@@ -17,7 +17,7 @@ import pytest
 pytest.importorskip("omegaconf")
 pytest.importorskip("trl")
 pytest.importorskip("rich")
-from commanded import RECIPE, fill
+from commanded import RECIPE, REWARDED, fill
 from tensorpeft_cli import main
 
 NUM_CASES, NUM_THOROUGH = 75, 500  # of each kind
@@ -134,9 +134,10 @@ def damage_line(draw, place):
 
 
 def damage_recipe(draw, place):
-    text = json.dumps(damage_tree(draw, RECIPE))
+    recipe = draw.choice([RECIPE, REWARDED])
+    text = json.dumps(damage_tree(draw, recipe))
     if draw.random() < 0.2:
-        text = damage_text(draw, json.dumps(RECIPE).encode()).decode(errors="replace")
+        text = damage_text(draw, json.dumps(recipe).encode()).decode(errors="replace")
     (place / "damaged.yaml").write_text(text, encoding="utf-8")
     line = draw.choice(
         ["train damaged.yaml", "train damaged.yaml --smoke", "compare damaged.yaml --timing-rounds 0 --methods lora"]

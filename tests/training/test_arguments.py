@@ -7,7 +7,7 @@ pytest.importorskip("trl")
 import torch
 from peft import LoraConfig
 from transformers import TrainingArguments
-from trl import DPOConfig, SFTConfig
+from trl import DPOConfig, GRPOConfig, SFTConfig
 
 from tensorpeft.tasks.registry import find_task
 from tensorpeft.tasks.task import StructureTask
@@ -16,11 +16,12 @@ from tensorpeft.training.arguments import make_arguments
 
 FOLDING = StructureTask("chains", "Chains.", load=lambda path: [])
 TASKS = [
-    (find_task("rte"), TrainingArguments),
-    (FOLDING, TrainingArguments),
-    (find_task("squad"), SFTConfig),
-    (find_task("stories"), SFTConfig),
-    (find_task("preferences"), DPOConfig),
+    (find_task("rte"), None, TrainingArguments),
+    (FOLDING, None, TrainingArguments),
+    (find_task("squad"), None, SFTConfig),
+    (find_task("stories"), None, SFTConfig),
+    (find_task("preferences"), None, DPOConfig),
+    (find_task("gsm8k"), {"answer": 1, "format": 0.5}, GRPOConfig),
 ]
 OURS = {
     "eval_strategy": "steps",
@@ -53,13 +54,14 @@ def checkpoints(arguments):
     return tuple(getattr(value := getattr(arguments, name), "value", value) for name in names)
 
 
-@pytest.mark.parametrize(("task", "expected"), TASKS, ids=lambda part: getattr(part, "name", ""))
-def test_all_that_we_do_not_say_is_the_libraries_default(tmp_path, task, expected):
+@pytest.mark.parametrize(("task", "rewards", "expected"), TASKS, ids=lambda part: getattr(part, "name", ""))
+def test_all_that_we_do_not_say_is_the_libraries_default(tmp_path, task, rewards, expected):
     plain = expected(output_dir=str(tmp_path), use_cpu=OURS["use_cpu"])
-    ours = make_arguments({}, task, tmp_path, seed=7)
+    ours = make_arguments({}, task, tmp_path, 7, rewards)
     assert type(ours) is expected
     found = {field.name: getattr(ours, field.name) for field in dataclasses.fields(expected)}
-    assert found == {field.name: getattr(plain, field.name) for field in dataclasses.fields(expected)} | OURS
+    wanted = OURS | ({} if rewards is None else {"reward_weights": list(rewards.values())})
+    assert found == {field.name: getattr(plain, field.name) for field in dataclasses.fields(expected)} | wanted
 
 
 def test_what_is_given_is_kept(tmp_path):

@@ -71,7 +71,7 @@ def generate_texts(
         width = inputs["input_ids"].shape[1]
         stopping = StoppingCriteriaList([_StopTexts(tokenizer, generation.stop, width)] if generation.stop else [])
         output = model.generate(**inputs, stopping_criteria=stopping)  # pyright: ignore[reportCallIssue]
-        return [_cut(text, generation.stop) for text in _decode(tokenizer, output[:, width:])]
+        return [cut_at(text, generation.stop) for text in _decode(tokenizer, output[:, width:])]
 
     lengths = [len(prompt.ids) for prompt in prompts]
     settings: dict[str, Any] = {"max_new_tokens": generation.max_new_tokens, "num_beams": generation.num_beams}
@@ -127,5 +127,6 @@ def _decode(tokenizer: PreTrainedTokenizerBase, tokens: Tensor) -> list[str]:
     return tokenizer.batch_decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def _cut(text: str, stop: Sequence[str]) -> str:
+def cut_at(text: str, stop: Sequence[str]) -> str:
+    """A text up to the first of the stop texts."""
     return text[: min([len(text), *(text.index(end) for end in stop if end in text)])]

@@ -12,6 +12,7 @@ from tensorpeft.tasks import (
     question_answering,
     signatures,
     structures,
+    sums,
     texts,
 )
 from tensorpeft.tasks.task import Task
@@ -22,6 +23,7 @@ _MODULES = (
     glue,
     commonsense,
     arithmetic,
+    sums,
     question_answering,
     instructions,
     preferences,

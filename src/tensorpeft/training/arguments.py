@@ -14,6 +14,7 @@ from tensorpeft.training.recipe import check_keys
 
 # What a recipe has other names for.
 _OWN = {"output_dir": "output", "seed": "seeds", "data_seed": "seeds", "resume_from_checkpoint": "--resume"}
+_OWN |= {"reward_weights": "rewards"}
 _TENTH = 0.1  # of all steps
 
 
@@ -22,8 +23,10 @@ def make_arguments(
     task: Task,
     folder: Path,  # of the checkpoints
     seed: int,
+    rewards: Mapping[str, float] | None = None,  # weight by name, of the recipe
 ) -> TrainingArguments:
-    """`trl.SFTConfig` for questions, `trl.DPOConfig` for preferences, else `transformers.TrainingArguments`.
+    """`trl.GRPOConfig` with rewards, `trl.SFTConfig` for questions, `trl.DPOConfig` for preferences, else
+    `transformers.TrainingArguments`.
 
     Their defaults hold, but for these: the validation loss is taken ten times, a checkpoint is written each time, the
     best one is loaded at the end, of the others the last one is kept, the training loss is logged forty times, and
@@ -33,7 +36,7 @@ def make_arguments(
     Raises:
         ValueError: a name is unknown, is said elsewhere in a recipe, or the libraries refuse its value.
     """
-    arguments_class = _arguments_class(task)
+    arguments_class = _arguments_class(task, rewards)
     known = [field.name for field in dataclasses.fields(arguments_class) if field.init]
     if own := [name for name in _OWN if name in trainer]:
         raise ValueError(f"trainer.{own[0]}: a recipe says this with {_OWN[own[0]]}. Remove it here.")
@@ -47,6 +50,8 @@ def make_arguments(
     }
     check_types(given, arguments_class, "trainer")
     _choose_checkpoints(given)
+    if rewards is not None:
+        given["reward_weights"] = [float(weight) for weight in rewards.values()]
     given.setdefault("logging_steps", _TENTH / 4)
     given.setdefault("report_to", "none")
     given.setdefault("disable_tqdm", True)
@@ -87,7 +92,13 @@ def _choose_checkpoints(given: dict[str, Any]) -> None:
     given.setdefault("metric_for_best_model", "eval_loss" if chooses else None)
 
 
-def _arguments_class(task: Task) -> type[TrainingArguments]:
+def _arguments_class(task: Task, rewards: Mapping[str, float] | None) -> type[TrainingArguments]:
+    if rewards is not None:
+        if not isinstance(task, QuestionTask):
+            raise ValueError(f"rewards: only answers to questions are rewarded, {task.name} has none. Remove them.")
+        from trl import GRPOConfig  # pyright: ignore[reportPrivateImportUsage]  # TRL imports it lazily
+
+        return GRPOConfig
     if isinstance(task, QuestionTask):
         from trl import SFTConfig  # pyright: ignore[reportPrivateImportUsage]  # TRL imports it lazily
 

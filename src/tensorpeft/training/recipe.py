@@ -1,6 +1,7 @@
 """A recipe: one YAML file that says what is fine-tuned, with which adapter, on which data, with which arguments."""
 
 import difflib
+import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -114,7 +115,10 @@ class Recipe:
         quantize: arguments of `tensorpeft.quantization.quantize_residual`, which is done first: of DoTA's residual, or
             of that of a LoRA with init_lora_weights: pissa. With ``residual: false`` all weights become plain NF4,
             QLoRA's base. None: nothing is quantised.
-        trainer: arguments of `transformers.TrainingArguments`, `trl.SFTConfig` or `trl.DPOConfig`, as the task wants.
+        trainer: arguments of `transformers.TrainingArguments`, `trl.SFTConfig`, `trl.DPOConfig` or `trl.GRPOConfig`, as
+            the task and ``rewards`` want.
+        rewards: weight by name (`tensorpeft.training.rewards`): the model answers the questions itself, and is trained
+            by reinforcement, TRL's GRPO. None: it is shown the right responses.
         head_learning_rate: of a head that starts from noise; None: the rate of the rest.
         head: what is trained of that head; None: all of it.
         evaluate: arguments of the evaluation on the test rows.
@@ -130,6 +134,7 @@ class Recipe:
     model_arguments: Mapping[str, Any] = field(default_factory=dict)
     quantize: Mapping[str, Any] | None = None
     trainer: Mapping[str, Any] = field(default_factory=dict)
+    rewards: Mapping[str, float] | None = None
     head_learning_rate: float | None = None
     head: HeadRecipe | None = None
     evaluate: Mapping[str, Any] = field(default_factory=dict)
@@ -146,6 +151,10 @@ class Recipe:
             raise ValueError(
                 f"seeds={list(self.seeds)}: expected a list of different whole numbers, such as [0, 1, 2]."
             )
+        if self.rewards is not None and not (self.rewards and all(map(_is_weight, self.rewards.values()))):
+            raise ValueError(
+                f"rewards={dict(self.rewards)}: expected a number by name, such as {{answer: 1, format: 0.5}}."
+            )
         rate = self.head_learning_rate
         if rate is not None and (isinstance(rate, bool) or not isinstance(rate, int | float)):
             raise ValueError(f"head_learning_rate={rate!r}: expected a number, such as 1e-3, or null.")
@@ -154,6 +163,11 @@ class Recipe:
                 f"adapter={dict(self.adapter)}: expected a field method, such as dota or lora. To train all weights, "
                 "write adapter: null."
             )
+
+    @property
+    def loss_unit(self) -> str:
+        """What its validation loss is."""
+        return "nats" if self.rewards is None else "minus the reward"
 
     def to_yaml(self) -> str:
         """The recipe as YAML; `load_recipe` reads it back."""
@@ -337,12 +351,12 @@ def _package_folder(name: str) -> str:
 
 def _as_recipe(tree: dict[str, Any], place: str) -> Recipe:
     check_keys(tree, [f.name for f in fields(Recipe)], place)
-    for name in ("data", "model_arguments", "quantize", "trainer", "evaluate", "adapter", "head"):
+    for name in ("data", "model_arguments", "quantize", "trainer", "evaluate", "adapter", "head", "rewards"):
         if tree.get(name) is not None and not isinstance(tree[name], dict):
             raise ValueError(f"{place}: {name}={tree[name]!r}: expected a mapping of fields.")
     # Null takes back what a file below says. Not in adapter and trainer: some of their fields mean something by None.
     tree = _without_nulls(tree)
-    for name in ("data", "model_arguments", "quantize", "evaluate", "head"):
+    for name in ("data", "model_arguments", "quantize", "evaluate", "head", "rewards"):
         if name in tree:
             tree[name] = _without_nulls(tree[name])
     if missing := [name for name in ("model", "task", "data") if not tree.get(name)]:
@@ -374,6 +388,10 @@ def _without_nulls(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 def _is_whole(value: Any, at_least: int = 0) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
+
+
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _as_yaml(value: Any) -> Any:

@@ -16,6 +16,7 @@ from tensorpeft.training.splits import Splits, describe_source
 
 # What TRL logs for diagnosis.
 _UNREPORTED = ("entropy", "num_tokens", "logps", "logits", "preparation_time")
+_UNREPORTED += ("completions/", "clip_ratio", "reward_std", "zero_std", "/std", "sampling/", "step_time")
 
 
 def summary(recipe: Recipe, results: Sequence[SeedResult]) -> Table:
@@ -23,6 +24,9 @@ def summary(recipe: Recipe, results: Sequence[SeedResult]) -> Table:
     reported = _common([result.validation for result in results])
     reported = [key for key in reported if not any(part in key for part in _UNREPORTED)]
     found = [(f"validation {key}", [result.validation[key] for result in results]) for key in reported]
+    before = [reward for result in results for step, reward in result.curve("eval_reward") if step == 0]
+    if len(before) == len(results):
+        found.insert(0, ("validation reward before training", before))
     found += [(f"test {name}: {key}", [result.tests[name][key] for result in results]) for name, key in _tests(results)]
     rows = [(name, mean_and_sd(values, digits=4)) for name, values in found]
     return Table(_title(recipe, results), ("metric", "value"), rows)
@@ -50,11 +54,14 @@ def plot_training(recipe: Recipe, results: Sequence[SeedResult], path: Path) -> 
     """Write a PNG of the losses along training, and beside it of the validation metrics, if there are any."""
     logged = {key for entry in results[0].history for key in entry}
     metrics = sorted(key for key in logged if key.startswith("eval_") and _is_score(key))
-    panels = 2 if metrics else 1
+    is_rewarded = recipe.rewards is not None  # the validation's loss is then a reward, and has its own panel
+    panels = 2 if metrics or is_rewarded else 1
     figure, axes = make_figure(1 + 5.5 * panels, 4.5, panels, columns=panels)
-    for key, label, style in (("loss", "training", ":"), ("eval_loss", "validation", "-")):
+    for key, label, style in (("loss", "training", ":"), ("eval_loss", "validation", "-"))[: 1 if is_rewarded else 2]:
         _draw(axes[0], results, key, label, style)
-    axes[0].set(title="Loss", ylabel="loss (nats)")
+    axes[0].set(title="Loss", ylabel="GRPO's loss" if is_rewarded else "loss (nats)")
+    if is_rewarded:
+        _draw(axes[1], results, "reward", "reward in training", ":")
     for key in metrics:
         _draw(axes[1], results, key, key.removeprefix("eval_"), "-")
         axes[1].set(title="Validation metrics", ylabel="score")
@@ -117,6 +124,9 @@ def _data(recipe: Recipe, splits: Splits) -> list[str]:
         f"Training: {len(splits.train)} rows of {describe_source(recipe.data.train)}.",
         f"Validation: {len(splits.validation)} rows of {describe_source(recipe.data.validation)}.",
     ]
+    if recipe.rewards is not None:
+        parts = " + ".join(f"{weight:g} × {name}" for name, weight in recipe.rewards.items())
+        lines.append(f"Reward: {parts}, of answers that are drawn. Its mean, negative, is the validation loss.")
     for name, (task, examples) in splits.test.items():
         lines.append(f"Test {name}: {len(examples)} rows. {task.description}")
     leaks = [f"Leak: {leak}." for leak in splits.leaks]

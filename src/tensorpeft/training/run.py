@@ -21,6 +21,7 @@ from tensorpeft.training.progress import ProgressTeller, steps_bar
 from tensorpeft.training.recipe import Recipe, check_keys
 from tensorpeft.training.report import summary, write_report
 from tensorpeft.training.results import SeedResult
+from tensorpeft.training.rewards import find_rewards
 from tensorpeft.training.seed import check_output, run_seed
 from tensorpeft.training.splits import load_splits
 
@@ -51,7 +52,10 @@ def run_training(
         ValueError: the recipe, a row or a value is wrong, or the folder's run has another recipe.
     """
     task, output = find_task(recipe.task), Path(recipe.output)
-    arguments = {seed: make_arguments(recipe.trainer, task, output / f"seed-{seed}", seed) for seed in recipe.seeds}
+    arguments = {
+        seed: make_arguments(recipe.trainer, task, output / f"seed-{seed}", seed, recipe.rewards)
+        for seed in recipe.seeds
+    }
     first = arguments[recipe.seeds[0]]
     options = check_recipe(recipe, first)
     is_main = first.process_index == 0
@@ -96,10 +100,12 @@ def check_recipe(
     task = find_task(recipe.task)
     _check_fields(recipe, task)
     adapter_config(recipe, task)
+    find_rewards(recipe.rewards or {}, task)
     check_keys(recipe.evaluate, EvaluationOptions.__dataclass_fields__, "evaluate")
     # Questions are tested as they are asked in training, the DPO loss with the beta that it is trained with.
     trained: dict[str, Any] = {"chat": recipe.data.chat}
-    trained |= {"beta": arguments.beta} if hasattr(arguments, "beta") else {}  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(task, PreferenceTask):
+        trained |= {"beta": arguments.beta}  # pyright: ignore[reportAttributeAccessIssue]
     return EvaluationOptions(**{**trained, **recipe.evaluate})
 
 
@@ -123,5 +129,9 @@ def _check_fields(recipe: Recipe, task: Task) -> None:
         )
     if recipe.data.chat and not isinstance(task, QuestionTask):
         raise ValueError(f"data.chat: only questions are asked in a chat, {task.name} has none. Remove it.")
+    if recipe.data.loss_on == "text" and recipe.rewards is not None:
+        raise ValueError(
+            "data.loss_on: text: with rewards no text is shown to the model, and none is learned. Remove it."
+        )
     if recipe.data.loss_on == "text" and not isinstance(task, QuestionTask):
         raise ValueError(f"data.loss_on: text: only questions have a prompt to learn, {task.name} has none. Remove it.")

@@ -1,7 +1,9 @@
-"""The trainer of a recipe: `transformers.Trainer` for labels, TRL's `SFTTrainer` and `DPOTrainer` for language."""
+"""The trainer of a recipe: `transformers.Trainer` for labels, TRL's SFT, DPO and GRPO trainers for language."""
 
 import re
 from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,12 +18,13 @@ from transformers import (
     set_seed,
 )
 
-from tensorpeft.evaluation.chat_template import as_chat
+from tensorpeft.evaluation.chat_template import as_chat, find_turn_end
 from tensorpeft.models.folding import collate_structures
 from tensorpeft.tasks.task import LabelTask, PreferenceTask, QuestionTask, Structure, StructureTask
 from tensorpeft.training.head import is_head
 from tensorpeft.training.models import adapt, adapter_config, load_base
 from tensorpeft.training.recipe import DataRecipe, Recipe
+from tensorpeft.training.rewards import find_rewards
 from tensorpeft.training.splits import Splits
 
 
@@ -84,6 +87,8 @@ def _make_trainer(
             return _label_trainer(adapt(base, recipe, splits.task), recipe, splits, tokenizer, arguments)
         case StructureTask():
             return _structure_trainer(adapt(base, recipe, splits.task), recipe, splits, arguments)
+        case QuestionTask() if recipe.rewards is not None:
+            make, rows = partial(_grpo_trainer, recipe, splits.task), _asked_rows
         case QuestionTask():
             make, rows = _sft_trainer, _question_rows
         case PreferenceTask():
@@ -196,6 +201,13 @@ def _question_rows(examples: Sequence[Any], data: DataRecipe, tokenizer: Any) ->
     return [{"prompt": example.prompt, "completion": example.response} for example in examples]
 
 
+def _asked_rows(examples: Sequence[Any], data: DataRecipe, tokenizer: Any) -> list[dict[str, Any]]:
+    """Every field of the questions, for rewards to judge by."""
+    if empty := [example.key for example in examples if not example.prompt]:
+        raise ValueError(f"rewards: row {empty[0]!r} has no prompt to answer. Choose a task of questions.")
+    return [asdict(as_chat(tokenizer, example) if data.chat else example) for example in examples]
+
+
 def _preference_rows(examples: Sequence[Any], data: DataRecipe, tokenizer: Any) -> list[dict[str, str]]:
     return [{"prompt": e.prompt, "chosen": e.chosen, "rejected": e.rejected} for e in examples]
 
@@ -215,6 +227,19 @@ def _dpo_trainer(**arguments: Any) -> Trainer:
     trainer = DPOTrainer(**arguments)
     _tell_dropped_rows(trainer, arguments)
     return trainer
+
+
+def _grpo_trainer(recipe: Recipe, task: QuestionTask, **arguments: Any) -> Trainer:
+    from tensorpeft.training.reinforcement import RewardTrainer  # here, because it imports TRL
+
+    assert recipe.rewards is not None
+    if recipe.data.chat:
+        # TRL ends an answer where the model or its tokenizer does; this is where the chat template does.
+        settings, end = arguments["model"].generation_config, find_turn_end(arguments["processing_class"])
+        own = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+        settings.eos_token_id = sorted({token for token in (*own, end) if token is not None}) or None
+    functions: Any = find_rewards(recipe.rewards, task)  # TRL's own type has None in it, for rewards that do not apply
+    return RewardTrainer(reward_funcs=functions, **arguments)
 
 
 def _tell_dropped_rows(trainer: Any, arguments: dict[str, Any]) -> None:

@@ -82,7 +82,8 @@ def run_cell(
 
 
 def _run(cell: Cell, splits: Splits, on_progress: Callable[[Progress], object]) -> None:
-    arguments, console = make_arguments(cell.recipe.trainer, splits.task, cell.folder, cell.seed), Console(quiet=True)
+    arguments = make_arguments(cell.recipe.trainer, splits.task, cell.folder, cell.seed, cell.recipe.rewards)
+    console = Console(quiet=True)
     match cell.kind:
         case "train":
             # Without a test: its rows are for the runs that are chosen.

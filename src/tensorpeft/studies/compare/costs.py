@@ -1,9 +1,10 @@
 """What an entry's training step costs, beside the reference's in the same rounds."""
 
+import copy
 import dataclasses
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ class TrainedStep:
         rate = entry.rates[len(entry.rates) // 2]
         trainer = {**entry.recipe.trainer, "learning_rate": rate}
         self._folder = tempfile.TemporaryDirectory()
-        arguments = make_arguments(trainer, splits.task, Path(self._folder.name), seed=0)
+        arguments = make_arguments(trainer, splits.task, Path(self._folder.name), 0, entry.recipe.rewards)
         recipe = dataclasses.replace(entry.recipe, trainer=trainer, output=self._folder.name)
         self.trainer: Trainer = make_trainer(recipe, splits, load_tokenizer(recipe, splits.task), arguments)
         self.model: Any = self.trainer.model
@@ -48,7 +49,7 @@ class TrainedStep:
         # Not training_step, which only a running Trainer can take.
         self.model.train()
         with self.trainer.accelerator.autocast():
-            loss: Any = self.trainer.compute_loss(self.model, self.trainer._prepare_inputs(dict(self.batch)))
+            loss: Any = self.trainer.compute_loss(self.model, self.trainer._prepare_inputs(copy.copy(self.batch)))
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -101,13 +102,15 @@ class CostMeter:
         return {name: statistics.median(times) for name, times in median_step_times(steps, self.rounds).items()}
 
 
-def _typical_batch(trainer: Trainer) -> dict[str, Any]:
+def _typical_batch(trainer: Trainer) -> Any:
     """Of the first batches, one of the middle length."""
     batches = sorted(islice(trainer.get_train_dataloader(), _NUM_BATCHES), key=_size)
     return batches[len(batches) // 2]
 
 
-def _size(batch: dict[str, Any]) -> int:
+def _size(batch: Any) -> int:
+    if not isinstance(batch, Mapping):  # rows that are still to be answered: what a step costs is seen then
+        return 0
     return max((value.numel() for value in batch.values() if hasattr(value, "numel")), default=0)
 
 

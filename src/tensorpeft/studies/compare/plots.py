@@ -35,8 +35,10 @@ def plot_curves(comparison: Comparison, results: Sequence[EntryResult], path: Pa
         label = f"loss {target:.3f}, {'reached by all' if comparison.target_loss is None else 'asked for'}"
         axes.axhline(target, color="grey", linewidth=0.8, linestyle=":", label=label)
     starts = [result.mean_curve()[0][1] for result in drawn]
-    axes.set_ylim(top=min(max(starts), 2 * statistics.median(starts)) * 1.03)
-    axes.set(title=f"Validation loss: {title(comparison)}", xlabel="optimiser step", ylabel="validation loss (nats)")
+    if comparison.recipe.rewards is None:
+        axes.set_ylim(top=min(max(starts), 2 * statistics.median(starts)) * 1.03)
+    name = f"validation loss ({comparison.recipe.loss_unit})"
+    axes.set(title=f"Validation loss: {title(comparison)}", xlabel="optimiser step", ylabel=name)
     axes.set_xlim(left=0)
     axes.legend(fontsize="small")
     save_figure(figure, path)
@@ -70,7 +72,8 @@ def plot_front(comparison: Comparison, results: Sequence[EntryResult], path: Pat
         axes.xaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_xlabel("trained parameters, the head apart")
-    name = "validation loss (nats)" if metric is None else f"test {metric[1]} ({metric[0]})"
+    loss = f"validation loss ({comparison.recipe.loss_unit})"
+    name = loss if metric is None else f"test {metric[1]} ({metric[0]})"
     axes.set_ylabel(f"{name}, {'lower' if lower_is_better else 'higher'} is better")
     axes.set_title(f"What parameters buy: {title(comparison)}")
     axes.grid(alpha=0.3, which="minor")

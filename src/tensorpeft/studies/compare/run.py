@@ -139,7 +139,7 @@ def _next_commands(results: Sequence[EntryResult], folders: Mapping[str, Path]) 
 def _check_entries(comparison: Comparison, task: Task) -> EvaluationOptions:
     """How all entries are tested."""
     for entry in comparison.entries:
-        first = make_arguments(entry.recipe.trainer, task, comparison.output, seed=0)
+        first = make_arguments(entry.recipe.trainer, task, comparison.output, 0, entry.recipe.rewards)
         options = check_recipe(entry.recipe, first)
     if first.world_size > 1:
         raise ValueError(

@@ -70,7 +70,8 @@ def legend(comparison: Comparison, results: Sequence[EntryResult]) -> list[str]:
     """What a reader of the table must know, a sentence or two per line."""
     spread = "mean ± standard deviation over the seeds" if comparison.seeds > 1 else "one seed"
     head = next((result.costs.head_parameters for result in results if result.costs is not None), 0)
-    lines = [f"Scores: test rows, scored once per final run, {spread}. Valid. loss: in nats, of the kept checkpoint."]
+    loss = "in nats" if comparison.recipe.rewards is None else comparison.recipe.loss_unit
+    lines = [f"Scores: test rows, scored once per final run, {spread}. Valid. loss: {loss}, of the kept checkpoint."]
     if any(len(result.search) > 1 for result in results):
         lines.append("Rate: the learning rate, chosen on the first seed's validation loss from a grid of the method's.")
     else:
