@@ -6,14 +6,14 @@ The entry of layer l and projection m at (model feature a, head h, head feature 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from math import sqrt
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from tensorpeft.networks.group import Parts, Tensors
+from tensorpeft.networks.group import Parts, Tensors, tensors_of
 from tensorpeft.networks.low_rank import Factors, Pair
 from tensorpeft.networks.update import AbstractSummableUpdate, SharedFactors
 
@@ -26,9 +26,10 @@ class CpFactors(SharedFactors):
         sizes: name of a tensor -> its modes, {factor: size}: A the model dimension, B the features of a head, C_H the
             heads, C_L the layers, C_M the projections. A tensor without heads has no C_H.
         is_zero: whether B starts at zero, so that every weight does. If not, B starts as A does.
+        frozen: factors that stay as they start, such as A.
     """
 
-    def __init__(self, rank: int, sizes: dict[str, dict[str, int]], is_zero: bool = True):
+    def __init__(self, rank: int, sizes: dict[str, dict[str, int]], is_zero: bool = True, frozen: Collection[str] = ()):
         super().__init__()
         self.rank = rank
         self.sizes = sizes
@@ -36,7 +37,10 @@ class CpFactors(SharedFactors):
             for factor, size in modes.items():
                 # Kaiming's bound for r inputs with a = √5, for every factor.
                 start = torch.empty(size, rank).uniform_(-1 / sqrt(rank), 1 / sqrt(rank))
-                self.register_parameter(f"{name}_{factor}", nn.Parameter(start))
+                if factor in frozen:
+                    self.register_buffer(f"{name}_{factor}", start)
+                else:
+                    self.register_parameter(f"{name}_{factor}", nn.Parameter(start))
             if is_zero:
                 nn.init.zeros_(getattr(self, f"{name}_B"))
 
@@ -109,7 +113,7 @@ class CpUpdate(AbstractSummableUpdate):
         shared = [cast(CpFactors, update.shared) for update in updates]
         if any(factors.sizes != shared[0].sizes for factors in shared):
             raise ValueError(f"tensors of the modes {[factors.sizes for factors in shared]}: expected equal ones.")
-        parts = [dict(factors.named_parameters()) for factors in shared]
+        parts = [tensors_of(factors) for factors in shared]
         factors = [weight * update.scale for weight, update in zip(weights, updates)]
         return {
             key: torch.cat([part[key] * (k if key.endswith("_C_L") else 1) for part, k in zip(parts, factors)], dim=1)
