@@ -14,6 +14,8 @@ from tensorpeft.plugin.config import Bases, FramedConfig, check_is_bool, check_r
 from tensorpeft.plugin.registration import register
 from tensorpeft.sites import Site, group_by_tensor
 
+_RANDOM = ("A", "C_H", "C_L", "C_M")  # factors that start at random
+
 
 @register("lorta")
 @dataclass
@@ -32,11 +34,13 @@ class LortaConfig(FramedConfig):
         alpha: the updates are scaled by alpha / r.
         head_dim: features of an attention head, for a model whose configuration does not say it.
         init_weights: True: B starts at zero, so that every update does. False: at random, which is *not* the identity.
+        random_factors: factors that stay as they start, at random, among A, C_H, C_L and C_M: the "randomized factors"
+            of the paper's section 5. They are saved with the others.
 
     Raises:
-        ValueError: a rank below 1, an alpha or head dimension that is not positive; when it meets a model, a target
-            outside attention and MLP, a fused projection whose rows are in an unknown order, an unknown head
-            dimension, layers of different sizes.
+        ValueError: a rank below 1, an alpha or head dimension that is not positive, an unknown factor; when it meets a
+            model, a target outside attention and MLP, a fused projection whose rows are in an unknown order, an unknown
+            head dimension, layers of different sizes.
 
     Source: LoRTA, section 3, defaults of its section 4. Which side the heads are on, grouped queries and the MLP: ours.
 
@@ -48,10 +52,16 @@ class LortaConfig(FramedConfig):
     alpha: float = field(default=16, metadata={"help": "The updates are scaled by alpha / r."})
     head_dim: int | None = field(default=None, metadata={"help": "Features of a head, where the model does not say."})
     init_weights: bool = field(default=True, metadata={"help": "Whether the adapter starts as the identity."})
+    random_factors: list[str] | None = field(default=None, metadata={"help": "Factors that stay as they start."})
 
     def __post_init__(self) -> None:
         """Check all that can be known without a model."""
         super().__post_init__()
+        if not {*(self.random_factors or ())} <= {*_RANDOM}:
+            raise ValueError(
+                f"random_factors={self.random_factors!r}: expected some of {', '.join(_RANDOM)}. B starts at zero and "
+                "is trained."
+            )
         check_rank("r", self.r)
         check_is_bool("init_weights", self.init_weights)
         check_scale("alpha", self.alpha)
@@ -67,7 +77,8 @@ class LortaConfig(FramedConfig):
         places = {site.name: self._place(site) for site in sites}
         groups = group_by_tensor(sites, _tensor_name)
         tensors = {name: _places([places[site.name] for site in group]) for name, group in groups.items()}
-        shared = CpFactors(self.r, {name: _modes(tensor) for name, tensor in tensors.items()}, self.init_weights)
+        modes = {name: _modes(tensor) for name, tensor in tensors.items()}
+        shared = CpFactors(self.r, modes, self.init_weights, self.random_factors or ())
         updates = {
             place.site.name: CpUpdate(shared, name, **tensor.slice_of(place), scale=self.alpha / self.r)
             for name, tensor in tensors.items()

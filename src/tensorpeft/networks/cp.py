@@ -6,7 +6,7 @@ The entry of layer l and projection m at (model feature a, head h, head feature 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from math import sqrt
 from typing import cast
 
@@ -30,9 +30,10 @@ class CpFactors(SharedFactors):
         sizes: name of a tensor -> its modes, {factor: size}: A the model dimension, B the features of a head, C_H the
             heads, C_L the layers, C_M the projections. A tensor without one of the last three modes has no such factor.
         is_zero: whether B starts at zero, so that every weight does. If not, B starts as A does.
+        frozen: factors that stay as they start, such as A.
     """
 
-    def __init__(self, rank: int, sizes: dict[str, dict[str, int]], is_zero: bool = True):
+    def __init__(self, rank: int, sizes: dict[str, dict[str, int]], is_zero: bool = True, frozen: Collection[str] = ()):
         super().__init__()
         self.rank = rank
         self.sizes = sizes
@@ -40,7 +41,10 @@ class CpFactors(SharedFactors):
             for factor, size in modes.items():
                 # Kaiming's bound for r inputs with a = √5, for every factor.
                 start = torch.empty(size, rank).uniform_(-1 / sqrt(rank), 1 / sqrt(rank))
-                self.register_parameter(f"{name}_{factor}", nn.Parameter(start))
+                if factor in frozen:
+                    self.register_buffer(f"{name}_{factor}", start)
+                else:
+                    self.register_parameter(f"{name}_{factor}", nn.Parameter(start))
             if is_zero:
                 nn.init.zeros_(getattr(self, f"{name}_B"))
 
