@@ -87,9 +87,10 @@ class AbstractSliceUpdate(AbstractSummableUpdate):
             ]
             inner = torch.stack(parts, 1).flatten(0, 2) if self.interleaved else torch.cat(parts).flatten(0, 1)
             core = outer.new_full((outer.shape[1],), self.scale)
+        # Row-major: a product with a transposed core rounds as the other factor lies in memory, as a file may have it.
         if self.inner_is_out:
-            return Factors(outer.mT, core, inner)
-        return Factors(inner.mT, core.mT if core.ndim == 2 else core, outer)
+            return Factors(outer.mT, core.contiguous(), inner)
+        return Factors(inner.mT, core.mT.contiguous() if core.ndim == 2 else core, outer)
 
     def group_key(self) -> Hashable | None:
         """Of one tensor, on one side of it, with as many heads; fused projections are made alone."""

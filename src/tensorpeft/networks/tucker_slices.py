@@ -76,7 +76,8 @@ class TuckerSliceUpdate(AbstractSliceUpdate):
             return core.flatten(1).t()
         row = rows[0] if len(rows) == 1 else (rows[0].unsqueeze(-1) * rows[1].unsqueeze(-2)).flatten(-2)
         matrix = core.flatten(core.ndim - len(rows)).flatten(0, -2)  # (r_A · r_B …, r_M · r_L)
-        found = (matrix @ row.unsqueeze(1)).squeeze(1) if row.ndim == 1 else row @ matrix.t()
+        # How a product with a vector rounds, depends on where in memory the matrix lies, as a file may have it.
+        found = (matrix * row).sum(1) if row.ndim == 1 else row @ matrix.t()
         return found.view(*row.shape[:-1], len(core), -1).mT
 
     def sum_shared(self, others: Sequence[TuckerSliceUpdate], weights: Sequence[float]) -> dict[str, Tensor]:

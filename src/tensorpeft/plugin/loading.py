@@ -207,9 +207,7 @@ def _as_held(key: str, tensor: Tensor, held: Tensor) -> Tensor:
                 "not have. Load the model in float64, or save the adapter in float32."
             )
         return narrow
-    tensor = tensor.to(torch.promote_types(tensor.dtype, held.dtype))
-    # It may stay where it lies in a file. Small products round otherwise unless it is aligned as torch's own memory is.
-    return tensor if tensor.data_ptr() % 64 == 0 else tensor.clone()
+    return tensor.to(torch.promote_types(tensor.dtype, held.dtype))
 
 
 def _trained_in_full(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
