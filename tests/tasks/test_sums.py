@@ -17,7 +17,9 @@ def test_every_pair_of_digits_is_in_one_split_with_its_sum():
         assert TASK.score(row.response, row).metrics == {"accuracy": 1}
 
 
-@pytest.mark.parametrize(("text", "right"), [(" 7", True), ("\n 7.\n\nWhat", True), (" 7 + 1", False), (" seven", False)])
+@pytest.mark.parametrize(
+    ("text", "right"), [(" 7", True), ("\n 7.\n\nWhat", True), (" 7 + 1", False), (" seven", False)]
+)
 def test_the_last_number_counts(text, right):
     row = next(row for row in load_examples(TASK, "sums:train") if row.answers == ("7",))
     assert TASK.score(text, row).metrics == {"accuracy": float(right)}
