@@ -107,7 +107,7 @@ class TensLoraConfig(TensorConfig):
         return join(updates)
 
     def _stacked(self) -> list[str]:
-        return self.arrangement.split("_")
+        return [str(mode) for mode in self.arrangement.split("_")]
 
     def _has_heads(self, site: Site) -> bool:
         return "Att" in self._stacked() and site.kind == "attention"

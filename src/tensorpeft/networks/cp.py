@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from math import sqrt
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from tensorpeft.networks.group import tensors_of
 from tensorpeft.networks.sketch import Gradient, leading_columns
 from tensorpeft.networks.slices import AbstractSliceUpdate, rows_of
 from tensorpeft.networks.update import SharedFactors
+
+_linalg: Any = torch.linalg  # has no types
 
 # Alternating least squares of a start: what is wanted are directions, not digits.
 _SWEEPS, _RIDGE = 12, 1e-6
@@ -71,12 +73,11 @@ class CpFactors(SharedFactors):
             for projection, part in member.unfold_inner(rows):
                 part = part.reshape(-1, *shape[-2:])  # a tensor without heads has one
                 folded[projection, member.layer, : len(part)] = part
-        found = dict(zip(("C_M", "C_L", "C_H", "B", "A"), decompose(folded, self.rank)))
+        found: dict[str, Tensor] = dict(zip(("C_M", "C_L", "C_H", "B", "A"), decompose(folded, self.rank)))
         found["A"] = frame @ found["A"]
         for name in modes:
-            columns = found[name] / found[name].norm(dim=0).clamp_min(torch.finfo(frame.dtype).tiny)
             factor = tensors_of(self)[f"{tensor}_{name}"]
-            factor.copy_(columns * sqrt(modes[name] / (3 * self.rank)))
+            factor.copy_(_of_length_one(found[name]) * sqrt(modes[name] / (3 * self.rank)))
         nn.init.zeros_(tensors_of(self)[f"{tensor}_B"])
 
     def extra_repr(self) -> str:
@@ -148,7 +149,11 @@ def decompose(
             product = torch.einsum(f"{letters},{inputs}->{letter}r", tensor, *(factors[k] for k in others))
             gram = torch.stack([factors[k].t() @ factors[k] for k in others]).prod(0)
             gram.diagonal().add_(_RIDGE * gram.diagonal().mean())
-            factors[mode] = torch.linalg.solve(gram, product.t()).t()
+            factors[mode] = cast(Tensor, _linalg.solve(gram, product.t())).t()
             if mode < tensor.ndim - 1:  # the last one carries the scale
-                factors[mode] = factors[mode] / factors[mode].norm(dim=0).clamp_min(torch.finfo(tensor.dtype).tiny)
+                factors[mode] = _of_length_one(factors[mode])
     return factors
+
+
+def _of_length_one(columns: Tensor) -> Tensor:
+    return columns / cast(Tensor, _linalg.vector_norm(columns, dim=0)).clamp_min(torch.finfo(columns.dtype).tiny)

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import sqrt
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+
+_torch: Any = torch  # linalg, norms and random states have no types, or not all
 
 # Columns of Ω: so many times the rank, and some more; those of Ψ are so many times as many.
 _WIDTH, _OVERSAMPLING, _STABILITY = 2, 16, 1.5
@@ -84,7 +86,7 @@ class Sketch:
     @torch.no_grad()
     def gradient(self) -> Gradient:
         """What is known of the matrix."""
-        core = torch.linalg.pinv(self._psi.t() @ self.left, rtol=_ROUNDING)
+        core: Tensor = _torch.linalg.pinv(self._psi.t() @ self.left, rtol=_ROUNDING)
         is_whole = self._omega.shape[0] == self._omega.shape[1] or self._psi.shape[0] == self._psi.shape[1]
         return exact(self.left @ core @ self.right.t()) if is_whole else Gradient(self.left, core, self.right)
 
@@ -92,7 +94,7 @@ class Sketch:
 @torch.no_grad()
 def exact(matrix: Tensor) -> Gradient:  # of (out, in)
     """The same of a matrix that is there."""
-    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    left, values, right = cast("tuple[Tensor, ...]", _torch.linalg.svd(matrix, full_matrices=False))
     return _of_svd(left, values, right.t())
 
 
@@ -102,8 +104,8 @@ def leading_part(
     rank: int,
 ) -> Gradient:
     """The same of its leading singular vectors, by subspace iteration; equal at every call on one machine."""
-    with torch.random.fork_rng([matrix.device] if matrix.is_cuda else []):
-        torch.manual_seed(0)
+    with _torch.random.fork_rng([matrix.device] if matrix.is_cuda else []):
+        _torch.manual_seed(0)
         return _of_svd(*torch.svd_lowrank(matrix.float(), min(rank + _OVERSAMPLING, *matrix.shape), niter=_ITERATIONS))
 
 
@@ -133,8 +135,8 @@ def leading_columns(
     """Leading left singular vectors of matrices that stand side by side."""
     together = torch.cat(list(parts), dim=1)
     if together.shape[1] > together.shape[0]:
-        return torch.linalg.eigh(together @ together.t()).eigenvectors.flip(1)[:, :rank]
-    return torch.linalg.svd(together, full_matrices=False)[0][:, :rank]
+        return _torch.linalg.eigh(together @ together.t()).eigenvectors.flip(1)[:, :rank]
+    return _torch.linalg.svd(together, full_matrices=False)[0][:, :rank]
 
 
 def put_columns(

@@ -121,9 +121,9 @@ class AbstractSliceUpdate(AbstractSummableUpdate):
         tensors = {} if self.shared is None else tensors_of(self.shared)
         shapes = [self.inner(tensors, heads).shape for heads in self.heads]
         if self.interleaved:
-            split = rows.unflatten(0, (shapes[0][0], len(shapes), shapes[0][1])).unbind(1)
+            split = torch.unflatten(rows, 0, (shapes[0][0], len(shapes), shapes[0][1])).unbind(1)
         else:
-            split = rows.unflatten(0, (-1, shapes[0][1])).split([shape[0] for shape in shapes])
+            split = torch.split(torch.unflatten(rows, 0, (-1, shapes[0][1])), [shape[0] for shape in shapes])
         return list(zip(self.projections, split))
 
     def extra_repr(self) -> str:

@@ -104,7 +104,7 @@ class TensorTrainUpdate(AbstractLowRankUpdate):
             rows, columns = (self.rank, len(right)) if side == "down" else (len(left), self.rank)
             whole = F.pad(frame, (0, columns - frame.shape[1], 0, rows - frame.shape[0]))
             found = train_of(whole.flatten(), modes, bond)
-            size = sqrt(self.rank / 3) / found[-1].norm() if side == "down" else 0.0
+            size = sqrt(self.rank / 3 / found[-1].square().sum().item()) if side == "down" else 0.0
             for core, value in zip(cores, [*found[:-1], found[-1] * size]):
                 core.copy_(value)
 

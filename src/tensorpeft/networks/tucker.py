@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from math import sqrt
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from tensorpeft.networks.group import Parts, Tensors, tensors_of
 from tensorpeft.networks.low_rank import Factors, pairs_of
 from tensorpeft.networks.sketch import Gradient, leading_frames, put_columns
 from tensorpeft.networks.update import AbstractLowRankUpdate, AbstractSummableUpdate, SharedFactors
+
+_linalg: Any = torch.linalg  # has no types
 
 
 class TuckerFactors(SharedFactors):
@@ -66,7 +68,7 @@ class TuckerFactors(SharedFactors):
         nn.init.zeros_(factors[f"{tensor}_{'C' if self.has_small_core else 'G'}"])
         if self.has_small_core:
             held = [(left.t() @ part.left) @ part.core @ (part.right.t() @ right) for part in gradients]
-            rows = torch.linalg.svd(torch.stack(held).flatten(1), full_matrices=False)[0][:, : self.rank]
+            rows: Tensor = _linalg.svd(torch.stack(held).flatten(1), full_matrices=False)[0][:, : self.rank]
             put_columns(factors[f"{tensor}_P"], rows * sqrt(len(held) / self.rank))
 
     def extra_repr(self) -> str:

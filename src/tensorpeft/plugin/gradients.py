@@ -69,7 +69,7 @@ def initialize_from_gradients(
     if not isinstance(model, PeftModel):
         raise TypeError(f"a {type(model).__name__}: expected the result of get_peft_model.")
     layers = _layers_of(model, adapter_name)
-    config = model.peft_config[adapter_name]
+    config: Any = model.peft_config[adapter_name]
     shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
     rank = config.frame_rank(shapes) if isinstance(config, FramedConfig) else config.r
     noise = Noise(seed)

@@ -66,7 +66,9 @@ def inspect_update(
     layers = _choose_layers(model, DotaConfig(**targets), num_layers)
     before = {name: weight_of(layer).float().clone() for name, layer in layers.items()}
     noise, rank = Noise(seed), max(sizes.frames, sizes.shared_frames)
-    sketches = {name: Sketch(*weight.shape, rank, noise, weight.device) for name, weight in before.items()}
+    sketches = {
+        name: Sketch(weight.shape[0], weight.shape[1], rank, noise, weight.device) for name, weight in before.items()
+    }
     num_batches = 2 * ceil(rows / arguments.eval_batch_size)
     first, second = row_batches(trainer, rows, seed, parts=2)
     with counting(console, "batches of the two gradients") as on_batch:

@@ -56,11 +56,13 @@ def row_batches(
         raise ValueError(f"rows: {parts} x {num_rows} are asked for, of {len(rows)} training rows. Ask for fewer.")
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     chosen = [order[part * num_rows : (part + 1) * num_rows] for part in range(parts)]
-    subsets = [rows.select(part) if hasattr(rows, "select") else [rows[k] for k in part] for part in chosen]
+    subsets: list[Any] = [rows.select(part) if hasattr(rows, "select") else [rows[k] for k in part] for part in chosen]
     return [map(trainer._prepare_inputs, trainer.get_eval_dataloader(subset)) for subset in subsets]
 
 
 def loss_on(trainer: Trainer, batch: Any) -> torch.Tensor:
     """The loss that the trainer would take a step on."""
+    model: Any = trainer.model
     with trainer.compute_loss_context_manager():
-        return trainer.compute_loss(trainer.model, batch)
+        loss: Any = trainer.compute_loss(model, batch)
+    return loss
