@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from tensorpeft.methods.stacks import build_stacks
+from tensorpeft.methods.stacked_weights import build_stacks
 from tensorpeft.networks.stacked import StackUpdate, leading_triplets
 from tensorpeft.plugin.config import Bases, TensorConfig, check_rank
 from tensorpeft.plugin.registration import register

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from tensorpeft.methods.stacks import build_stacks
+from tensorpeft.methods.stacked_weights import build_stacks
 from tensorpeft.networks.stacked import StackUpdate, Triplets, columns_and_rows
 from tensorpeft.plugin.config import Bases, TensorConfig, check_rank, check_scale
 from tensorpeft.plugin.registration import register
