@@ -27,8 +27,8 @@ _LARGEST_ORDER, _LARGEST_NUM_FACTORS = 8, 8
 class SuperLoraConfig(TensorConfig):
     """`vec(ΔW_1, ΔW_2, …) = (alpha / r) · vec(T_1 ⊗ … ⊗ T_K)` for every group of weights, T_k low-rank tensors.
 
-    The entries of a group's weights, one after the other, are folded to a tensor with `num_modes` nearly equal modes, with
-    padding at the end where their number has no such factors. Query and value of ViT-base at order 3, one group:
+    The entries of a group's weights, one after the other, are folded to a tensor with `num_modes` nearly equal modes,
+    with padding at the end where their number has no such factors. Query and value of ViT-base at order 3, one group:
     216 x 256 x 256, 728 r + r³ parameters; LoRA's are 36,864 r.
 
     Args:
@@ -42,7 +42,8 @@ class SuperLoraConfig(TensorConfig):
             False: that one, too, which is *not* the identity.
 
     Raises:
-        ValueError: a rank, number of modes or number of factors out of range, an unknown grouping, an alpha that is not positive.
+        ValueError: a rank, number of modes or number of factors out of range, an unknown grouping, an alpha that is not
+            positive.
 
     Source: SuperLoRA; the order of the weights, the start and the scale are ours. Its fixed shuffling and projection of
     the vector are left out.
