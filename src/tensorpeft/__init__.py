@@ -10,6 +10,7 @@ from tensorpeft.methods.lotr import LotrConfig
 from tensorpeft.methods.nola import NolaConfig
 from tensorpeft.methods.quanta import QuantaConfig
 from tensorpeft.plugin.tensor_map import print_tensor_map
+from tensorpeft.quantization import load_delta
 from tensorpeft.quantization import quantizer as _quantizer  # noqa: F401  # registers residual bases with transformers
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "LotrConfig",
     "NolaConfig",
     "QuantaConfig",
+    "load_delta",
     "print_tensor_map",
 ]
 __version__ = "0.1.0"

@@ -249,6 +249,9 @@ def test_other_architectures_and_other_weights_are_refused(tmp_path):
     model = get_peft_model(tiny_llama(), LortaConfig(r=2, modules_to_save=["lm_head"]))
     with pytest.raises(ValueError, match=r"modules_to_save=\['lm_head'\].*--merged"):
         to_gguf_lora(model, out)
+    model = get_peft_model(tiny_llama(), LortaConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[5]))
+    with pytest.raises(ValueError, match=r"trainable_token_indices=\[5\].*--merged"):
+        to_gguf_lora(model, out)
     model = get_peft_model(tiny_llama(tie_word_embeddings=True), FloraConfig(r=2, target_modules=["lm_head"]))
     with pytest.raises(ValueError, match="lm_head: it is the embedding too"):
         to_gguf_lora(model, out)

@@ -299,17 +299,35 @@ def test_what_an_export_lost_is_measured_on_text(place, monkeypatch, capsys):
     assert of_file.export_agreement == pytest.approx(agreement)
 
 
-def test_an_export_that_is_worse_than_its_base_is_refused_unless_forced(place, monkeypatch, capsys):
+def test_a_delta_is_measured_on_text_and_added_to_its_base(place, monkeypatch, capsys):
     monkeypatch.chdir(place)
+    assert main(["export", "delta", "dota", "delta", "--bits", "4"]) == 0
+    printed = capsys.readouterr().out
+    check = check_export("dota", "delta")
+    assert f"{check.export:.4f}" in printed
+    assert f"{check.kept:.1%} of the adapter's gain" in printed
+    assert check.kept > 0.9
+    assert f"load_delta(base, '{Path('delta').absolute()}')" in printed
+    assert main(["export", "delta", "dota", "unmeasured", "--no-check"]) == 0
+    assert "loss" not in capsys.readouterr().out
+    assert main(["export", "delta", "dota", "odd", "--bits", "5"]) == 2
+    assert main(["export", "delta", "dota", "odd", "--no-check", "--force"]) == 2
+    assert not Path("odd").exists()
+
+
+@pytest.mark.parametrize("words", [["lora", "--rank", "2"], ["delta", "--bits", "4"]], ids=["lora", "delta"])
+def test_an_export_that_is_worse_than_its_base_is_refused_unless_forced(words, place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    command, out = ["export", words[0], "dota", f"worse-{words[0]}", *words[1:]], Path(f"worse-{words[0]}")
     worse = ExportCheck(100, base=2.0, adapter=1.0, export=2.5, base_agreement=0.5, export_agreement=0.4)
     monkeypatch.setattr("tensorpeft.export.check_export", lambda *given: worse)
-    assert main(["export", "lora", "dota", "worse", "--rank", "2"]) == 1
+    assert main(command) == 1
     told = capsys.readouterr()
     assert "the export's loss is 2.5000, that of the base alone 2.0000" in told.err
     assert "-50.0% of the adapter's gain" in told.out
-    assert not Path("worse").exists()
-    assert main(["export", "lora", "dota", "worse", "--rank", "2", "--force"]) == 0
-    assert Path("worse/adapter_model.safetensors").is_file()
+    assert not out.exists()
+    assert main([*command, "--force"]) == 0
+    assert list(out.glob("*.safetensors"))
     no_gain = ExportCheck(100, base=2.0, adapter=2.1, export=2.5, base_agreement=0.5, export_agreement=0.4)
     assert not no_gain.is_worse_than_base
 

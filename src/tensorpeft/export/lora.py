@@ -203,6 +203,12 @@ def adapted_layers(model: PeftModel, name: str) -> dict[str, TensorLayer]:
     return layers
 
 
+def trained_in_full(config: PeftConfig) -> dict[str, Any]:
+    """The fields of a configuration that say what of the model is trained besides the layers' updates."""
+    values = {name: getattr(config, name, None) for name in ("modules_to_save", "trainable_token_indices")}
+    return {name: value for name, value in values.items() if value}
+
+
 def _is_half(model: PeftModel) -> bool:
     config = getattr(model.get_base_model(), "config", None)
     return getattr(config, "dtype", None) in (torch.bfloat16, torch.float16)
@@ -307,14 +313,13 @@ def _config(
             "adapter_config.json, which servers ask for.",
             stacklevel=3,
         )
-    in_full = {"modules_to_save": ours.modules_to_save, "trainable_token_indices": ours.trainable_token_indices}
+    in_full = trained_in_full(ours)
     for name, value in in_full.items():
-        if value:
-            warnings.warn(
-                f"{name}={value} are exported as they are: PEFT loads them, vLLM and llama.cpp's converter refuse such "
-                "an adapter. Merge it for those (export dense).",
-                stacklevel=3,
-            )
+        warnings.warn(
+            f"{name}={value} are exported as they are: PEFT loads them, vLLM and llama.cpp's converter refuse such "
+            "an adapter. Merge it for those (export dense).",
+            stacklevel=3,
+        )
     rank = max(ranks.values())
     config = LoraConfig(
         r=rank,
@@ -324,7 +329,7 @@ def _config(
         task_type=ours.task_type,
         ensure_weight_tying=ours.ensure_weight_tying,
         inference_mode=True,
-        **in_full,  # type: ignore[arg-type]
+        **in_full,
     )
     # Everywhere alpha / r is 1: PEFT divides them per layer, vLLM for all.
     config.rank_pattern = config.alpha_pattern = {key: other for key, other in ranks.items() if other != rank}
