@@ -145,9 +145,8 @@ def _lora(arguments: argparse.Namespace, command: str) -> int:
         _print_check(check)
     file = arguments.out / "adapter_model.safetensors"
     print(f"{len(layers)} layers, {file.stat().st_size / 1e6:.2f} MB, written to {one_line(arguments.out)}")
-    for engine, line in start_commands(layers, arguments.out, arguments.base):
+    for engine, line in start_commands(layers, arguments.out, arguments.base, arguments.adapter):
         print(f"{engine:9s} {one_line(line)}")
-    print(f"llama.cpp tensorpeft export gguf {one_line(arguments.adapter)} OUT.gguf")
     return 0
 
 

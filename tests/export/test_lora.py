@@ -164,6 +164,35 @@ def test_saved_modules_come_along(tmp_path: Path):
     torch.testing.assert_close(logits(found), logits(peft_model), atol=1e-5, rtol=1e-5)
 
 
+def test_what_an_engine_refuses_is_said_instead_of_its_command(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    for name, fields in (("in full", {"modules_to_save": ["lm_head"]}), ("tokens", {"trainable_token_indices": [5]})):
+        base = AutoModelForCausalLM.from_pretrained("base")
+        get_peft_model(base, LortaConfig(r=2, target_modules=["q_proj"], **fields)).save_pretrained(name)
+        with pytest.warns(UserWarning, match=next(iter(fields))):
+            assert main(["export", "lora", name, f"{name} out"]) == 0
+        printed = capsys.readouterr().out
+        assert f"vLLM      refuses {next(iter(fields))}: serve the merged model, tensorpeft export dense" in printed
+        assert re.search(r"llama.cpp tensorpeft export gguf .* OUT.gguf --merged\n", printed)
+        assert "vllm serve" not in printed
+        for form in ("gguf", "delta"):
+            assert main(["export", form, name, "nowhere"]) == 2
+            assert re.search(rf"{next(iter(fields))}=.*[Mm]erge", capsys.readouterr().err)
+        assert not Path("nowhere").exists()
+
+
+def test_only_the_layers_to_transform_are_in_the_file(tmp_path: Path):
+    model = adapted(
+        saved_base(lambda: tiny_llama(num_hidden_layers=3), tmp_path / "base"),
+        LotrConfig(r=3, target_modules=["q_proj", "down_proj"], layers_to_transform=[0, 2]),
+    )
+    to_lora(model, tmp_path / "lora")
+    keys = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    assert {int(re.findall(r"layers\.(\d+)", key)[0]) for key in keys} == {0, 2}
+    found = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "lora").eval()
+    torch.testing.assert_close(logits(found), logits(model), atol=1e-5, rtol=1e-5)
+
+
 def dota(base: nn.Module) -> PeftModel:
     model = get_peft_model(base, DotaConfig(r=6, num_cores=3, target_modules=MODELS[0].targets)).eval()
     perturb(model)
