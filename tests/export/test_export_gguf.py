@@ -62,14 +62,8 @@ ARCHITECTURES = {
         {"num_hidden_layers": 7, "head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 8},
     ),
 }
+pytestmark = pytest.mark.usefixtures("cache_folder")
 TEXT = "hello world, 12 wolves held 345 hollow wells"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache_folder(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TENSORPEFT_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +74,7 @@ def base(tmp_path_factory) -> Path:
 
 def adapted(base: str | Path, config, folder: Path, scale: float = 1.0) -> PeftModel:
     """A model with an adapter that changes much, saved too."""
+    torch.manual_seed(0)  # the tolerances are for one adapter, whatever ran before
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config).eval()
     perturb(model, scale=scale)
     model.save_pretrained(folder)
