@@ -36,6 +36,6 @@ def test_any_batch_and_length_of_an_unmerged_adapter(case):
     sizes = {"input_ids": {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}}
     with torch.no_grad():
         program = torch.export.export(LogitsOf(model), (tokens(3, 7),), dynamic_shapes=sizes)
-        for batch, length in ((2, 11), (5, 4)):
+        for batch, length in ((2, 4), (40, 50)):  # few rows and many: on both sides of a rule that counts them
             inputs = tokens(batch, length)
             torch.testing.assert_close(program.module()(inputs), logits(model, inputs), atol=2e-5, rtol=2e-5)
