@@ -49,6 +49,7 @@ LINES = [
     "recipes small/stories_sft",
     "export gguf adapter out --outtype q8_0",
     "export gguf adapter out --merged --base base",
+    "export delta adapter out --bits 4 --check rows.jsonl",
 ]
 
 
@@ -156,7 +157,7 @@ def damage_files(draw, place):
     else:
         damaged = damage_text(draw, (place / name).read_bytes())
     (place / name).write_bytes(damaged)
-    of_base, of_adapter = [k for k, line in enumerate(LINES) if " base" in line], [8, 9, 13, 14, 16, 17]
+    of_base, of_adapter = [k for k, line in enumerate(LINES) if " base" in line], [8, 9, 13, 14, 16, 17, 18]
     return LINES[draw.choice(of_base if name.startswith("base") else of_adapter)].split()
 
 

@@ -18,6 +18,7 @@ from tensorpeft.methods.tcur_lora import TcurLoraConfig
 from tensorpeft.methods.tenslora import TensLoraConfig
 from tensorpeft.plugin.gradients import initialize_from_gradients
 from tensorpeft.plugin.tensor_map import print_tensor_map
+from tensorpeft.quantization import load_delta
 from tensorpeft.quantization import quantizer as _quantizer  # noqa: F401  # registers residual bases with transformers
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "TcurLoraConfig",
     "TensLoraConfig",
     "initialize_from_gradients",
+    "load_delta",
     "print_tensor_map",
 ]
 __version__ = "0.1.0"

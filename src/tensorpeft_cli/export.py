@@ -29,14 +29,22 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     lora.add_argument(
         "--distil", type=existing, metavar="FILE", help=f"train it for {DISTIL_STEPS} steps on a text per line"
     )
-    lora.add_argument(
-        "--check", type=existing, metavar="FILE", help="a text per line to measure on (default: the model's own text)"
-    )
-    lora.add_argument("--no-check", action="store_true", help="measure nothing: base and text are not loaded")
-    lora.add_argument("--force", action="store_true", help="write what is worse than its base, too")
+    _add_check(lora)
     _add_base(lora)
     add_cache(lora)
     lora.set_defaults(run=_lora)
+    delta = forms.add_parser(
+        "delta",
+        help="the updates alone in 8 or 4 bits, which tensorpeft.load_delta adds to the base's weights",
+        description="Write the updates of a saved adapter in blocks of 32 numbers of 8 or 4 bits with a scale each. "
+        "What that costs is measured on text: an export that is worse than its base is refused (exit code 1).",
+    )
+    _add_folders(delta)
+    delta.add_argument("--bits", type=int, choices=(8, 4), default=8, help="of a number (default: %(default)s)")
+    _add_check(delta)
+    _add_base(delta)
+    add_cache(delta)
+    delta.set_defaults(run=_delta)
     dense = forms.add_parser(
         "dense",
         help="adapter and base as one plain model in 16 or 32 bits",
@@ -76,6 +84,14 @@ def _add_size(parser: argparse.ArgumentParser) -> None:
     size.add_argument("--energy", type=positive, metavar="E", help="the share of every update's energy to keep: 0.99")
 
 
+def _add_check(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--check", type=existing, metavar="FILE", help="a text per line to measure on (default: the model's own text)"
+    )
+    parser.add_argument("--no-check", action="store_true", help="measure nothing: base and text are not loaded")
+    parser.add_argument("--force", action="store_true", help="write what is worse than its base, too")
+
+
 def _add_base(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base", type=model_name, metavar="MODEL", help="the base model, if it is not where the adapter says"
@@ -84,17 +100,16 @@ def _add_base(parser: argparse.ArgumentParser) -> None:
 
 def _lora(arguments: argparse.Namespace, command: str) -> int:
     is_cut = arguments.rank is not None or arguments.energy is not None
-    if arguments.no_check and (arguments.check is not None or arguments.force):
-        raise ValueError("--no-check beside --check or --force: expected one of them.")
+    _check_check(arguments)
     if arguments.distil is not None and not is_cut:
         raise ValueError("--distil: only what is cut has something to learn. Pass --rank or --energy, too.")
     import_package()
     import torch
     from tqdm import tqdm
 
-    from tensorpeft.export import ExportCheck, check_export, distil, is_measurable, start_commands, to_lora
+    from tensorpeft.export import distil, start_commands, to_lora
 
-    checks = list[ExportCheck]()
+    checks = list[Any]()
 
     def finish(folder: Path) -> None:
         if arguments.distil is not None:
@@ -107,12 +122,7 @@ def _lora(arguments: argparse.Namespace, command: str) -> int:
                     DISTIL_STEPS,
                     on_step=lambda loss: (bar.set_postfix(nats=f"{loss:.4f}"), bar.update()),
                 )
-        if arguments.check is None and (arguments.no_check or not is_cut or not is_measurable(arguments.adapter)):
-            return
-        check = check_export(arguments.adapter, folder, arguments.base, arguments.check)
-        if check.is_worse_than_base and not arguments.force:
-            raise _WorseError(check)
-        checks.append(check)
+        checks.extend(_check(arguments, folder, by_default=is_cut))
 
     dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
     try:
@@ -127,23 +137,76 @@ def _lora(arguments: argparse.Namespace, command: str) -> int:
             base=arguments.base,
         )
     except _WorseError as error:
-        _print_check(error.check)
-        print(
-            f"tensorpeft: the export's loss is {error.check.export:.4f}, that of the base alone "
-            f"{error.check.base:.4f}: nothing was written. Take a larger --rank or --energy, --distil, or merge the "
-            "adapter (export dense); --force writes it.",
-            file=sys.stderr,
+        return _fail_worse(
+            error.check, "Take a larger --rank or --energy, --distil, or merge the adapter (export dense)"
         )
-        return 1
     _print_layers(layers, ", before --distil" if arguments.distil else "")
     for check in checks:
         _print_check(check)
     file = arguments.out / "adapter_model.safetensors"
     print(f"{len(layers)} layers, {file.stat().st_size / 1e6:.2f} MB, written to {one_line(arguments.out)}")
-    for engine, line in start_commands(layers, arguments.out, arguments.base):
+    for engine, line in start_commands(layers, arguments.out, arguments.base, arguments.adapter):
         print(f"{engine:9s} {one_line(line)}")
-    print(f"llama.cpp tensorpeft export gguf {one_line(arguments.adapter)} OUT.gguf")
     return 0
+
+
+def _delta(arguments: argparse.Namespace, command: str) -> int:
+    _check_check(arguments)
+    import_package()
+    from tensorpeft.export import to_delta
+
+    checks = list[Any]()
+    try:
+        layers = to_delta(
+            arguments.adapter,
+            arguments.out,
+            arguments.bits,
+            progress=True,
+            base=arguments.base,
+            finish=lambda folder: checks.extend(_check(arguments, folder, by_default=True)),
+        )
+    except _WorseError as error:
+        return _fail_worse(error.check, "Take --bits 8, or merge the adapter (export dense)")
+    for check in checks:
+        _print_check(check)
+    error, file = max(layer.error for layer in layers), arguments.out / "delta.safetensors"
+    print(f"{len(layers)} layers, |ΔW - export| at most {error:.2%} of |ΔW|")
+    print(f"{file.stat().st_size / 1e6:.2f} MB written to {one_line(arguments.out)}")
+    print(f"model = tensorpeft.load_delta(base, {one_line(repr(str(arguments.out.absolute())))})")
+    return 0
+
+
+def _check_check(arguments: argparse.Namespace) -> None:
+    if arguments.no_check and (arguments.check is not None or arguments.force):
+        raise ValueError("--no-check beside --check or --force: expected one of them.")
+
+
+def _check(arguments: argparse.Namespace, folder: Path, by_default: bool) -> list[Any]:
+    """What the export in a folder lost, if that is to be measured: no or one `ExportCheck`.
+
+    Raises:
+        _WorseError: it is worse than its base, and --force was not given.
+    """
+    from tensorpeft.export import check_export, is_measurable
+
+    is_asked = not arguments.no_check and by_default and is_measurable(arguments.adapter)
+    if arguments.check is None and not is_asked:
+        return []
+    check = check_export(arguments.adapter, folder, arguments.base, arguments.check)
+    if check.is_worse_than_base and not arguments.force:
+        raise _WorseError(check)
+    return [check]
+
+
+def _fail_worse(check: Any, remedy: str) -> int:
+    """Tell of an export that is worse than its base; the exit code."""
+    _print_check(check)
+    print(
+        f"tensorpeft: the export's loss is {check.export:.4f}, that of the base alone {check.base:.4f}: nothing was "
+        f"written. {remedy}; --force writes it.",
+        file=sys.stderr,
+    )
+    return 1
 
 
 class _WorseError(Exception):

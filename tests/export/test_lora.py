@@ -164,6 +164,35 @@ def test_saved_modules_come_along(tmp_path: Path):
     torch.testing.assert_close(logits(found), logits(peft_model), atol=1e-5, rtol=1e-5)
 
 
+def test_what_an_engine_refuses_is_said_instead_of_its_command(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    for name, fields in (("in full", {"modules_to_save": ["lm_head"]}), ("tokens", {"trainable_token_indices": [5]})):
+        base = AutoModelForCausalLM.from_pretrained("base")
+        get_peft_model(base, LortaConfig(r=2, target_modules=["q_proj"], **fields)).save_pretrained(name)
+        with pytest.warns(UserWarning, match=next(iter(fields))):
+            assert main(["export", "lora", name, f"{name} out"]) == 0
+        printed = capsys.readouterr().out
+        assert f"vLLM      refuses {next(iter(fields))}: serve the merged model, tensorpeft export dense" in printed
+        assert re.search(r"llama.cpp tensorpeft export gguf .* OUT.gguf --merged\n", printed)
+        assert "vllm serve" not in printed
+        for form in ("gguf", "delta"):
+            assert main(["export", form, name, "nowhere"]) == 2
+            assert re.search(rf"{next(iter(fields))}=.*[Mm]erge", capsys.readouterr().err)
+        assert not Path("nowhere").exists()
+
+
+def test_only_the_layers_to_transform_are_in_the_file(tmp_path: Path):
+    model = adapted(
+        saved_base(lambda: tiny_llama(num_hidden_layers=3), tmp_path / "base"),
+        LotrConfig(r=3, target_modules=["q_proj", "down_proj"], layers_to_transform=[0, 2]),
+    )
+    to_lora(model, tmp_path / "lora")
+    keys = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    assert {int(re.findall(r"layers\.(\d+)", key)[0]) for key in keys} == {0, 2}
+    found = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "lora").eval()
+    torch.testing.assert_close(logits(found), logits(model), atol=1e-5, rtol=1e-5)
+
+
 def dota(base: nn.Module) -> PeftModel:
     model = get_peft_model(base, DotaConfig(r=6, num_cores=3, target_modules=MODELS[0].targets)).eval()
     perturb(model)
@@ -299,17 +328,35 @@ def test_what_an_export_lost_is_measured_on_text(place, monkeypatch, capsys):
     assert of_file.export_agreement == pytest.approx(agreement)
 
 
-def test_an_export_that_is_worse_than_its_base_is_refused_unless_forced(place, monkeypatch, capsys):
+def test_a_delta_is_measured_on_text_and_added_to_its_base(place, monkeypatch, capsys):
     monkeypatch.chdir(place)
+    assert main(["export", "delta", "dota", "delta", "--bits", "4"]) == 0
+    printed = capsys.readouterr().out
+    check = check_export("dota", "delta")
+    assert f"{check.export:.4f}" in printed
+    assert f"{check.kept:.1%} of the adapter's gain" in printed
+    assert check.kept > 0.9
+    assert f"load_delta(base, '{Path('delta').absolute()}')" in printed
+    assert main(["export", "delta", "dota", "unmeasured", "--no-check"]) == 0
+    assert "loss" not in capsys.readouterr().out
+    assert main(["export", "delta", "dota", "odd", "--bits", "5"]) == 2
+    assert main(["export", "delta", "dota", "odd", "--no-check", "--force"]) == 2
+    assert not Path("odd").exists()
+
+
+@pytest.mark.parametrize("words", [["lora", "--rank", "2"], ["delta", "--bits", "4"]], ids=["lora", "delta"])
+def test_an_export_that_is_worse_than_its_base_is_refused_unless_forced(words, place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    command, out = ["export", words[0], "dota", f"worse-{words[0]}", *words[1:]], Path(f"worse-{words[0]}")
     worse = ExportCheck(100, base=2.0, adapter=1.0, export=2.5, base_agreement=0.5, export_agreement=0.4)
     monkeypatch.setattr("tensorpeft.export.check_export", lambda *given: worse)
-    assert main(["export", "lora", "dota", "worse", "--rank", "2"]) == 1
+    assert main(command) == 1
     told = capsys.readouterr()
     assert "the export's loss is 2.5000, that of the base alone 2.0000" in told.err
     assert "-50.0% of the adapter's gain" in told.out
-    assert not Path("worse").exists()
-    assert main(["export", "lora", "dota", "worse", "--rank", "2", "--force"]) == 0
-    assert Path("worse/adapter_model.safetensors").is_file()
+    assert not out.exists()
+    assert main([*command, "--force"]) == 0
+    assert list(out.glob("*.safetensors"))
     no_gain = ExportCheck(100, base=2.0, adapter=2.1, export=2.5, base_agreement=0.5, export_agreement=0.4)
     assert not no_gain.is_worse_than_base
 

@@ -18,12 +18,7 @@ from tensorpeft.training.models import adapt, load_base, load_tokenizer
 from tensorpeft.training.recipe import DataRecipe, Recipe
 from tensorpeft_cli import main
 
-
-@pytest.fixture(scope="module", autouse=True)
-def cache_folder(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TENSORPEFT_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = pytest.mark.usefixtures("cache_folder")
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from tensorpeft.export.text import Row, batches, read_rows, sample_rows
 from tensorpeft.loading.adapters import base_of, load_adapter_config, load_model, put_adapter
+from tensorpeft.quantization import dequantize, load_delta
+from tensorpeft.quantization.delta import is_delta
 
 _MAX_ROWS, _MAX_LENGTH, _BATCH_SIZE = 64, 256, 8
 
@@ -28,7 +30,7 @@ class ExportCheck:
         tokens: that were predicted.
         base: loss of the base model, in nats per token.
         adapter: of the adapter on it.
-        export: of the exported LoRA on it.
+        export: of what was exported, on it.
         base_agreement: share of the tokens where the base's most probable one is the adapter's.
         export_agreement: the same of the export.
     """
@@ -78,15 +80,15 @@ def is_measurable(adapter: str | os.PathLike[str]) -> bool:
 
 def check_export(
     adapter: str | os.PathLike[str],
-    lora: str | os.PathLike[str],
+    export: str | os.PathLike[str],
     base: str | None = None,
     text: Path | None = None,
 ) -> ExportCheck:
-    """Run base, adapter and the LoRA that was exported from it on text.
+    """Run base, adapter and what was exported from it on text.
 
     Args:
         adapter: folder of the saved adapter.
-        lora: folder of its export.
+        export: folder of its export, a LoRA or a delta; one of a base in 4 bits is added to the dequantised base.
         base: name of the base model (`tensorpeft.loading.names.resolve`); None: what the adapter's configuration names.
         text: a text per line, or a .jsonl file of rows with "text", or with "prompt" and "response", whose response is
             looked at; of the first 64, up to 256 tokens each. None: 32 texts of 64 tokens that
@@ -103,7 +105,9 @@ def check_export(
     with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
         of_base = _Read(model, rows)
     of_adapter = _Read(model, rows)
-    of_export = _Read(put_adapter(model.unload(), str(lora), base).eval(), rows)
+    plain = model.unload()
+    exported = load_delta(dequantize(plain), export) if is_delta(export) else put_adapter(plain, str(export), base)
+    of_export = _Read(exported.eval(), rows)
     return ExportCheck(
         len(of_base.best),
         of_base.loss,

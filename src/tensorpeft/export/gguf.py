@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tensorpeft.export.dense import merge
-from tensorpeft.export.lora import ExportedLayer, active_adapter, adapted_layers, low_rank_updates
+from tensorpeft.export.lora import ExportedLayer, active_adapter, adapted_layers, low_rank_updates, trained_in_full
 from tensorpeft.loading.adapters import load_on_skeleton
 from tensorpeft.reports.files import write_whole
 from tensorpeft.reports.folders import sole_writer
@@ -70,10 +70,10 @@ def to_gguf_lora(
         name, base = adapter_name or active_adapter(model), model.get_base_model()
         form = LlamaCppModel(type(base).__name__, base.config)  # type: ignore[arg-type]
         layers = adapted_layers(model, name)
-        if saved := model.peft_config[name].modules_to_save:  # type: ignore[attr-defined]
+        for field, value in trained_in_full(model.peft_config[name]).items():
             raise ValueError(
-                f"modules_to_save={sorted(saved)}: llama.cpp's adapters have no modules that were trained in full. "
-                "Merge the adapter into its base instead (--merged)."
+                f"{field}={value}: llama.cpp's adapters have nothing but layers' updates. Merge the adapter into its "
+                "base instead (--merged)."
             )
         if "lm_head" in layers and base.config.tie_word_embeddings:  # type: ignore[union-attr]
             raise ValueError(

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from huggingface_hub import ModelCardData
 from peft import LoraConfig, PeftConfig, PeftModel
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict, load_peft_weights
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -117,7 +117,10 @@ def to_lora(
             tensors[f"base_model.model.{key}.lora_A.weight"] = down.cpu().contiguous()
             tensors[f"base_model.model.{key}.lora_B.weight"] = up[(..., *(None for _ in kernel))].cpu().contiguous()
         prefix = next(iter(layers.values())).adapter_layer_names[0]
-        saved = get_peft_model_state_dict(model, adapter_name=name)
+        # As they are in the file: PEFT leaves trained tokens on a skeleton's own device.
+        saved = (
+            load_peft_weights(str(model_or_path), "cpu") if is_path else get_peft_model_state_dict(model, None, name)
+        )
         tensors |= {key: tensor for key, tensor in saved.items() if f".{prefix}." not in key}
         config = _config(model, name, layers, {layer.name: layer.rank for layer in exported}, base)
         with replace_files(Path(out_dir), last=CONFIG_NAME) as unfinished:
@@ -173,17 +176,25 @@ def start_commands(
     layers: Sequence[ExportedLayer],
     lora: str | os.PathLike[str],  # folder that they were written to
     base: str | None = None,  # None: what its configuration names
-) -> list[tuple[str, str]]:  # engine, command line
+    adapter: str | os.PathLike[str] = "ADAPTER",  # what they were made of
+) -> list[tuple[str, str]]:  # engine, command line or why there is none
     """How each engine is started with an exported adapter."""
     folder = Path(lora).absolute()
-    base = base or PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    config = PeftConfig.from_pretrained(str(folder))
+    base = base or config.base_model_name_or_path
     base = shlex.quote(resolve(base) if base else "BASE")
-    name, path = shlex.quote(folder.name), shlex.quote(str(folder))
+    name, path, adapter = (shlex.quote(str(word)) for word in (folder.name, folder, adapter))
     max_rank = next(size for size in SERVED_RANKS if size >= max(layer.rank for layer in layers))
+    peft = ("PEFT", f"PeftModel.from_pretrained(base, {str(folder)!r})")
+    if in_full := trained_in_full(config):
+        refused = f"refuses {' and '.join(in_full)}: serve the merged model, tensorpeft export dense {adapter} OUT"
+        merged = f"tensorpeft export gguf {adapter} OUT.gguf --merged"
+        return [peft, ("vLLM", refused), ("llama.cpp", merged)]
     return [
-        ("PEFT", f"PeftModel.from_pretrained(base, {str(folder)!r})"),
+        peft,
         ("vLLM", f"vllm serve {base} --enable-lora --max-lora-rank {max_rank} --lora-modules {name}={path}"),
         ("SGLang", f"python -m sglang.launch_server --model-path {base} --enable-lora --lora-paths {name}={path}"),
+        ("llama.cpp", f"tensorpeft export gguf {adapter} OUT.gguf"),
     ]
 
 
@@ -212,6 +223,12 @@ def adapted_layers(model: PeftModel, name: str) -> dict[str, TensorLayer]:
             "or a folder with one, and the adapter's name."
         )
     return layers
+
+
+def trained_in_full(config: PeftConfig) -> dict[str, Any]:
+    """The fields of a configuration that say what of the model is trained besides the layers' updates."""
+    values = {name: getattr(config, name, None) for name in ("modules_to_save", "trainable_token_indices")}
+    return {name: value for name, value in values.items() if value}
 
 
 def _is_half(model: PeftModel) -> bool:
@@ -318,14 +335,13 @@ def _config(
             "adapter_config.json, which servers ask for.",
             stacklevel=3,
         )
-    in_full = {"modules_to_save": ours.modules_to_save, "trainable_token_indices": ours.trainable_token_indices}
+    in_full = trained_in_full(ours)
     for name, value in in_full.items():
-        if value:
-            warnings.warn(
-                f"{name}={value} are exported as they are: PEFT loads them, vLLM and llama.cpp's converter refuse such "
-                "an adapter. Merge it for those (export dense).",
-                stacklevel=3,
-            )
+        warnings.warn(
+            f"{name}={value} are exported as they are: PEFT loads them, vLLM and llama.cpp's converter refuse such "
+            "an adapter. Merge it for those (export dense).",
+            stacklevel=3,
+        )
     rank = max(ranks.values())
     config = LoraConfig(
         r=rank,
@@ -335,7 +351,7 @@ def _config(
         task_type=ours.task_type,
         ensure_weight_tying=ours.ensure_weight_tying,
         inference_mode=True,
-        **in_full,  # type: ignore[arg-type]
+        **in_full,
     )
     # Everywhere alpha / r is 1: PEFT divides them per layer, vLLM for all.
     config.rank_pattern = config.alpha_pattern = {key: other for key, other in ranks.items() if other != rank}

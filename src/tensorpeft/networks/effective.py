@@ -283,9 +283,17 @@ def _effective_part(
     for part in halves:
         total = fold(part) if total is None else build(total, *part)
     assert total is not None
-    if dtype in _DROPPED_BITS:
-        total = dither(total, _DROPPED_BITS[dtype], *first)
+    total = dithered(total, dtype, first)
     return total.to(dtype) if out is None else out.copy_(total)
+
+
+def dithered(
+    total: Tensor,  # (m, n), in float32, or in float64 for a weight in float64
+    dtype: torch.dtype,  # that it is cast to next
+    first: tuple[int, int] = (0, 0),  # row and column of the whole matrix at which this part of it begins
+) -> Tensor:  # (m, n), dtype of `total`
+    """W0 + ΔW before its cast: itself, or, for bfloat16 and float16, dithered to numbers that the cast leaves alone."""
+    return dither(total, _DROPPED_BITS[dtype], *first) if dtype in _DROPPED_BITS else total
 
 
 def _block_gradients(

@@ -316,6 +316,10 @@ def test_the_command_names_what_is_wrong_in_one_line(place, capsys, tmp_path):
     assert "Did you mean lorta" in capsys.readouterr().err
     assert main(["compare", str(place / "none.yaml")]) == 2
     assert "no recipe" in capsys.readouterr().err
+    out = ["--output", str(tmp_path / "run")]
+    assert main(["compare", str(place / "some.yaml"), "model=nowhere", "--methods", "lora", *out]) == 2
+    assert "nowhere: no folder of that name" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
     assert main(["compare", str(place / "some.yaml"), "--timing-rounds", "-1"]) == 2
     assert main(["compare", str(place / "some.yaml"), "--workers", "0"]) == 2
     assert main(["compare", str(place / "some.yaml"), "--workers", "2", "--ray"]) == 2

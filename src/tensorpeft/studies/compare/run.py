@@ -32,6 +32,7 @@ from tensorpeft.studies.compare.table import main_table, markdown_report
 from tensorpeft.tasks.task import QuestionTask, Task
 from tensorpeft.training.adapters import is_ours
 from tensorpeft.training.arguments import make_arguments
+from tensorpeft.training.models import load_tokenizer
 from tensorpeft.training.run import check_recipe
 from tensorpeft.training.seed import kept_folder
 
@@ -60,8 +61,8 @@ def run_compare(
         ConnectionError: there is no Ray cluster at the address.
         FileNotFoundError: a file of the recipe's data is missing.
         ModuleNotFoundError: Ray is asked for and not installed.
-        ValueError: the recipe is wrong, the output folder holds cells of another recipe, there would be no worker, or
-            both workers and Ray are asked for.
+        ValueError: the recipe is wrong, its model is nowhere, the output folder holds cells of another recipe, there
+            would be no worker, or both workers and Ray are asked for.
     """
     check_engine(workers, ray)
     datasets.disable_progress_bars()
@@ -141,6 +142,8 @@ def _check_entries(comparison: Comparison, task: Task) -> EvaluationOptions:
     for entry in comparison.entries:
         first = make_arguments(entry.recipe.trainer, task, comparison.output, 0, entry.recipe.rewards)
         options = check_recipe(entry.recipe, first)
+    for recipe in {entry.recipe.model: entry.recipe for entry in comparison.entries}.values():
+        load_tokenizer(recipe, task)  # as every cell does first: a model that is nowhere fails none of them, but all
     if first.world_size > 1:
         raise ValueError(
             f"{first.world_size} processes: a comparison starts its own. Start one process, with --workers N or --ray."
