@@ -138,8 +138,8 @@ def round_train(
         left, values, right = _linalg.svd(cut[k].flatten(0, 1), full_matrices=False)
         kept = min(rank, len(values))
         cut[k] = torch.unflatten(left[:, :kept], 0, cut[k].shape[:2])
-        rest = values[:kept, None] * right[:kept] @ cut[k + 1].flatten(1)
+        rest = (values[:kept, None] * right[:kept]) @ cut[k + 1].flatten(1)
         cut[k + 1] = torch.unflatten(rest, 1, cut[k + 1].shape[1:])
-    norms: list[float] = [_linalg.vector_norm(core).item() for core in cut]
+    norms = [core.square().sum().sqrt().item() for core in cut]
     mean = prod(norm ** (1 / len(cut)) for norm in norms)
     return [core * (mean / norm) if norm else core for core, norm in zip(cut, norms)]

@@ -60,7 +60,7 @@ METHODS = (
     Method("fact-tk", "FacT-TK", {"method": "fact", "r": 16, "core": "tk"}, 3, is_planned=True),
     Method("metatt", "MetaTT", {"method": "metatt", "r": 16}, is_planned=True),
     Method("metatt-5d", "MetaTT-5D", {"method": "metatt", "r": 16, "variant": "5d"}, is_planned=True),
-    Method("tenslora", "TensLoRA", {"method": "tenslora", "r": 8}, 3, is_planned=True),
+    Method("tenslora", "TensLoRA", {"method": "tenslora", "r": 8}, is_planned=True),
     # Its trains hardly grow with r, and one that is a large prime is one mode.
     Method("loretta", "LoRETTA", {"method": "loretta", "r": 8}, 3, knob="tt_rank", is_planned=True),
     Method(
