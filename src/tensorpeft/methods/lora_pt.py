@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from tensorpeft.methods.stacks import build_stacks
-from tensorpeft.networks.stacked import StackUpdate, leading_triplets
+from tensorpeft.methods.tubal_stacks import build_stacks
+from tensorpeft.networks.tubal import StackUpdate, leading_triplets
 from tensorpeft.plugin.config import Bases, TensorConfig, check_rank
 from tensorpeft.plugin.registration import register
 from tensorpeft.sites import Site

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from tensorpeft.methods.stacks import build_stacks
-from tensorpeft.networks.stacked import StackUpdate, Triplets, columns_and_rows
+from tensorpeft.methods.tubal_stacks import build_stacks
+from tensorpeft.networks.tubal import StackUpdate, Triplets, columns_and_rows
 from tensorpeft.plugin.config import Bases, TensorConfig, check_rank, check_scale
 from tensorpeft.plugin.registration import register
 from tensorpeft.sites import Site

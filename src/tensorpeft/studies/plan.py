@@ -242,7 +242,10 @@ class _Planner:
 
     def measure_adapter(self, plan: MethodPlan) -> _AdapterSizes:
         """At the full depth."""
-        sizes = self._at_full_depth(lambda depth: _AdapterSizes.of(self.adapt(plan, depth)), self.has_equal_layers)
+        grows_by_layers = getattr(plan.config(self.targets), "grows_by_layers", True)
+        sizes = self._at_full_depth(
+            lambda depth: _AdapterSizes.of(self.adapt(plan, depth)), grows_by_layers and self.has_equal_layers
+        )
         return _AdapterSizes(*sizes)
 
     def _at_full_depth(self, measure: Callable[[int | None], Iterable[int]], extrapolated: bool) -> Iterable[int]:
