@@ -28,8 +28,8 @@ class SuperLoraConfig(TensorConfig):
     """`vec(ΔW_1, ΔW_2, …) = (alpha / r) · vec(T_1 ⊗ … ⊗ T_K)` for every group of weights, T_k low-rank tensors.
 
     The entries of a group's weights, one after the other, are folded to a tensor with `tensor_order` nearly equal
-    modes, with padding at the end where their number has no such factors. Query and value of ViT-base at order 3, one group:
-    216 x 256 x 256, 728 r + r³ parameters; LoRA's are 36,864 r.
+    modes, with padding at the end where their number has no such factors. Query and value of ViT-base at order 3, one
+    group: 216 x 256 x 256, 728 r + r³ parameters; LoRA's are 36,864 r.
 
     Args:
         r: rank of every mode, at most its size.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -36,6 +37,8 @@ class TcurLoraConfig(TensorConfig):
     >>> TcurLoraConfig(r=8, target_modules=["q_proj", "v_proj"]).alpha
     1
     """
+
+    grows_by_layers: ClassVar[bool] = False  # every weight's update is made of slices for all
 
     r: int = field(default=8, metadata={"help": "Tubal rank: columns and rows per slice."})
     alpha: float = field(default=1, metadata={"help": "The updates are scaled by alpha."})
