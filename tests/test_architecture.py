@@ -164,7 +164,7 @@ def test_the_plugin_knows_no_network():
     counts = Counter(name for config in configs for name in own_fields(config))
     of_one_method = {name for name, count in counts.items() if count == 1} - {item.name for item in fields(LoraConfig)}
     assert {"num_cores", "num_axes", "num_bases"} <= of_one_method
-    of_one_method -= {"seed", "num_modes"}  # whatever draws, or has modes, may have them
+    of_one_method -= {"seed"}  # whatever draws has one
     methods = {path.stem for path in (ROOT / "methods").glob("*.py")} - {"__init__"}
     for path in (ROOT / "plugin").glob("*.py"):
         modules = {name.removeprefix("tensorpeft.networks.") for name in imports_of(path) if ".networks." in name}

@@ -22,11 +22,11 @@ from tensorpeft.modes import fold_modes
 TOLERANCE = 1e-10
 LLAMA = MODELS[0]
 FORMS = [
-    {"num_modes": 2, "grouping": "weight"},
-    {"num_modes": 2, "num_factors": 2, "grouping": "type"},
-    {"num_modes": 3, "grouping": "all"},
-    {"num_modes": 3, "num_factors": 3, "grouping": "layer"},
-    {"num_modes": 4, "num_factors": 2, "grouping": "all"},
+    {"tensor_order": 2, "grouping": "weight"},
+    {"tensor_order": 2, "num_factors": 2, "grouping": "type"},
+    {"tensor_order": 3, "grouping": "all"},
+    {"tensor_order": 3, "num_factors": 3, "grouping": "layer"},
+    {"tensor_order": 4, "num_factors": 2, "grouping": "all"},
 ]
 over_forms = pytest.mark.parametrize("form", FORMS, ids=lambda form: "-".join(map(str, form.values())))
 
@@ -112,11 +112,11 @@ def test_updates_outputs_and_gradients_are_those_of_the_dense_formula(model: Mod
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ({"num_modes": 2}, 7552 * 8),
-        ({"num_modes": 3}, 728 * 8 + 8**3),
-        ({"num_modes": 2, "grouping": "weight"}, 36_864 * 8),
-        ({"num_modes": 2, "grouping": "layer"}, 12 * (1024 + 1152) * 8),
-        ({"num_modes": 2, "num_factors": 2}, (54 + 64 + 64 + 64) * 8),
+        ({"tensor_order": 2}, 7552 * 8),
+        ({"tensor_order": 3}, 728 * 8 + 8**3),
+        ({"tensor_order": 2, "grouping": "weight"}, 36_864 * 8),
+        ({"tensor_order": 2, "grouping": "layer"}, 12 * (1024 + 1152) * 8),
+        ({"tensor_order": 2, "num_factors": 2}, (54 + 64 + 64 + 64) * 8),
     ],
 )
 def test_vit_has_the_formula_s_number_of_parameters(arguments: dict[str, Any], expected: int):
@@ -152,7 +152,7 @@ def test_groups_are_those_that_were_asked_for():
 def test_a_weight_is_made_of_its_own_slices():
     """Not of the whole vector: what is made for one of many weights does not grow with their number."""
     model = Model("llama", lambda: tiny_llama(num_hidden_layers=12), ["q_proj"], "CAUSAL_LM")
-    layer = adapt(model, num_modes=2).base_model.model.model.layers[5].self_attn.q_proj
+    layer = adapt(model, tensor_order=2).base_model.model.model.layers[5].self_attn.q_proj
     with _Largest() as largest:
         layer.get_delta_weight("default")
     assert largest.count <= 24 * 24 + 2 * 84  # of 12 · 24 · 24 = 72 · 96
@@ -174,8 +174,8 @@ class _Largest(TorchDispatchMode):
     ("field", "value"),
     [
         ("r", 0),
-        ("num_modes", 1),
-        ("num_modes", 9),
+        ("tensor_order", 1),
+        ("tensor_order", 9),
         ("num_factors", 0),
         ("grouping", "layers"),
         ("alpha", 0),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
-from tensorpeft.methods.stacked_weights import build_stacks
-from tensorpeft.networks.stacked import StackUpdate, leading_triplets
+from tensorpeft.methods.tubal_stacks import build_stacks
+from tensorpeft.networks.tubal import StackUpdate, leading_triplets
 from tensorpeft.plugin.config import Bases, TensorConfig, check_rank
 from tensorpeft.plugin.registration import register
 from tensorpeft.sites import Site
@@ -33,6 +34,8 @@ class LoraPtConfig(TensorConfig):
     >>> LoraPtConfig(r=1, target_modules=["q_proj", "v_proj"]).r
     1
     """
+
+    grows_by_layers: ClassVar[bool] = False  # every weight's update is made of slices for all
 
     r: int = field(default=1, metadata={"help": "Tubal rank: triplets per slice."})
 

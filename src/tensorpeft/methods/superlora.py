@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from math import sqrt
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 from torch import nn
 
@@ -27,13 +27,13 @@ _LARGEST_ORDER, _LARGEST_NUM_FACTORS = 8, 8
 class SuperLoraConfig(TensorConfig):
     """`vec(ΔW_1, ΔW_2, …) = (alpha / r) · vec(T_1 ⊗ … ⊗ T_K)` for every group of weights, T_k low-rank tensors.
 
-    The entries of a group's weights, one after the other, are folded to a tensor with `num_modes` nearly equal modes,
-    with padding at the end where their number has no such factors. Query and value of ViT-base at order 3, one group:
-    216 x 256 x 256, 728 r + r³ parameters; LoRA's are 36,864 r.
+    The entries of a group's weights, one after the other, are folded to a tensor with `tensor_order` nearly equal
+    modes, with padding at the end where their number has no such factors. Query and value of ViT-base at order 3, one
+    group: 216 x 256 x 256, 728 r + r³ parameters; LoRA's are 36,864 r.
 
     Args:
         r: rank of every mode, at most its size.
-        num_modes: M, the modes of the tensors: 2 for matrices `A_1 A_2ᵀ`, more for Tucker tensors with a core.
+        tensor_order: M, the modes of the tensors: 2 for matrices `A_1 A_2ᵀ`, more for Tucker tensors with a core.
         num_factors: K, the tensors whose Kronecker product is taken.
         grouping: which weights form one vector: "all", those of one "layer", those of one "type" (names that differ in
             numbers only), or each "weight" alone.
@@ -42,18 +42,19 @@ class SuperLoraConfig(TensorConfig):
             False: that one, too, which is *not* the identity.
 
     Raises:
-        ValueError: a rank, number of modes or number of factors out of range, an unknown grouping, an alpha that is not
-            positive.
+        ValueError: a rank, order or number of factors out of range, an unknown grouping, an alpha that is not positive.
 
     Source: SuperLoRA; the order of the weights, the start and the scale are ours. Its fixed shuffling and projection of
     the vector are left out.
 
-    >>> SuperLoraConfig(r=8, num_modes=3, target_modules=["q_proj", "v_proj"]).grouping
+    >>> SuperLoraConfig(r=8, tensor_order=3, target_modules=["q_proj", "v_proj"]).grouping
     'all'
     """
 
+    grows_by_layers: ClassVar[bool] = False  # modes are the factors of a number of entries
+
     r: int = field(default=8, metadata={"help": "Rank of every mode."})
-    num_modes: int = field(default=3, metadata={"help": "Modes of the tensors."})
+    tensor_order: int = field(default=3, metadata={"help": "Modes of the tensors."})
     num_factors: int = field(default=1, metadata={"help": "Tensors in the Kronecker product."})
     grouping: Grouping = field(default="all", metadata={"help": "Which weights form one vector."})
     alpha: float = field(default=16, metadata={"help": "The updates are scaled by alpha / r."})
@@ -63,8 +64,8 @@ class SuperLoraConfig(TensorConfig):
         """Check all that can be known without a model."""
         super().__post_init__()
         check_rank("r", self.r)
-        check_num_modes("num_modes", self.num_modes, example=3)
-        check_rank("num_modes", self.num_modes, _LARGEST_ORDER)
+        check_num_modes("tensor_order", self.tensor_order, example=3)
+        check_rank("tensor_order", self.tensor_order, _LARGEST_ORDER)
         check_rank("num_factors", self.num_factors, _LARGEST_NUM_FACTORS)
         check_is_bool("init_weights", self.init_weights)
         check_scale("alpha", self.alpha)
@@ -93,12 +94,12 @@ class SuperLoraConfig(TensorConfig):
 
     def _forms(self, group: Sequence[Site]) -> tuple[Form, ...]:
         """The nearly equal modes dealt out to the tensors, each of which gets as many small ones as large ones."""
-        modes = fold_modes(sum(site.out * site.in_ for site in group), self.num_modes * self.num_factors)
+        modes = fold_modes(sum(site.out * site.in_ for site in group), self.tensor_order * self.num_factors)
         forms: list[Form] = []
         for k in range(self.num_factors):
             own = modes[k :: self.num_factors]
             ranks = tuple(min(self.r, mode) for mode in own)
-            forms.append(Form(own, (min(ranks),) * 2 if self.num_modes == 2 else ranks))
+            forms.append(Form(own, (min(ranks),) * 2 if self.tensor_order == 2 else ranks))
         return tuple(forms)
 
 

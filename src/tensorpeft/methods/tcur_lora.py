@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from torch import Tensor
 
-from tensorpeft.methods.stacked_weights import build_stacks
-from tensorpeft.networks.stacked import StackUpdate, Triplets, columns_and_rows
+from tensorpeft.methods.tubal_stacks import build_stacks
+from tensorpeft.networks.tubal import StackUpdate, Triplets, columns_and_rows
 from tensorpeft.plugin.config import Bases, TensorConfig, check_rank, check_scale
 from tensorpeft.plugin.registration import register
 from tensorpeft.sites import Site
@@ -36,6 +37,8 @@ class TcurLoraConfig(TensorConfig):
     >>> TcurLoraConfig(r=8, target_modules=["q_proj", "v_proj"]).alpha
     1
     """
+
+    grows_by_layers: ClassVar[bool] = False  # every weight's update is made of slices for all
 
     r: int = field(default=8, metadata={"help": "Tubal rank: columns and rows per slice."})
     alpha: float = field(default=1, metadata={"help": "The updates are scaled by alpha."})

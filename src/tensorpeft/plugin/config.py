@@ -77,6 +77,8 @@ class TensorConfig(PeftConfig, ABC):
     # What `target_modules=None` means: {model type: names of layers}.
     default_targets: ClassVar[Mapping[str, list[str]]] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     adapts_convolutions: ClassVar[bool] = False
+    # Whether every further layer of a model adds as many parameters, and as much work, as the one before it.
+    grows_by_layers: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check what PEFT would silently ignore, or trip over later."""

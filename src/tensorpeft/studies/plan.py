@@ -238,12 +238,16 @@ class _Planner:
             with explained(type(self.config).__name__):
                 return count_step(model.get_base_model(), self.batch, self.length)
 
-        return StepCosts(*self._at_full_depth(count, self.depth > _MAX_LAYERS))
+        return StepCosts(*self._at_full_depth(count, self.depth > _MAX_LAYERS and self._grows_by_layers(plan)))
 
     def measure_adapter(self, plan: MethodPlan) -> _AdapterSizes:
         """At the full depth."""
-        sizes = self._at_full_depth(lambda depth: _AdapterSizes.of(self.adapt(plan, depth)), self.has_equal_layers)
+        is_extrapolated = self._grows_by_layers(plan) and self.has_equal_layers
+        sizes = self._at_full_depth(lambda depth: _AdapterSizes.of(self.adapt(plan, depth)), is_extrapolated)
         return _AdapterSizes(*sizes)
+
+    def _grows_by_layers(self, plan: MethodPlan) -> bool:
+        return getattr(plan.config(self.targets), "grows_by_layers", True)  # PEFT's own methods all do
 
     def _at_full_depth(self, measure: Callable[[int | None], Iterable[int]], extrapolated: bool) -> Iterable[int]:
         if not extrapolated:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from tensorpeft.networks.stacked import StackFactors, StackUpdate, Triplets, empty_triplets
+from tensorpeft.networks.tubal import StackFactors, StackUpdate, Triplets, empty_triplets
 from tensorpeft.plugin.config import Bases
 from tensorpeft.sites import Site, group_by_tensor, shape_name
 

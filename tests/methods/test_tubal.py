@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from cases import MODELS, Model, logits, over_models, perturb, tiny_llama, tokens
 from tensorpeft import LoraPtConfig, TcurLoraConfig
-from tensorpeft.networks.stacked import leading_triplets
+from tensorpeft.networks.tubal import leading_triplets
 
 TOLERANCE = 1e-10
 LLAMA = MODELS[0]
