@@ -66,7 +66,9 @@ CASES = [
     Case("metatt-5d", MetaTtConfig, {"r": 4, "variant": "5d"}),
     Case("tenslora", TensLoraConfig, {"r": 4}),
     Case(
-        "tenslora-heads-cp", TensLoraConfig, {"r": 4, "arrangement": "Att_QKV_Depth", "decomposition": "cp", "scale": 4}
+        "tenslora-heads-cp",
+        TensLoraConfig,
+        {"r": 4, "arrangement": "Att_QKV_Depth", "decomposition": "cp", "scale": 4.0},
     ),
     Case("loretta", LorettaConfig, {"r": 4}, rate=1e-2),
     Case("loretta-no-start", LorettaConfig, {"r": 4, "init_weights": False}, starts_at_identity=False, rate=1e-2),

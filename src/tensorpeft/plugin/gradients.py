@@ -117,7 +117,7 @@ def _layers_of(model: PeftModel, adapter_name: str) -> dict[str, Any]:
         method = getattr(config.peft_type, "value", config.peft_type)
         raise ValueError(
             f"{adapter_name}: a {method} adapter has no frames that a gradient could set. Methods that have: "
-            f"{', '.join(sorted(_framed()))}, and PEFT's LoRA."
+            f"{', '.join(sorted(set(_framed())))}, and PEFT's LoRA."
         )
     layers = {}
     for name, layer in model.named_modules():

@@ -61,3 +61,8 @@ def _say(hint: Any) -> str:
     if origin in (list, tuple, set):
         return "a list"
     return _WORDS.get(origin, "a text" if isinstance(origin, type) and issubclass(origin, Enum) else "a mapping")
+
+
+def is_whole(value: Any, at_least: int = 0) -> bool:
+    """Whether a value is a whole number that is no smaller."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= at_least

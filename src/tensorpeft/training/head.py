@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tensorpeft.training.recipe import HeadRecipe
+from tensorpeft.training.head_recipe import HeadRecipe
 
 # As PEFT and transformers call a layer that is new to a model.
 _HEADS = ("classifier", "score", "head")

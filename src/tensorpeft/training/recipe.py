@@ -14,6 +14,8 @@ from yaml import YAMLError
 
 from tensorpeft.loading.packages import package_folder
 from tensorpeft.recipes import find_recipe
+from tensorpeft.training.fields import is_whole
+from tensorpeft.training.head_recipe import HeadRecipe
 
 # Keys of a file that are no part of the finished recipe.
 _INHERITS, _SMOKE, _VALUES, _COMPARE = "inherits", "smoke", "values", "compare"
@@ -58,10 +60,10 @@ class DataRecipe:
             raise ValueError(f"data.chat={self.chat!r}: expected true or false.")
         for name in ("train_rows", "validation_rows", "test_rows", "start_rows", "max_length"):
             value = getattr(self, name)
-            if value is not None and not _is_whole(value, at_least=1):
+            if value is not None and not is_whole(value, at_least=1):
                 raise ValueError(f"data.{name}={value!r}: expected a whole number, at least 1, or null.")
         if isinstance(self.validation, int):
-            if not _is_whole(self.validation, at_least=1):
+            if not is_whole(self.validation, at_least=1):
                 raise ValueError(
                     f"data.validation={self.validation}: expected a source, or a number of rows, at least 1."
                 )
@@ -70,35 +72,8 @@ class DataRecipe:
                     f"data.validation_rows={self.validation_rows}: data.validation={self.validation} says how many "
                     "rows are drawn already. Write data.validation_rows: null, or a source as data.validation."
                 )
-        if not _is_whole(self.seed):
+        if not is_whole(self.seed):
             raise ValueError(f"data.seed={self.seed!r}: expected a whole number, at least 0.")
-
-
-@dataclass(frozen=True)
-class HeadRecipe:
-    """What is trained of a head that starts from noise, where it is not all of it: a LoRA of some of its linear layers.
-
-    All else of the head's linear layers stays as it starts. What a run saves is a whole head, the LoRA in its weights.
-
-    Args:
-        target_modules: endings of the layers' names, such as [dense]; a head that is one layer is called classifier
-            or score.
-        r: rank.
-        alpha: the updates are scaled by alpha / r.
-    """
-
-    target_modules: Sequence[str]
-    r: int = 8
-    alpha: float = 16
-
-    def __post_init__(self) -> None:
-        names = self.target_modules
-        if isinstance(names, str) or not names or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"head.target_modules={names!r}: expected a list of names, such as [dense].")
-        if not _is_whole(self.r, at_least=1):
-            raise ValueError(f"head.r={self.r!r}: expected a whole number, at least 1.")
-        if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float) or not self.alpha > 0:
-            raise ValueError(f"head.alpha={self.alpha!r}: expected a number above 0.")
 
 
 @dataclass(frozen=True)
@@ -146,7 +121,7 @@ class Recipe:
             value = getattr(self, name)
             if not isinstance(value, str) or not (value.strip() or name == "description"):
                 raise ValueError(f"{name}={value!r}: expected a text.")
-        wrong = not self.seeds or not all(_is_whole(seed) and seed < _NUM_SEEDS for seed in self.seeds)
+        wrong = not self.seeds or not all(is_whole(seed) and seed < _NUM_SEEDS for seed in self.seeds)
         if wrong or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(
                 f"seeds={list(self.seeds)}: expected a list of different whole numbers, such as [0, 1, 2]."
@@ -384,10 +359,6 @@ def _as_recipe(tree: dict[str, Any], place: str) -> Recipe:
 
 def _without_nulls(tree: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in tree.items() if value is not None}
-
-
-def _is_whole(value: Any, at_least: int = 0) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
 
 
 def _is_weight(value: Any) -> bool:
