@@ -49,6 +49,12 @@ def test_of_a_matrix_of_small_rank_nothing_is_lost():
     torch.testing.assert_close(gradient.left @ gradient.core @ gradient.right.t(), matrix.float(), rtol=1e-3, atol=1e-4)
 
 
+def test_of_few_tokens_the_frames_are_exact():
+    """A gradient of fewer tokens than a sketch has columns, however flat its spectrum is."""
+    matrix = matrix_of_spectrum(torch.linspace(1, 0.5, 12).double(), 90, 120)
+    assert held(matrix, 3, sketch_of(matrix, 3)) == pytest.approx(1, abs=1e-4)
+
+
 def test_a_narrow_matrix_is_exact():
     matrix = matrix_of_spectrum(torch.ones(20).double(), 20, 30)
     gradient = sketch_of(matrix, 8).gradient()

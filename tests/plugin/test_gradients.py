@@ -270,3 +270,18 @@ def test_methods_without_frames_say_which_have():
     _, model = fresh(DotaConfig, {"r": 2})
     with pytest.raises(ValueError, match="has no frames that a gradient could set"):
         initialize_from_gradients(model, batches())
+
+
+def test_a_base_in_four_bits_has_frames_of_its_own_gradient():
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    base = nn.Sequential(bitsandbytes.nn.Linear4bit(128, 64, quant_type="nf4", compute_dtype=torch.float32)).to("cpu")
+    model = get_peft_model(base, FloraConfig(r=3, train="cores", target_modules=["0"]))
+    x = torch.randn(2, 5, 128)
+    before = model(x)
+    initialize_from_gradients(model, [{"x": x}], loss_of=lambda model, batch: model(batch["x"]).square().sum())
+    assert torch.equal(model(x), before)
+    gradient = (2 * before.detach()).flatten(0, 1).t() @ x.flatten(0, 1)
+    values = torch.linalg.svdvals(gradient.double()).square()
+    update = model.base_model.model[0].updates["default"]
+    assert held(gradient.double(), update.U, update.V) > 0.95 * values[:3].sum() / values.sum()

@@ -86,16 +86,20 @@ class Sketch:
     @torch.no_grad()
     def gradient(self) -> Gradient:
         """What is known of the matrix."""
-        core: Tensor = _torch.linalg.pinv(self._psi.t() @ self.left, rtol=_ROUNDING)
-        is_whole = self._omega.shape[0] == self._omega.shape[1] or self._psi.shape[0] == self._psi.shape[1]
-        return exact(self.left @ core @ self.right.t()) if is_whole else Gradient(self.left, core, self.right)
+        left, values, right = _svd(self._psi.t() @ self.left)  # of Ψᵀ G Ω
+        kept = values > _ROUNDING * values[0]
+        core = right[:, kept] / values[kept] @ left[:, kept].t()
+        sides = self._omega, self._psi
+        # Then `left · core · rightᵀ` is G itself, and not only nearly.
+        if not kept.all() or any(side.shape[0] == side.shape[1] for side in sides):
+            return _of_product(self.left, core, self.right)
+        return Gradient(self.left, core, self.right)
 
 
 @torch.no_grad()
 def exact(matrix: Tensor) -> Gradient:  # of (out, in)
     """The same of a matrix that is there."""
-    left, values, right = cast("tuple[Tensor, ...]", _torch.linalg.svd(matrix, full_matrices=False))
-    return _of_svd(left, values, right.t())
+    return _of_svd(*_svd(matrix))
 
 
 @torch.no_grad()
@@ -107,6 +111,18 @@ def leading_part(
     with _torch.random.fork_rng([matrix.device] if matrix.is_cuda else []):
         _torch.manual_seed(0)
         return _of_svd(*torch.svd_lowrank(matrix.float(), min(rank + _OVERSAMPLING, *matrix.shape), niter=_ITERATIONS))
+
+
+def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (m, k), (k,), (n, k)
+    left, values, right = cast("tuple[Tensor, ...]", _torch.linalg.svd(matrix, full_matrices=False))
+    return left, values, right.t()
+
+
+def _of_product(left: Tensor, core: Tensor, right: Tensor) -> Gradient:
+    """The same of `left · core · rightᵀ`, which is not formed."""
+    (q_left, r_left), (q_right, r_right) = (_torch.linalg.qr(side) for side in (left, right))
+    inner_left, values, inner_right = _svd(r_left @ core @ r_right.t())
+    return _of_svd(q_left @ inner_left, values, q_right @ inner_right)
 
 
 def _of_svd(left: Tensor, values: Tensor, right: Tensor) -> Gradient:
