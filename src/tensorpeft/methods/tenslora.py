@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Literal, get_args
 
 from torch import nn
@@ -13,7 +14,7 @@ from tensorpeft.networks.cp import CpFactors, CpUpdate
 from tensorpeft.networks.group import join
 from tensorpeft.networks.slices import AbstractSliceUpdate
 from tensorpeft.networks.tucker_slices import TuckerSliceFactors, TuckerSliceUpdate
-from tensorpeft.plugin.config import Bases, TensorConfig, check_is_bool, check_rank, check_scale
+from tensorpeft.plugin.config import LARGEST_RANK, Bases, TensorConfig, check_is_bool, check_rank, check_scale
 from tensorpeft.plugin.registration import register
 from tensorpeft.sites import Site, group_by_tensor, shape_name
 
@@ -87,6 +88,9 @@ class TensLoraConfig(TensorConfig):
                 f"r={self.r}: expected a whole number, or {count} of them for inputs, outputs and what "
                 f"arrangement={self.arrangement!r} names (heads, projections, layers)."
             )
+        ranks = self.r if isinstance(self.r, list) else [self.r] * (2 + len(self._stacked()))
+        if self.decomposition == "tucker" and prod(ranks) > LARGEST_RANK**2:
+            raise ValueError(f"r={self.r}: the core would have {prod(ranks)} entries. Pass smaller ranks, such as 4.")
 
     def of_rank(self, rank: int) -> TensLoraConfig:
         """Itself with another rank, and updates scaled by 1."""
