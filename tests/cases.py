@@ -76,10 +76,10 @@ CASES = [
     Case("nola", NolaConfig, {"r": 4, "num_bases": 16, "seed": 5}, rate=1e-2),
     Case("quanta", QuantaConfig, {"num_axes": 3}, rate=1e-2),
     Case("quanta-no-start", QuantaConfig, {"num_axes": 3, "init_weights": False}, starts_at_identity=False, rate=1e-2),
-    Case("quantum-peft", QuantumPeftConfig, {"r": 4, "alpha": 64}),
+    Case("quantum-peft", QuantumPeftConfig, {"r": 16, "alpha": 32}),
     Case("superlora", SuperLoraConfig, {"r": 4}, rate=1e-2),
     Case("lora-pt", LoraPtConfig, {"r": 2}),
-    Case("tcur-lora", TcurLoraConfig, {"r": 4, "alpha": 8}),
+    Case("tcur-lora", TcurLoraConfig, {"r": 6, "alpha": 8}),
     Case("loretta-adapter", LorettaAdapterConfig, {"bottleneck": 32, "tt_rank": 16}, dpo_steps=30, merges=False),
 ]
 MERGING_CASES = [case for case in CASES if case.merges]

@@ -91,8 +91,7 @@ def test_the_trainer_lowers_the_loss_and_moves_only_the_cores(model, case, tmp_p
     before, loss_before = snapshot(adapted), loss_of(adapted, model)
     trainer = train(adapted, model, tmp_path, max_steps=40, learning_rate=case.rate)
     assert all(math.isfinite(loss) for loss in losses(trainer))
-    # Of random weights: a layer between others of noise gains little by a few dozen numbers.
-    assert loss_of(adapted, model) < 0.996 * loss_before
+    assert loss_of(adapted, model) < 0.99 * loss_before
     assert_only_cores_moved(adapted, before)
 
 
