@@ -52,3 +52,18 @@ def test_shares_are_of_all_weights_together():
 def test_without_an_update_there_are_gradients_alone():
     rows = reaches([seen(torch.randn(24, 24), None)], Sizes(4, 3))
     assert all(row.update is None and row.other is not None for row in rows)
+
+
+def test_the_order_by_clusters_puts_rows_that_are_alike_beside_each_other():
+    torch.manual_seed(0)
+    groups = torch.randperm(24) % 3
+    update = torch.randn(3, 3)[groups][:, groups] + 1e-3 * torch.randn(24, 24)  # blocks of 8 x 8, in disorder
+    found = {row.name: row for row in reaches([seen(update, update)], Sizes(bond=4, num_cores=3, middle=6))}
+    in_order, clustered = found["best MPO of D, R=4"], found["the same, rows and columns clustered"]
+    assert in_order.update is not None and clustered.update is not None
+    assert clustered.trained == in_order.trained
+    assert clustered.update > in_order.update + 0.1
+    wide, narrow = (found[f"best train of D, rows | columns, {name}"] for name in ("middle bond 6", "R=4"))
+    assert wide.trained > narrow.trained
+    low_rank = found[f"best matrix of rank {in_order.trained // 48} of D (LoRA)"]
+    assert low_rank.trained <= in_order.trained

@@ -10,17 +10,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import prod
+from math import isqrt, prod
 
 import torch
+from scipy.cluster.hierarchy import leaves_list, ward
 from torch import Tensor
 
 from tensorpeft.modes import bond_dimensions, factor_modes
 from tensorpeft.networks.mpo import decompose
 from tensorpeft.networks.sketch import Gradient, exact, leading_frames
-from tensorpeft.networks.tensor_train import train_bonds
 
 Share = Callable[[Tensor], float]  # of the energy of a matrix (out, in)
+_Modes = tuple[tuple[int, ...], tuple[int, ...]]  # of the output, of the input
+_CLUSTERED_BY = 8  # singular vectors
 
 
 @dataclass(frozen=True)
@@ -30,13 +32,15 @@ class Sizes:
     Args:
         bond: R of the matrix product operators, and of the tensor train.
         num_cores: of the operators; the train has as many for its rows, and as many for its columns.
-        rank: of the low-rank matrix.
+        middle: the train's bond between its rows and its columns, where it is wider there than elsewhere.
+        rank: of the low-rank matrix; beside it stands the one of the operator's size.
         frames: r of frames per weight.
         shared_frames: r of frames that all weights of a kind share.
     """
 
     bond: int = 16
     num_cores: int = 5
+    middle: int = 64
     rank: int = 2
     frames: int = 8
     shared_frames: int = 16
@@ -88,7 +92,33 @@ def reaches(
     """The table of a kind of weights."""
     out, in_ = weights[0].weight.shape
     modes = factor_modes(out, sizes.num_cores), factor_modes(in_, sizes.num_cores)
+    bonds = bond_dimensions(*modes, sizes.bond)
+    mpo = sum(prod(part) for part in zip(bonds[:-1], *modes, bonds[1:]))
+    dimension = mpo - sum(bond * bond for bond in bonds[1:-1])  # of its space: a bond's basis may be any
+    found = [
+        Reach(
+            name,
+            trained,
+            _mean(shares, [weight.other for weight in weights]),
+            _mean(shares, [weight.update for weight in weights]),
+        )
+        for name, trained, shares in _spaces(weights, sizes, modes, mpo, dimension)
+    ]
+    updates = [weight.update for weight in weights]
+    if any(update is None for update in updates):
+        return found
+    best = _best(weights, sizes, modes, mpo)
+    return found + [Reach(name, trained, None, _mean(shares, updates)) for name, trained, shares in best]
+
+
+def _spaces(
+    weights: Sequence[Seen], sizes: Sizes, modes: _Modes, mpo: int, dimension: int
+) -> list[tuple[str, int, list[Share]]]:  # name, trained per weight, a share per weight
+    """What methods can move at their start."""
+    out, in_ = weights[0].weight.shape
     generator = torch.Generator().manual_seed(0)
+    noise = [torch.randn(out, in_, generator=generator) for _ in weights]
+    gradients, sketches = [exact(weight.gradient) for weight in weights], [weight.sketched for weight in weights]
 
     def tangent_spaces(points: Sequence[Tensor]) -> list[Share]:
         return [TangentSpace(decompose(point, *modes, sizes.bond)).share for point in points]
@@ -96,53 +126,59 @@ def reaches(
     def between(frames: Sequence[tuple[Tensor, Tensor]]) -> list[Share]:
         return [partial(_share_between, *pair) for pair in frames]
 
-    def own(matrices: Sequence[Gradient]) -> list[Share]:
-        return between([leading_frames([matrix], sizes.frames) for matrix in matrices])
+    def own(matrices: Sequence[Gradient], rank: int) -> list[Share]:
+        return between([leading_frames([matrix], rank) for matrix in matrices])
 
-    bonds = bond_dimensions(*modes, sizes.bond)
-    mpo = sum(prod(part) for part in zip(bonds[:-1], *modes, bonds[1:]))
-    dimension = mpo - sum(bond * bond for bond in bonds[1:-1])  # of the space: a bond's basis may be any
-    gradients, sketches = [exact(weight.gradient) for weight in weights], [weight.sketched for weight in weights]
-    noise = [torch.randn(out, in_, generator=generator) for _ in weights]
     random: list[Share] = [lambda matrix: dimension / (out * in_)] * len(weights)
-    core, r = sizes.frames**2, f"r={sizes.frames}"
-    all_core, all_r = sizes.shared_frames**2, f"r={sizes.shared_frames}"
-    shared = [leading_frames(matrices, sizes.shared_frames) for matrices in (gradients, sketches)]
-    rows = [
+    own_r, all_r, large_r = sizes.frames, sizes.shared_frames, min(isqrt(mpo), out, in_)
+    shared = [leading_frames(matrices, all_r) for matrices in (gradients, sketches)]
+    return [
         (f"MPO of the weight, R={sizes.bond}", mpo, tangent_spaces([weight.weight for weight in weights])),
         (f"MPO of a Gaussian matrix, R={sizes.bond}", mpo, tangent_spaces(noise)),
         ("a random subspace of that size", mpo, random),
         (f"MPO of the gradient, R={sizes.bond}", mpo, tangent_spaces([weight.gradient for weight in weights])),
-        (f"gradient's frames, {r}, core alone", core, own(gradients)),
-        ("the same, sketched", core, own(sketches)),
-        (f"weight's frames (LoRA-XS), {r}", core, own([exact(weight.weight) for weight in weights])),
-        (f"one pair of frames for all, {all_r}", all_core, between([shared[0]] * len(weights))),
-        ("the same, sketched", all_core, between([shared[1]] * len(weights))),
+        (f"gradient's frames, r={large_r}, core alone", large_r**2, own(gradients, large_r)),
+        (f"gradient's frames, r={own_r}, core alone", own_r**2, own(gradients, own_r)),
+        ("the same, sketched", own_r**2, own(sketches, own_r)),
+        (f"weight's frames (LoRA-XS), r={own_r}", own_r**2, own([exact(weight.weight) for weight in weights], own_r)),
+        (f"one pair of frames for all, r={all_r}", all_r**2, between([shared[0]] * len(weights))),
+        ("the same, sketched", all_r**2, between([shared[1]] * len(weights))),
     ]
-    others, updates = [weight.other for weight in weights], [weight.update for weight in weights]
-    found = [Reach(name, size, _mean(shares, others), _mean(shares, updates)) for name, size, shares in rows]
-    if any(update is None for update in updates):
-        return found
-    train = [*factor_modes(out, sizes.num_cores), *factor_modes(in_, sizes.num_cores)]
-    ends = train_bonds(train, sizes.bond)
-    train_size = sum(prod(part) for part in zip(ends, train, ends[1:]))
-    by_mpo, by_train = partial(_kept_by_mpo, *modes, sizes.bond), partial(_kept_by_train, train, sizes.bond)
+
+
+def _best(
+    weights: Sequence[Seen], sizes: Sizes, modes: _Modes, mpo: int
+) -> list[tuple[str, int, list[Share]]]:  # as `_spaces`
+    """What any values of the factors reach of the update, in bases that are known before training."""
+    out, in_ = weights[0].weight.shape
+    by_mpo = partial(_kept_by_mpo, *modes, sizes.bond)
     bases = [torch.linalg.svd(weight.gradient) for weight in weights]
-    best: list[tuple[str, int, list[Share]]] = [
+    orders = [(_clustered(left), _clustered(right.t())) for left, _, right in bases]
+    train = [*modes[0], *modes[1]]
+    middle = [sizes.middle if k == sizes.num_cores else sizes.bond for k in range(1, len(train))]
+    narrow, wide = (bond_dimensions([1] * len(train), train, bond) for bond in (sizes.bond, middle))
+    rows: list[tuple[str, int, list[Share]]] = [
         (f"best MPO of D, R={sizes.bond}", mpo, [by_mpo] * len(weights)),
+        (
+            "the same, rows and columns clustered",
+            mpo,
+            [partial(_in_order, row_order, column_order, by_mpo) for row_order, column_order in orders],
+        ),
         (
             "the same in the gradient's singular bases",
             mpo,
             [partial(_in_bases, left, right.t(), by_mpo) for left, _, right in bases],
         ),
-        (f"best train of D, rows | columns, R={sizes.bond}", train_size, [by_train] * len(weights)),
-        (
-            f"best matrix of rank {sizes.rank} of D (LoRA)",
-            sizes.rank * (out + in_),
-            [partial(_kept_by_rank, sizes.rank)] * len(weights),
-        ),
     ]
-    return found + [Reach(name, size, None, _mean(shares, updates)) for name, size, shares in best]
+    for name, bonds in ((f"R={sizes.bond}", narrow), (f"middle bond {sizes.middle}", wide)):
+        size = sum(prod(part) for part in zip(bonds, train, bonds[1:]))
+        by_train = partial(_kept_by_train, train, bonds[1:-1])
+        rows.append((f"best train of D, rows | columns, {name}", size, [by_train] * len(weights)))
+    # The last is the largest that has no more numbers than the operator.
+    for rank in (sizes.rank, max(1, mpo // (out + in_))):
+        shares: list[Share] = [partial(_kept_by_rank, rank)] * len(weights)
+        rows.append((f"best matrix of rank {rank} of D (LoRA)", rank * (out + in_), shares))
+    return rows
 
 
 class TangentSpace:
@@ -212,9 +248,10 @@ def _kept_by_mpo(out_modes: Sequence[int], in_modes: Sequence[int], bond: int, m
     return _energy(decompose(matrix, out_modes, in_modes, bond)[-1]) / _energy(matrix)
 
 
-def _kept_by_train(modes: Sequence[int], bond: int, matrix: Tensor) -> float:
+def _kept_by_train(modes: Sequence[int], bonds: Sequence[int], matrix: Tensor) -> float:
     """A tensor train is an operator with rows of size 1."""
-    return _kept_by_mpo([1] * len(modes), modes, bond, matrix.reshape(1, -1))
+    cores = decompose(matrix.reshape(1, -1), [1] * len(modes), modes, bonds)
+    return _energy(cores[-1]) / _energy(matrix)
 
 
 def _kept_by_rank(rank: int, matrix: Tensor) -> float:
@@ -223,3 +260,12 @@ def _kept_by_rank(rank: int, matrix: Tensor) -> float:
 
 def _in_bases(left: Tensor, right: Tensor, kept: Share, matrix: Tensor) -> float:
     return kept(left.t() @ matrix @ right)
+
+
+def _in_order(rows: Tensor, columns: Tensor, kept: Share, matrix: Tensor) -> float:
+    return kept(matrix[rows][:, columns])
+
+
+def _clustered(vectors: Tensor) -> Tensor:  # (size, singular vectors) to the order of the rows
+    """Rows that are alike in the leading singular vectors beside each other: hierarchical clustering by Ward's rule."""
+    return torch.from_numpy(leaves_list(ward(vectors[:, :_CLUSTERED_BY].numpy())))
