@@ -60,10 +60,16 @@ def test_the_order_by_clusters_puts_rows_that_are_alike_beside_each_other():
     update = torch.randn(3, 3)[groups][:, groups] + 1e-3 * torch.randn(24, 24)  # blocks of 8 x 8, in disorder
     found = {row.name: row for row in reaches([seen(update, update)], Sizes(bond=4, num_cores=3, middle=6))}
     in_order, clustered = found["best MPO of D, R=4"], found["the same, rows and columns clustered"]
-    assert in_order.update is not None and clustered.update is not None
+    assert in_order.update is not None
+    assert clustered.update is not None
     assert clustered.trained == in_order.trained
     assert clustered.update > in_order.update + 0.1
     wide, narrow = (found[f"best train of D, rows | columns, {name}"] for name in ("middle bond 6", "R=4"))
     assert wide.trained > narrow.trained
-    low_rank = found[f"best matrix of rank {in_order.trained // 48} of D (LoRA)"]
-    assert low_rank.trained <= in_order.trained
+    rank = in_order.trained // 48  # of the LoRA that is no larger
+    assert found[f"best matrix of rank {rank} of D (LoRA)"].trained == 48 * rank
+    # At its start a LoRA moves the rows within those of A; the leading ones of the update are those of its gradient.
+    assert found[f"LoRA r={rank}"].other == pytest.approx(rank / 24)
+    values = torch.linalg.svdvals(update).square()
+    wanted = (values[:rank].sum() / values.sum()).item()
+    assert found[f"LoRA r={rank}, A from the gradient"].other == pytest.approx(wanted, rel=1e-4)

@@ -130,6 +130,9 @@ def _spaces(
         return between([leading_frames([matrix], rank) for matrix in matrices])
 
     random: list[Share] = [lambda matrix: dimension / (out * in_)] * len(weights)
+    lora_r = _rank_within(mpo, out, in_)
+    lora: list[Share] = [lambda matrix: lora_r / in_] * len(weights)
+    rights = [torch.linalg.svd(weight.gradient, full_matrices=False)[2][:lora_r].t() for weight in weights]
     own_r, all_r, large_r = sizes.frames, sizes.shared_frames, min(isqrt(mpo), out, in_)
     shared = [leading_frames(matrices, all_r) for matrices in (gradients, sketches)]
     return [
@@ -137,6 +140,12 @@ def _spaces(
         (f"MPO of a Gaussian matrix, R={sizes.bond}", mpo, tangent_spaces(noise)),
         ("a random subspace of that size", mpo, random),
         (f"MPO of the gradient, R={sizes.bond}", mpo, tangent_spaces([weight.gradient for weight in weights])),
+        (f"LoRA r={lora_r}", lora_r * (out + in_), lora),
+        (
+            f"LoRA r={lora_r}, A from the gradient",
+            lora_r * (out + in_),
+            [partial(_share_between, None, right) for right in rights],
+        ),
         (f"gradient's frames, r={large_r}, core alone", large_r**2, own(gradients, large_r)),
         (f"gradient's frames, r={own_r}, core alone", own_r**2, own(gradients, own_r)),
         ("the same, sketched", own_r**2, own(sketches, own_r)),
@@ -174,8 +183,7 @@ def _best(
         size = sum(prod(part) for part in zip(bonds, train, bonds[1:]))
         by_train = partial(_kept_by_train, train, bonds[1:-1])
         rows.append((f"best train of D, rows | columns, {name}", size, [by_train] * len(weights)))
-    # The last is the largest that has no more numbers than the operator.
-    for rank in (sizes.rank, max(1, mpo // (out + in_))):
+    for rank in (sizes.rank, _rank_within(mpo, out, in_)):
         shares: list[Share] = [partial(_kept_by_rank, rank)] * len(weights)
         rows.append((f"best matrix of rank {rank} of D (LoRA)", rank * (out + in_), shares))
     return rows
@@ -227,8 +235,14 @@ def _interleaved(matrix: Tensor, out_modes: Sequence[int], in_modes: Sequence[in
     return tensor.reshape([i * j for i, j in zip(out_modes, in_modes)])
 
 
-def _share_between(left: Tensor, right: Tensor, matrix: Tensor) -> float:
-    return _energy(left.t() @ matrix @ right) / _energy(matrix)
+def _rank_within(numbers: int, out: int, in_: int) -> int:
+    """Of the largest LoRA that trains no more numbers."""
+    return max(1, min(numbers // (out + in_), out, in_))
+
+
+def _share_between(left: Tensor | None, right: Tensor, matrix: Tensor) -> float:  # None: all rows
+    between = matrix @ right
+    return _energy(between if left is None else left.t() @ between) / _energy(matrix)
 
 
 def _energy(tensor: Tensor) -> float:
