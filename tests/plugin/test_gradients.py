@@ -20,7 +20,8 @@ from tensorpeft import (
     NolaConfig,
     initialize_from_gradients,
 )
-from tensorpeft.networks.sketch import exact
+from tensorpeft.networks.sketch import Sketch, exact
+from tensorpeft.plugin.gradients import start_bytes
 from tensorpeft.plugin.layer import TensorLayer
 
 TARGETS = ["q_proj", "v_proj", "up_proj"]
@@ -147,6 +148,24 @@ def test_the_rows_may_come_in_any_batches_and_dropout_changes_no_random_numbers(
         if "_update" in name:
             signs = (tensor * twin).sum(0).sign() if tensor.any() else 1.0
             torch.testing.assert_close(tensor, twin * signs, atol=1e-4, rtol=0)
+
+
+@over_framed
+def test_the_memory_of_the_sketches_is_told_beforehand(
+    kind: type[PeftConfig], fields: dict[str, Any], monkeypatch: Any
+):
+    made = list[Sketch]()
+
+    class Watched(Sketch):
+        def __init__(self, *given: Any):
+            super().__init__(*given)
+            made.append(self)
+
+    _, model = fresh(kind, fields)
+    told = start_bytes(model)
+    monkeypatch.setattr("tensorpeft.plugin.gradients.Sketch", Watched)
+    initialize_from_gradients(model, batches())
+    assert told == sum(sketch.left.nbytes + sketch.right.nbytes for sketch in made)
 
 
 @over_framed

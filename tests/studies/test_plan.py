@@ -167,6 +167,18 @@ def test_sizes_and_counts_are_read_as_people_write_them():
             parse(text)
 
 
+def test_a_start_from_gradients_has_its_sketches_where_training_has_its_moments(small):
+    plan = plan_model(str(small), choose_methods("lora,flora-cores"), rank=4, targets=["q_proj"], length=8)
+    lora, cores = plan.methods
+    assert lora.start == 0
+    # 2 r + 16 and half as many again columns, of each of the six queries.
+    assert cores.start == 6 * 4 * (64 * 24 + 64 * 36)
+    assert cores.start > 8 * cores.trained
+    assert cores.total(1000) == 1000 + cores.frozen + 4 * cores.trained + cores.start + cores.step.peak_bytes
+    assert lora.total(1000) == 1000 + 12 * lora.trained + lora.step.peak_bytes
+    assert any("FLoRA, cores 0 MiB" in line for line in legend(plan))
+
+
 def test_the_command_prints_a_table_that_fits_and_writes_its_figures(small, tmp_path, capsys):
     command = ["plan", str(small), "--gpu", "24GB", "--rank", "4", "--length", "16", "--maps"]
     assert main([*command, "--methods", "lora,dota,lorta", "--json", str(tmp_path / "plan.json")]) == 0

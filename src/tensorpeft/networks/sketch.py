@@ -66,9 +66,9 @@ class Sketch:
     """
 
     def __init__(self, out: int, in_: int, rank: int, noise: Noise, device: torch.device):
-        width = _WIDTH * rank + _OVERSAMPLING
-        self._omega = noise.of(in_, min(width, in_), False, device)
-        self._psi = noise.of(out, min(int(_STABILITY * width), out), True, device)
+        left, right = _widths(out, in_, rank)
+        self._omega = noise.of(in_, left, False, device)
+        self._psi = noise.of(out, right, True, device)
         self.left = torch.zeros(out, self._omega.shape[1], device=device)  # G Ω
         self.right = torch.zeros(in_, self._psi.shape[1], device=device)  # Gᵀ Ψ
 
@@ -94,6 +94,18 @@ class Sketch:
         if not kept.all() or any(side.shape[0] == side.shape[1] for side in sides):
             return _of_product(self.left, core, self.right)
         return Gradient(self.left, core, self.right)
+
+
+def sketch_bytes(out: int, in_: int, rank: int) -> int:
+    """What a `Sketch` holds while it gathers; the random matrices, which others share, apart."""
+    left, right = _widths(out, in_, rank)
+    return 4 * (out * left + in_ * right)
+
+
+def _widths(out: int, in_: int, rank: int) -> tuple[int, int]:
+    """Columns of Ω and of Ψ."""
+    width = _WIDTH * rank + _OVERSAMPLING
+    return min(width, in_), min(int(_STABILITY * width), out)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
-from tensorpeft.networks.sketch import Gradient, Noise, Sketch, leading_columns
+from tensorpeft.networks.sketch import Gradient, Noise, Sketch, leading_columns, sketch_bytes
 from tensorpeft.networks.update import AbstractLowRankUpdate
 from tensorpeft.plugin.base_weight import StackedWeight, is_convolution
 from tensorpeft.plugin.config import FramedConfig
@@ -70,8 +70,7 @@ def initialize_from_gradients(
         raise TypeError(f"a {type(model).__name__}: expected the result of get_peft_model.")
     layers = _layers_of(model, adapter_name)
     config: Any = model.peft_config[adapter_name]
-    shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
-    rank = config.frame_rank(shapes) if isinstance(config, FramedConfig) else config.r
+    shapes, rank = _shapes_and_rank(config, layers)
     noise = Noise(seed)
     sketches = {
         name: Sketch(*shape, rank, noise, next(layers[name].get_base_layer().parameters()).device)
@@ -105,6 +104,27 @@ def initialize_from_gradients(
         _broadcast(layers.values(), adapter_name)
 
 
+def start_bytes(model: PeftModel, adapter_name: str = "default") -> int:
+    """The memory of the sketches that `initialize_from_gradients` gathers on a model, on the meta device as well."""
+    layers = dict(_layers_with(model, adapter_name))
+    shapes, rank = _shapes_and_rank(model.peft_config[adapter_name], layers)
+    return sum(sketch_bytes(*shape, rank) for shape in shapes.values())
+
+
+def _shapes_and_rank(config: Any, layers: Mapping[str, Any]) -> tuple[dict[str, tuple[int, int]], int]:
+    """(out, in) of the layers' weights, and how many leading singular vectors of each are asked for."""
+    shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
+    return shapes, config.frame_rank(shapes) if isinstance(config, FramedConfig) else config.r
+
+
+def _layers_with(model: PeftModel, adapter_name: str) -> Iterator[tuple[str, Any]]:
+    """The layers that have the adapter, by their full names."""
+    holds = "updates" if isinstance(model.peft_config[adapter_name], FramedConfig) else "lora_A"
+    for name, layer in model.named_modules():
+        if not isinstance(layer, SharedHolder) and adapter_name in getattr(layer, holds, {}):
+            yield name, layer
+
+
 def _layers_of(model: PeftModel, adapter_name: str) -> dict[str, Any]:
     """The adapter's layers by their full names, all of which have frames that may be set."""
     if adapter_name not in model.peft_config:
@@ -120,11 +140,7 @@ def _layers_of(model: PeftModel, adapter_name: str) -> dict[str, Any]:
             f"{', '.join(sorted(set(_framed())))}, and PEFT's LoRA."
         )
     layers = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, SharedHolder) or adapter_name not in getattr(
-            layer, "updates" if is_ours else "lora_A", {}
-        ):
-            continue
+    for name, layer in _layers_with(model, adapter_name):
         is_linear = isinstance(layer, TensorLayer if is_ours else LoraLinear)
         if not is_linear or isinstance(base := layer.get_base_layer(), StackedWeight) or is_convolution(base):
             raise ValueError(f"{name}: frames from gradients are of linear layers. Take this one out of the targets.")

@@ -23,6 +23,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from tensorpeft.loading.architectures import build_empty, find_class
 from tensorpeft.loading.errors import explained
 from tensorpeft.loading.models import load_config
+from tensorpeft.plugin.gradients import start_bytes
 from tensorpeft.quantization.model import plan_layers
 from tensorpeft.studies.budget import closest_value
 from tensorpeft.studies.catalogue import REFERENCE, Method, choose_methods, methods_by_key
@@ -46,6 +47,7 @@ class MethodPlan:
         trained: parameters.
         saved: size of the adapter's file, without its header.
         frozen: of the adapter, in memory: DoTA's start, NOLA's bases.
+        start: the sketches of a start from gradients, which are gone when training begins.
         step: of the model with the adapter, in bfloat16.
         flops_ratio: floating-point operations of a step against LoRA's.
         problem: why the model cannot have it; all else is zero then.
@@ -57,6 +59,7 @@ class MethodPlan:
     trained: int = 0
     saved: int = 0
     frozen: int = 0
+    start: int = 0
     step: StepCosts = field(default_factory=lambda: StepCosts(0, 0))
     flops_ratio: float = 0.0
     problem: str = ""
@@ -69,8 +72,12 @@ class MethodPlan:
         return make_config(fields, None)
 
     def total(self, base: int) -> int:
-        """The memory of training on a base of so many bytes: weights, adapter, AdamW's moments, the peak of a step."""
-        return base + self.frozen + 12 * self.trained + self.step.peak_bytes
+        """The memory of training on a base of so many bytes: weights, adapter, AdamW's moments, the peak of a step.
+
+        A start from gradients takes a step's memory with sketches in the place of the moments.
+        """
+        moments = 8 * self.trained
+        return base + self.frozen + 4 * self.trained + max(moments, self.start) + self.step.peak_bytes
 
 
 @dataclass(frozen=True)
@@ -154,14 +161,15 @@ class _AdapterSizes(NamedTuple):
     trained: int
     saved: int
     frozen: int
+    start: int
 
     @classmethod
-    def of(cls, model: nn.Module) -> _AdapterSizes:
+    def of(cls, model: PeftModel, from_gradients: bool) -> _AdapterSizes:
         """Those of the adapter that the model has."""
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         saved = (tensor for key, tensor in model.state_dict().items() if "_update." in key or "lora_" in key)
         frozen = (tensor for key, tensor in model.named_buffers() if "_update." in key)
-        return cls(trained, _num_bytes(saved), _num_bytes(frozen))
+        return cls(trained, _num_bytes(saved), _num_bytes(frozen), start_bytes(model) if from_gradients else 0)
 
 
 @dataclass(frozen=True)
@@ -243,8 +251,12 @@ class _Planner:
     def measure_adapter(self, plan: MethodPlan) -> _AdapterSizes:
         """At the full depth."""
         is_extrapolated = self._grows_by_layers(plan) and self.has_equal_layers
-        sizes = self._at_full_depth(lambda depth: _AdapterSizes.of(self.adapt(plan, depth)), is_extrapolated)
-        return _AdapterSizes(*sizes)
+        from_gradients = plan.method.start_rows is not None
+
+        def measure(depth: int | None) -> _AdapterSizes:
+            return _AdapterSizes.of(self.adapt(plan, depth), from_gradients)
+
+        return _AdapterSizes(*self._at_full_depth(measure, is_extrapolated))
 
     def _grows_by_layers(self, plan: MethodPlan) -> bool:
         return getattr(plan.config(self.targets), "grows_by_layers", True)  # PEFT's own methods all do

@@ -76,6 +76,8 @@ def legend(plan: ModelPlan, gpu: int | None = None) -> list[str]:
         "weights in that form (NF4: the linear layers but the head), adapter, gradients, AdamW's moments, and step. "
         "FLOPs: of a step, to LoRA's on the same weights.",
     ]
+    if starts := [f"{method.method.label} {method.start / 2**20:,.0f} MiB" for method in plan.methods if method.start]:
+        lines.append(f"A start from gradients holds sketches, before there are moments: {', '.join(starts)}.")
     if gpu is not None:
         lines.append(f"fits: into {gpu / 2**30:g} GiB, {_HEADROOM:.0%} of which are left for CUDA and the allocator.")
     return lines + [
@@ -99,6 +101,7 @@ def to_tree(plan: ModelPlan) -> dict[str, Any]:
                 **({method.knob: method.value} if method.knob else {}),
                 "trained_parameters": method.trained,
                 "file_bytes": method.saved,
+                "start_bytes": method.start,
                 "step_bytes": method.step.peak_bytes,
                 "step_flops": method.step.flops,
                 "flops_to_lora": method.flops_ratio,
