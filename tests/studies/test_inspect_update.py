@@ -59,7 +59,7 @@ def test_the_order_by_clusters_puts_rows_that_are_alike_beside_each_other():
     groups = torch.randperm(24) % 3
     update = torch.randn(3, 3)[groups][:, groups] + 1e-3 * torch.randn(24, 24)  # blocks of 8 x 8, in disorder
     found = {row.name: row for row in reaches([seen(update, update)], Sizes(bond=4, num_cores=3, middle=6))}
-    in_order, clustered = found["best MPO of D, R=4"], found["the same, rows and columns clustered"]
+    in_order, clustered = found["best MPO of D, R=4"], found["best, rows and columns clustered"]
     assert in_order.update is not None
     assert clustered.update is not None
     assert clustered.trained == in_order.trained
@@ -73,3 +73,17 @@ def test_the_order_by_clusters_puts_rows_that_are_alike_beside_each_other():
     values = torch.linalg.svdvals(update).square()
     wanted = (values[:rank].sum() / values.sum()).item()
     assert found[f"LoRA r={rank}, A from the gradient"].other == pytest.approx(wanted, rel=1e-4)
+
+
+def test_no_mpo_keeps_more_than_the_bound_says():
+    torch.manual_seed(0)
+    noise, exact_mpo = torch.randn(24, 24), contract(decompose(torch.randn(24, 24), OUT_MODES, IN_MODES, 3))
+    for update in (noise, exact_mpo):
+        rows = reaches([seen(noise, update)], Sizes(bond=3, num_cores=3))
+        best = next(k for k, row in enumerate(rows) if row.name == "best MPO of D, R=3")
+        for kept, bound in zip(rows[best : best + 6 : 2], rows[best + 1 : best + 6 : 2], strict=True):
+            assert bound.name.startswith("no MPO keeps more")
+            assert kept.update is not None
+            assert bound.update is not None
+            assert kept.update <= bound.update + 1e-6
+            assert bound.update <= 1 + 1e-6
