@@ -1,12 +1,13 @@
 """``tensorpeft inspect update``: a recipe's gradients and full update, measured and written as tables and JSON."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 from torch import Tensor, nn
@@ -50,27 +51,57 @@ def inspect_update(
     """
     if recipe.adapter is None:
         raise ValueError("adapter: null: expected an adapter, whose target_modules are looked at.")
+    console, seed, full = Console(), recipe.seeds[0], _as_full(recipe, steps)
+    task = find_task(full.task)
+    set_seed(seed)
+    arguments = make_arguments(full.trainer, task, output, seed)
+    trainer = make_trainer(full, load_splits(full), load_tokenizer(full, task), arguments)
+    targets = {key: recipe.adapter[key] for key in ("target_modules", "exclude_modules") if key in recipe.adapter}
+    layers = _choose_layers(cast(Any, trainer.model), DotaConfig(**targets), num_layers)
+    seen = _look(trainer, layers, rows, steps, max(sizes.frames, sizes.shared_frames), console)
+    found = {kind: reaches([each for each in seen.values() if each.kind == kind], sizes) for kind in _kinds(seen)}
+    tables = [
+        _table(f"{model_title(full.model)}, {full.task}: {kind}, {_kinds(seen)[kind]} weights", reached)
+        for kind, reached in found.items()
+    ]
+    settings = {"rows": rows, "steps": steps, "rate": arguments.learning_rate, "seed": seed, "layers": list(layers)}
+    kinds = {kind: [dataclasses.asdict(reach) for reach in reached] for kind, reached in found.items()}
+    write_json(output / "update.json", {"model": full.model, "task": full.task, **settings, "kinds": kinds})
+    write_lines(output / "update.md", [markdown_tables(tables)])
+    for table in tables:
+        print_table(console, table)
+    say(console, f"Tables and raw results: {output}")
+    return found
+
+
+def _as_full(recipe: Recipe, steps: int) -> Recipe:
+    """The recipe with all weights trained, at the rate that the catalogue has for that, and nothing saved."""
+    assert recipe.adapter is not None
     catalogue = methods_by_key()
     own = next((m for m in catalogue.values() if m.adapter_method == recipe.adapter["method"]), None)
     rate = recipe.trainer["learning_rate"] * catalogue["full"].rate / (own.rate if own else 1)
-    task, console = find_task(recipe.task), Console()
-    targets = {key: recipe.adapter[key] for key in ("target_modules", "exclude_modules") if key in recipe.adapter}
     on_top = {"learning_rate": rate, "max_steps": max(steps, 1), "eval_strategy": "no", "save_strategy": "no"}
     given = {key: value for key, value in recipe.trainer.items() if not key.startswith(("eval_", "save_", "load_best"))}
-    recipe = replace(recipe, adapter=None, data=replace(recipe.data, start_rows=None), trainer={**given, **on_top})
-    seed = recipe.seeds[0]
-    set_seed(seed)
-    arguments = make_arguments(recipe.trainer, task, output, seed)
-    trainer = make_trainer(recipe, load_splits(recipe), load_tokenizer(recipe, task), arguments)
-    model: Any = trainer.model
-    layers = _choose_layers(model, DotaConfig(**targets), num_layers)
+    return replace(recipe, adapter=None, data=replace(recipe.data, start_rows=None), trainer={**given, **on_top})
+
+
+def _look(
+    trainer: Trainer,  # of all weights
+    layers: Mapping[str, nn.Module],
+    rows: int,
+    steps: int,
+    rank: int,  # of the sketches
+    console: Console,
+) -> dict[str, Seen]:
+    """Both gradients of the layers' weights, one of them sketched too, and what training changes."""
     before = {name: weight_of(layer).float().clone() for name, layer in layers.items()}
-    noise, rank = Noise(seed), max(sizes.frames, sizes.shared_frames)
+    noise = Noise(int(trainer.args.seed))
     sketches = {
         name: Sketch(weight.shape[0], weight.shape[1], rank, noise, weight.device) for name, weight in before.items()
     }
-    num_batches = 2 * ceil(rows / arguments.eval_batch_size)
-    first, second = row_batches(trainer, rows, seed, parts=2)
+    num_batches = 2 * ceil(rows / trainer.args.eval_batch_size)
+    first, second = row_batches(trainer, rows, int(trainer.args.seed), parts=2)
+    model: Any = trainer.model
     with counting(console, "batches of the two gradients") as on_batch:
         done = count(1)
         with gathering(model, layers, sketches):
@@ -79,24 +110,18 @@ def inspect_update(
             other = _gradient(trainer, layers, second, lambda: on_batch(next(done), num_batches))
     update: Mapping[str, Tensor | None] = dict.fromkeys(layers)
     if steps:
-        say(console, f"Full fine-tuning, {steps} steps at the rate {rate:g}.")
+        say(console, f"Full fine-tuning, {steps} steps at the rate {trainer.args.learning_rate:g}.")
         trainer.train()
         update = {name: weight_of(layer).float() - before[name] for name, layer in layers.items()}
-    found: dict[str, list[Reach]] = {}
-    tables = []
-    for kind in dict.fromkeys(map(_kind, before.items())):
-        names = [name for name in layers if _kind((name, before[name])) == kind]
-        seen = [Seen(kind, before[n], gradient[n], sketches[n].gradient(), other[n], update[n]) for n in names]
-        found[kind] = reaches(seen, sizes)
-        tables.append(_table(f"{model_title(recipe.model)}, {recipe.task}: {kind}, {len(names)} weights", found[kind]))
-    settings = {"rows": rows, "steps": steps, "rate": rate, "seed": seed, "layers": list(layers)}
-    kinds = {kind: [dataclasses.asdict(reach) for reach in rows] for kind, rows in found.items()}
-    write_json(output / "update.json", {"model": recipe.model, "task": recipe.task, **settings, "kinds": kinds})
-    write_lines(output / "update.md", [markdown_tables(tables)])
-    for table in tables:
-        print_table(console, table)
-    say(console, f"Tables and raw results: {output}")
-    return found
+    return {
+        n: Seen(_kind((n, before[n])), before[n], gradient[n], sketches[n].gradient(), other[n], update[n])
+        for n in layers
+    }
+
+
+def _kinds(seen: Mapping[str, Seen]) -> Mapping[str, int]:
+    """How many there are of each kind, in the order of the model."""
+    return Counter(each.kind for each in seen.values())
 
 
 def _kind(item: tuple[str, Tensor]) -> str:
