@@ -57,7 +57,7 @@ def test_loading_reads_no_weight(tmp_path, monkeypatch):
     def never(*arguments):
         raise AssertionError("bonds were chosen anew")
 
-    monkeypatch.setattr("tensorpeft.methods.adaptive_bonds.choose_bonds", never)
+    monkeypatch.setattr("tensorpeft.methods.common.adaptive_bonds.choose_bonds", never)
     for low_cpu_mem_usage in (False, True):
         loaded = PeftModel.from_pretrained(LLAMA.fresh(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
         assert torch.equal(logits(loaded.eval()), logits(peft_model.eval()))

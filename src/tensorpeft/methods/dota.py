@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from tensorpeft.methods.adaptive_bonds import check_request, check_site_bonds, choose_site_bonds
+from tensorpeft.methods.common.adaptive_bonds import check_request, check_site_bonds, choose_site_bonds
 from tensorpeft.modes import bond_dimensions, factor_modes
 from tensorpeft.networks.group import join
 from tensorpeft.networks.mpo import FrozenCores, MpoUpdate, decomposition_steps, random_cores

@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import nn
 
-from tensorpeft.methods.frozen_frames import check_train
+from tensorpeft.methods.common.frozen_frames import check_train
 from tensorpeft.networks.group import join, tensors_of
 from tensorpeft.networks.sketch import Gradient
 from tensorpeft.networks.tucker import TuckerFactors, TuckerUpdate, set_shared_frames

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import nn
 
-from tensorpeft.methods.frozen_frames import check_train
+from tensorpeft.methods.common.frozen_frames import check_train
 from tensorpeft.networks.convolution import TuckerConvolutionUpdate
 from tensorpeft.networks.group import tensors_of
 from tensorpeft.networks.sketch import Gradient, leading_part

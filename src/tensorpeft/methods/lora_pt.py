@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from tensorpeft.methods.tubal_stacks import build_stacks
+from tensorpeft.methods.common.tubal_stacks import build_stacks
 from tensorpeft.networks.tubal import StackUpdate, leading_triplets
 from tensorpeft.plugin.config import Bases, TensorConfig, check_rank
 from tensorpeft.plugin.registration import register

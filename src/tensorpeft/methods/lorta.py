@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import cast
 
-from tensorpeft.methods.tensor_places import Place, Places, place_heads
+from tensorpeft.methods.common.tensor_places import Place, Places, place_heads
 from tensorpeft.networks.cp import CpFactors, CpUpdate
 from tensorpeft.networks.group import join
 from tensorpeft.networks.sketch import Gradient

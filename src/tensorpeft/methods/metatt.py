@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from tensorpeft.methods.tensor_places import Place, Places, place_heads, place_matrix
+from tensorpeft.methods.common.tensor_places import Place, Places, place_heads, place_matrix
 from tensorpeft.networks.group import join
 from tensorpeft.networks.train_slices import TrainFactors, TrainSliceUpdate
 from tensorpeft.plugin.config import Bases, TensorConfig, check_is_bool, check_rank, check_scale

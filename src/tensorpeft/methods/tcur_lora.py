@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from tensorpeft.methods.tubal_stacks import build_stacks
+from tensorpeft.methods.common.tubal_stacks import build_stacks
 from tensorpeft.networks.tubal import StackUpdate, Triplets, columns_and_rows
 from tensorpeft.plugin.config import Bases, TensorConfig, check_rank, check_scale
 from tensorpeft.plugin.registration import register

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from torch import nn
 
-from tensorpeft.methods.tensor_places import Place, Places, place_heads, place_matrix
+from tensorpeft.methods.common.tensor_places import Place, Places, place_heads, place_matrix
 from tensorpeft.networks.cp import CpFactors, CpUpdate
 from tensorpeft.networks.group import join
 from tensorpeft.networks.slices import AbstractSliceUpdate

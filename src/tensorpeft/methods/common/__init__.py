@@ -1,0 +1,1 @@
+"""What several methods share, or one has beside its network; no method itself."""
