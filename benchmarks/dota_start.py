@@ -78,15 +78,6 @@ def start_without_residual(model: nn.Module) -> None:
             layer.base_layer.weight.copy_(start)
 
 
-def start_balanced(model: nn.Module) -> None:
-    """The same MPO with cores of one root mean square."""
-    for layer in layers_of(model):
-        update = layer.updates["default"]
-        cores = update.cores()
-        mean = statistics.geometric_mean([rms(core) for core in cores])
-        set_cores(update, [core.detach() * (mean / rms(core)) for core in cores])
-
-
 def start_first(model: nn.Module) -> None:
     """The same MPO, right-orthonormal: the singular values sit in the first core."""
     for layer in layers_of(model):
@@ -109,7 +100,7 @@ VARIANTS: dict[str, tuple[dict, Callable[[nn.Module], None] | None]] = {
     "mpo": ({}, None),
     "random": ({"init_weights": "random"}, None),
     "gaussian": ({}, start_gaussian),
-    "balanced": ({}, start_balanced),
+    "balanced": ({"init_weights": "balanced"}, None),
     "first": ({}, start_first),
     "no-residual": ({}, start_without_residual),
     "r8": ({"r": 8}, None),

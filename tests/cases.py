@@ -53,7 +53,7 @@ class Case:
 
 CASES = [
     Case("dota", DotaConfig, {"r": 6, "num_cores": 3}),
-    Case("dota-five-cores", DotaConfig, {"r": 4}),
+    Case("dota-balanced", DotaConfig, {"r": 4, "init_weights": "balanced"}),  # and five cores
     Case("dota-auto", DotaConfig, {"r": "auto", "budget": 2500, "num_cores": 3}),
     Case("dota-random", DotaConfig, {"r": 6, "num_cores": 3, "init_weights": "random"}),
     Case("dota-no-start", DotaConfig, {"r": 2, "num_cores": 2, "init_weights": False}, starts_at_identity=False),

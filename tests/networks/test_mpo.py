@@ -11,7 +11,7 @@ from torch import Tensor
 
 from oracles import mpo_entry, mpo_to_matrix, multi_index, tt_svd
 from shapes import HUGE, SHAPES, Shape
-from tensorpeft.networks.mpo import contract, decompose
+from tensorpeft.networks.mpo import balance, contract, decompose
 
 TOLERANCES = {
     # exact: Frobenius distance between what should be equal, over the weight's norm
@@ -313,3 +313,18 @@ def test_gradient_of_each_core_is_the_oracle_s():
 def test_bonds_that_do_not_meet_are_refused_by_value():
     with pytest.raises(ValueError, match=r"(?s)5.*7|7.*5"):
         contract([torch.ones(1, 2, 2, 5), torch.ones(7, 2, 2, 1)])
+
+
+def test_balanced_cores_have_one_root_mean_square_and_are_the_same_operator():
+    cores = decompose(torch.randn(24, 24, generator=torch.Generator().manual_seed(0)), (2, 3, 4), (3, 2, 4), 5)
+    found = balance(cores)
+    sizes = torch.stack([core.square().mean().sqrt() for core in found])
+    torch.testing.assert_close(sizes, sizes.mean().expand(3))
+    torch.testing.assert_close(contract(found), contract(cores))
+    before = torch.stack([core.square().mean().sqrt() for core in cores])
+    assert before.max() > 2 * before.min()
+
+
+def test_an_operator_that_is_zero_stays_as_it_is_when_balanced():
+    cores = [torch.ones(1, 2, 2, 3), torch.zeros(3, 2, 2, 1)]
+    assert all(torch.equal(found, core) for found, core in zip(balance(cores), cores, strict=True))

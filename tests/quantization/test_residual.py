@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from residual_bases import adapted, base_of, config_of, fresh, trained
 from torch import Tensor, nn
 
-from cases import Model, logits, over_models, perturb, tokens
+from cases import MODELS, Model, logits, over_models, perturb, tokens
 from tensorpeft import DotaConfig, LortaConfig
 from tensorpeft.plugin.layer import TensorLayer
 
@@ -198,6 +198,12 @@ def test_other_starts_and_methods_work_on_it(model: Model, config: PeftConfig):
     assert not torch.allclose(logits(peft_model), expected)
     with peft_model.disable_adapter():
         assert torch.equal(logits(peft_model), expected)
+
+
+def test_a_base_with_a_start_of_its_own_has_no_balanced_one():
+    config = DotaConfig(r=4, init_weights="balanced", target_modules=set(MODELS[0].targets))
+    with pytest.raises(ValueError, match="Use init_weights=True"):
+        get_peft_model(base_of(MODELS[0]), config)
 
 
 @over_models

@@ -253,6 +253,18 @@ def contract(
     return fold(contract_to_halves(cores))
 
 
+def balance(cores: Sequence[Tensor]) -> list[Tensor]:
+    """The same operator with cores of one root mean square; an operator that is zero stays as it is.
+
+    `decompose` leaves all of the weight's scale to the last core.
+    """
+    sizes = torch.stack([core.square().mean().sqrt() for core in cores])
+    if not sizes.all():
+        return list(cores)
+    factors = sizes.log().mean().exp() / sizes
+    return [core * factor for core, factor in zip(cores, factors)]
+
+
 def random_cores(
     out_modes: Sequence[int],
     in_modes: Sequence[int],
