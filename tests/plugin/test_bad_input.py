@@ -54,7 +54,7 @@ def saved(tmp_path):
         ({"r": 2.5}, r"r=2.5"),
         ({"num_cores": 1}, r"num_cores=1: expected a whole number of at least 2"),
         ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern\['q_proj'\]=0"),
-        ({"init_weights": "svd"}, r"init_weights='svd': expected True, \"random\" or False"),
+        ({"init_weights": "svd"}, r"init_weights='svd': expected True, \"balanced\", \"random\" or False"),
         ({"num_cores": 2, "modes": {24: [5, 5]}}, r"modes\[24\]=\[5, 5\]: expected 2 modes.*product 24.*product 25"),
         ({"num_cores": 3, "modes": {24: [4, 6]}}, r"modes\[24\]=\[4, 6\]: expected 3 modes.*got 2"),
         ({"layers_pattern": "layers", "target_modules": ["q_proj"]}, r"layers_to_transform"),
