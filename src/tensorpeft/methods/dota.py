@@ -37,8 +37,8 @@ class DotaConfig(TensorConfig):
         num_cores: number of cores, at least 2.
         modes: {size: [mode, …]} for sizes to be factored otherwise than `modes.factor_modes` does; one mode per core.
         init_weights: True: T starts at the MPO of the pretrained weight. "balanced": at the same MPO, its cores scaled
-            to one root mean square, so that a step of Adam changes each by as much of itself: the window of rates is
-            wider. "random": at Gaussian cores, the last one zero, the paper's ablation. False: at Gaussian cores and
+            to one root mean square, so that a step of Adam changes each by as much of itself: a larger rate is
+            forgiven. "random": at Gaussian cores, the last one zero, the paper's ablation. False: at Gaussian cores and
             nothing subtracted, which is *not* the identity.
         rank_pattern: {name or regular expression: r} for layers with a bond of their own.
         budget: with "auto": trained parameters of all layers, at most; the bonds come close to it.

@@ -132,7 +132,7 @@ def _spaces(
     random: list[Share] = [lambda matrix: dimension / (out * in_)] * len(weights)
     lora_r = _rank_within(mpo, out, in_)
     lora: list[Share] = [lambda matrix: lora_r / in_] * len(weights)
-    rights = [torch.linalg.svd(weight.gradient, full_matrices=False)[2][:lora_r].t() for weight in weights]
+    rights = [leading_frames([gradient], lora_r)[1] for gradient in gradients]
     own_r, all_r, large_r = sizes.frames, sizes.shared_frames, min(isqrt(mpo), out, in_)
     shared = [leading_frames(matrices, all_r) for matrices in (gradients, sketches)]
     return [
@@ -256,8 +256,10 @@ def _mean(shares: Sequence[Share], matrices: Sequence[Tensor | None]) -> float |
     return sum(share(matrix) * energy for share, matrix, energy in zip(shares, given, energies)) / sum(energies)
 
 
-def _kept_by_mpo(out_modes: Sequence[int], in_modes: Sequence[int], bond: int, matrix: Tensor) -> float:
-    return _energy(decompose(matrix, out_modes, in_modes, bond)[-1]) / _energy(matrix)
+def _kept_by_mpo(
+    out_modes: Sequence[int], in_modes: Sequence[int], bonds: int | Sequence[int], matrix: Tensor
+) -> float:
+    return _energy(decompose(matrix, out_modes, in_modes, bonds)[-1]) / _energy(matrix)
 
 
 def _bound_of_mpos(out_modes: Sequence[int], in_modes: Sequence[int], bond: int, matrix: Tensor) -> float:
@@ -276,8 +278,7 @@ def _bound_of_mpos(out_modes: Sequence[int], in_modes: Sequence[int], bond: int,
 
 def _kept_by_train(modes: Sequence[int], bonds: Sequence[int], matrix: Tensor) -> float:
     """A tensor train is an operator with rows of size 1."""
-    cores = decompose(matrix.reshape(1, -1), [1] * len(modes), modes, bonds)
-    return _energy(cores[-1]) / _energy(matrix)
+    return _kept_by_mpo([1] * len(modes), modes, bonds, matrix.reshape(1, -1))
 
 
 def _kept_by_rank(rank: int, matrix: Tensor) -> float:
