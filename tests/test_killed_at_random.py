@@ -23,9 +23,10 @@ pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="a command is killed in a forked process"),
 ]
 STEPS = ["trainer.max_steps=6", "trainer.eval_steps=2", "trainer.learning_rate=1e-2"]
+FEW = ["--timing-rounds", "0", "compare.widenings=0", "compare.methods.lotr.rates=[1e-3,1e-2]"]  # three cells
 COMMANDS = {
     "train": ["train", "recipe.yaml", "seeds=[0,1,2]", "--resume", *STEPS],
-    "compare": ["compare", "recipe.yaml", "--output", "out", "--methods", "lora,lotr", "--timing-rounds", "0", *STEPS],
+    "compare": ["compare", "recipe.yaml", "--output", "out", "--methods", "lora,lotr", *FEW, *STEPS],
     "quantize": ["quantize", "base", "out", "--r", "4", "--num-cores", "3"],
     "export dense": ["export", "dense", "adapter", "out"],
     "export lora": ["export", "lora", "adapter", "out"],

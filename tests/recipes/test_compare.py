@@ -14,7 +14,7 @@ import pytest
 from tensorpeft.recipes import FOLDER
 from tensorpeft.studies.compare.entries import load_entries
 
-STUDIES = sorted(path for path in (FOLDER / "studies").glob("*.yaml") if path.stem != "base")
+STUDIES = sorted(path for path in (FOLDER / "studies").glob("*.yaml") if not path.stem.startswith("base"))
 
 
 def start(output: Path, *command: str) -> subprocess.Popen[str]:

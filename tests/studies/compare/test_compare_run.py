@@ -114,6 +114,22 @@ def test_the_table_fits_and_has_what_was_found(finished):
         assert f"{result.rate:g}" in row
 
 
+def test_the_window_of_rates_is_told(finished):
+    results, _, output = finished
+    report = (
+        (output / "report.md").read_text(encoding="utf-8").partition("Window of learning rates")[2].partition("##")[0]
+    )
+    entries = json.loads((output / "results.json").read_text(encoding="utf-8"))["entries"]
+    for result, entry in zip(results[:3], entries):
+        (row,) = [line for line in report.splitlines() if line.startswith(f"| {result.entry.label} | ")]
+        low, best, high = (entry["rate_window"]["low"], result.rate, entry["rate_window"]["high"])
+        assert low <= best <= high
+        assert f"{low:.1e} |" in row
+        assert f"{high:.1e} |" in row
+        assert ("≤" in row) == entry["rate_window"]["low_is_open"]
+    assert results[3].window is None
+
+
 def test_the_html_needs_no_network_and_escapes_what_it_shows(finished):
     page = (finished[2] / "report.html").read_text(encoding="utf-8")
     assert not re.findall(r"(?:src|href)=[\"'](?!data:)", page)

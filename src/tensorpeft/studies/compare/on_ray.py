@@ -15,6 +15,8 @@ from tensorpeft.studies.compare.cells import Cell
 from tensorpeft.studies.compare.slots import ATTEMPTS, LostCellError, StoppedError, Work
 from tensorpeft.training.progress import Progress
 
+_STARTS_WITHIN = 300  # seconds that Ray waits for its own head process: its 30 are too few for a machine under load
+
 
 class RaySlot:
     """A slot that hands its cell to Ray, wherever there is room.
@@ -70,6 +72,7 @@ def ray_slots(
     is_ours = not ray.is_initialized()
     if is_ours:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_gcs_server_port_wait_time_s", str(_STARTS_WITHIN))
         ray.init(address=address or None, log_to_driver=False, logging_level=logging.ERROR)
     try:
         threads = int(os.environ.get("OMP_NUM_THREADS", 1))

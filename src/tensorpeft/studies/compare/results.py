@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tensorpeft.studies.compare.entries import Comparison, Entry
+from tensorpeft.studies.rates import RateWindow, rate_window
 from tensorpeft.training.results import SeedResult, common_curves
 
 
@@ -92,6 +93,11 @@ class EntryResult:
         """Whether the chosen rate is the lowest or highest of several: a better one may lie outside."""
         return bool(self.final) and len(self.search) > 1 and self.rate in (self.search[0].rate, self.search[-1].rate)
 
+    @property
+    def window(self) -> RateWindow | None:
+        """The rates whose loss is within 0.02 of the best one's; None: fewer than two were tried, or all failed."""
+        return rate_window([(run.rate, run.loss) for run in self.search]) if len(self.search) > 1 else None
+
     def losses(self) -> list[float]:
         """The validation losses of the finished final runs."""
         return [run.loss for run in self.final if run.result is not None]
@@ -164,6 +170,7 @@ def _entry_tree(result: EntryResult) -> dict[str, Any]:
         "problem": result.problem,
         "chosen_rate": result.rate if result.final else None,
         "chosen_rate_is_at_the_edge": result.chose_the_edge,
+        "rate_window": None if result.window is None else vars(result.window),
         # Not what is tested later: after an interruption the chosen run is found tested already.
         "search": [{**_run_tree(run), "tests": {}} for run in result.search],
         "final": [_run_tree(run) for run in result.final],

@@ -101,7 +101,8 @@ def legend(comparison: Comparison, results: Sequence[EntryResult]) -> list[str]:
 
 def detail_tables(results: Sequence[EntryResult], answers: Sequence[AnsweredQuestion]) -> list[Table]:
     """What a report has below the main table: answers, if there are any, the rates that were tried, the final runs."""
-    return [*([answer_table(answers)] if answers else []), _search_table(results), _seed_table(results)]
+    windows = [_window_table(results)] if any(result.window for result in results) else []
+    return [*([answer_table(answers)] if answers else []), _search_table(results), *windows, _seed_table(results)]
 
 
 def _search_table(results: Sequence[EntryResult]) -> Table:
@@ -117,6 +118,21 @@ def _search_table(results: Sequence[EntryResult]) -> Table:
     ]
     headers = ["method", "learning rate", "validation loss, first seed", ""]
     return Table("Choice of the learning rate", headers, rows)
+
+
+def _window_table(results: Sequence[EntryResult]) -> Table:
+    rows = []
+    for result in results:
+        if (window := result.window) is not None:
+            low, high = f"{window.low:.1e}", f"{window.high:.1e}"
+            is_open = window.low_is_open or window.high_is_open
+            row = [f"≤ {low}" if window.low_is_open else low, f"≥ {high}" if window.high_is_open else high]
+            rows.append([result.entry.label, *row, f"{'≥ ' if is_open else ''}{window.factor:.1f}"])
+    notes = [
+        "Rates whose loss is within 0.02 of the best one's; between those tried, straight lines over its logarithm.",
+        "≤, ≥: the end is the edge of what was tried.",
+    ]
+    return Table("Window of learning rates", ["method", "from", "to", "factor"], rows, notes)
 
 
 def _seed_table(results: Sequence[EntryResult]) -> Table:
