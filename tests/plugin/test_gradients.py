@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
+from tensorly import tt_to_tensor, tucker_to_tensor
+from tensorly.decomposition import tensor_train, tucker
 from torch import Tensor, nn
 
 from cases import MODELS, Model, logits, perturb, tiny_llama, tokens
@@ -17,7 +19,9 @@ from tensorpeft import (
     LorettaConfig,
     LortaConfig,
     LotrConfig,
+    MetaTtConfig,
     NolaConfig,
+    TensLoraConfig,
     initialize_from_gradients,
 )
 from tensorpeft.networks.sketch import Sketch, exact
@@ -36,6 +40,13 @@ FRAMED: list[tuple[type[PeftConfig], dict[str, Any]]] = [
     (FloraConfig, {"r": 4, "train": "cores"}),
     (LortaConfig, {"r": 4}),
     (LorettaConfig, {"r": 4}),
+    (MetaTtConfig, {"r": 4}),
+    (MetaTtConfig, {"r": 4, "variant": "5d"}),
+    (MetaTtConfig, {"r": 30}),  # more than inputs, layers and projections have
+    (TensLoraConfig, {"r": 30, "arrangement": "QKV"}),
+    (TensLoraConfig, {"r": 4}),
+    (TensLoraConfig, {"r": 4, "arrangement": "Att_QKV_Depth"}),
+    (TensLoraConfig, {"r": 4, "arrangement": "Depth", "decomposition": "cp"}),
     (LoraConfig, {"r": 4}),
 ]
 over_framed = pytest.mark.parametrize(
@@ -126,6 +137,47 @@ def test_shared_frames_hold_as_much_as_any_that_alternation_finds(kind: type[Pef
         best = max(best, energy(left, right))
     name = next(name for name, size in shared.sizes.items() if size[1:] == (24, 24))
     assert energy(getattr(shared, f"{name}_U"), getattr(shared, f"{name}_V")) > 0.95 * best
+
+
+def reached(model: nn.Module, name: str, found: dict[str, Tensor]) -> float:
+    """The share of the gradients' energy that the tensors of this name, which start at zero, reach by themselves."""
+    layers = [model.get_submodule(f"base_model.model.{layer}") for layer in found]
+    shared = layers[0].updates["default"].shared
+    (core,) = [p for key, p in shared.named_parameters() if key.endswith(name)]
+    rows = []
+    with torch.no_grad():
+        for unit in torch.eye(core.numel()):
+            core.copy_(unit.view_as(core))
+            rows.append(torch.cat([layer.get_delta_weight("default").double().flatten() for layer in layers]))
+        core.zero_()
+    whole = torch.cat([gradient.flatten() for gradient in found.values()])
+    return ((torch.linalg.qr(torch.stack(rows).t())[0].t() @ whole).norm() / whole.norm()).item() ** 2
+
+
+@pytest.mark.parametrize("with_heads", [False, True])
+@pytest.mark.parametrize("kind", [MetaTtConfig, TensLoraConfig])
+def test_factors_of_layers_and_heads_hold_as_much_as_tensorlys(kind: type[PeftConfig], with_heads: bool):
+    names = [f"model.layers.{layer}.self_attn.{which}_proj" for which in "qo" for layer in range(2)]
+    found = gradients(MODELS[0].fresh(), names)
+    if kind is MetaTtConfig:
+        fields: dict[str, Any] = {"r": 3, "variant": "5d" if with_heads else "4d"}
+    elif with_heads:
+        fields = {"r": [3, 3, 2, 1, 1], "arrangement": "Att_QKV_Depth"}
+    else:
+        fields = {"r": [3, 3, 1, 1]}
+    model = get_peft_model(MODELS[0].fresh(), kind(target_modules=["q_proj", "o_proj"], **fields))
+    initialize_from_gradients(model, batches())
+    # (model dimension, layers, projections, heads, features); without heads the outputs, of which o has others.
+    parts = [g if with_heads and "o_proj" in name else g.t() for name, g in found.items()]
+    whole = torch.stack(parts).view(2, 2, 24, 4 if with_heads else 1, -1).permute(2, 1, 0, 3, 4)
+    if kind is MetaTtConfig:
+        train = tensor_train(whole.squeeze(3).numpy(), [1, *[3] * (4 if with_heads else 3), 1])
+        best, name = tt_to_tensor(train), f"_G{5 if with_heads else 4}"
+    else:
+        best, name = tucker_to_tensor(tucker(whole.numpy(), [3, 1, 1, 2 if with_heads else 1, 3])), "_G"
+    share = (torch.as_tensor(best).norm() / whole.norm()).item() ** 2
+    assert reached(model, name, found) > 0.9 * share  # sketched
+    assert share > 0.3
 
 
 def test_a_loras_rows_are_as_long_as_its_own_start_makes_them():
@@ -219,7 +271,10 @@ def test_a_loras_frames_from_the_weight_are_its_singular_vectors():
     ("what", "message"),
     [
         ("no batch", "batches: there is none"),
-        ("no frames", "a NOLA adapter has no frames .* fact, flora, loretta, lorta, lotr, and PEFT's LoRA"),
+        (
+            "no frames",
+            "a NOLA adapter has no frames .* fact, .* lotr, metatt, tenslora, and PEFT's LoRA",
+        ),
         ("no start", "is not zero"),
         ("trained", "is not zero"),
         ("unknown", "adapter_name='other'"),

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import cast
 
 from tensorpeft.methods.common.tensor_places import Place, Places, place_heads
 from tensorpeft.networks.cp import CpFactors, CpUpdate
 from tensorpeft.networks.group import join
 from tensorpeft.networks.sketch import Gradient
+from tensorpeft.networks.slices import set_slice_frames
 from tensorpeft.plugin.config import Bases, FramedConfig, check_is_bool, check_rank, check_scale
 from tensorpeft.plugin.registration import register
 from tensorpeft.sites import Site, group_by_tensor
@@ -92,12 +92,7 @@ class LortaConfig(FramedConfig):
 
     def set_frames(self, updates: Mapping[str, CpUpdate], gradients: Mapping[str, Gradient]) -> None:
         """A and the coefficients by a CP decomposition of the gradients of all weights of a tensor."""
-        tensors: dict[str, list[str]] = {}
-        for name, update in updates.items():
-            tensors.setdefault(update.tensor, []).append(name)
-        for tensor, names in tensors.items():
-            shared = cast(CpFactors, updates[names[0]].shared)
-            shared.set_frames(tensor, [updates[name] for name in names], [gradients[name] for name in names])
+        set_slice_frames(updates, gradients)
 
     def _place(self, site: Site) -> Place:
         """The site with its heads; an MLP's hidden units are one.

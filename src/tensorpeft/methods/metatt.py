@@ -12,15 +12,17 @@ from torch import nn
 
 from tensorpeft.methods.common.tensor_places import Place, Places, place_heads, place_matrix
 from tensorpeft.networks.group import join
+from tensorpeft.networks.sketch import Gradient
+from tensorpeft.networks.slices import set_slice_frames
 from tensorpeft.networks.train_slices import TrainFactors, TrainSliceUpdate
-from tensorpeft.plugin.config import Bases, TensorConfig, check_is_bool, check_rank, check_scale
+from tensorpeft.plugin.config import Bases, FramedConfig, check_is_bool, check_rank, check_scale
 from tensorpeft.plugin.registration import register
 from tensorpeft.sites import Site, group_by_tensor, shape_name
 
 
 @register("metatt")
 @dataclass
-class MetaTtConfig(TensorConfig):
+class MetaTtConfig(FramedConfig):
     """`ΔW_{l,m}ᵀ = alpha · G1 G2[l] G3[m] G4` for layer l and projection m; 5d has one more core, for the heads.
 
     G1 (in, r) and G4 (r, out) meet the two sides of a weight, G2 (layers, r, r) and G3 (projections, r, r) stand
@@ -97,6 +99,14 @@ class MetaTtConfig(TensorConfig):
             for place in train.places
         }
         return join(updates)
+
+    def frame_rank(self, sites: Mapping[str, tuple[int, int]]) -> int:
+        """The largest bond."""
+        return max([self.r, *(bond for bonds in (self.bonds or {}).values() for bond in bonds)])
+
+    def set_frames(self, updates: Mapping[str, TrainSliceUpdate], gradients: Mapping[str, Gradient]) -> None:
+        """All cores but the last from a train of the gradients of all its weights."""
+        set_slice_frames(updates, gradients)
 
     def _has_heads(self, site: Site) -> bool:
         return self.variant == "5d" and site.kind == "attention"

@@ -12,9 +12,10 @@ from torch import nn
 from tensorpeft.methods.common.tensor_places import Place, Places, place_heads, place_matrix
 from tensorpeft.networks.cp import CpFactors, CpUpdate
 from tensorpeft.networks.group import join
-from tensorpeft.networks.slices import AbstractSliceUpdate
+from tensorpeft.networks.sketch import Gradient
+from tensorpeft.networks.slices import AbstractSliceUpdate, set_slice_frames
 from tensorpeft.networks.tucker_slices import TuckerSliceFactors, TuckerSliceUpdate
-from tensorpeft.plugin.config import LARGEST_RANK, Bases, TensorConfig, check_is_bool, check_rank, check_scale
+from tensorpeft.plugin.config import LARGEST_RANK, Bases, FramedConfig, check_is_bool, check_rank, check_scale
 from tensorpeft.plugin.registration import register
 from tensorpeft.sites import Site, group_by_tensor, shape_name
 
@@ -23,7 +24,7 @@ Arrangement = Literal["Att", "QKV", "Depth", "Att_QKV", "Att_Depth", "QKV_Depth"
 
 @register("tenslora")
 @dataclass
-class TensLoraConfig(TensorConfig):
+class TensLoraConfig(FramedConfig):
     """`ΔW_{l,m}ᵀ = scale · U1 (G ×3 U3[m] ×4 U4[l]) U2ᵀ` for projection m and layer l: a Tucker tensor (`QKV_Depth`).
 
     The arrangement says what is stacked: "QKV", the projections of a layer; "Depth", the layers; "Att", the heads of a
@@ -109,6 +110,14 @@ class TensLoraConfig(TensorConfig):
             for place in tensor.places
         }
         return join(updates)
+
+    def frame_rank(self, sites: Mapping[str, tuple[int, int]]) -> int:
+        """That of the inputs or of the outputs, whichever is larger."""
+        return self.r if isinstance(self.r, int) else max(self.r[:2])
+
+    def set_frames(self, updates: Mapping[str, AbstractSliceUpdate], gradients: Mapping[str, Gradient]) -> None:
+        """All factors (of "cp", but one) from the gradients of all weights of a tensor, mode by mode."""
+        set_slice_frames(updates, gradients)
 
     def _stacked(self) -> list[str]:
         return [str(mode) for mode in self.arrangement.split("_")]

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from tensorpeft.networks.group import tensors_of
-from tensorpeft.networks.sketch import Gradient, leading_columns
-from tensorpeft.networks.slices import AbstractSliceUpdate, rows_of
-from tensorpeft.networks.update import SharedFactors
+from tensorpeft.networks.sketch import Gradient
+from tensorpeft.networks.slices import AbstractSliceFactors, AbstractSliceUpdate, fold_gradients, rows_of
 
 _linalg: Any = torch.linalg  # has no types
 
@@ -24,7 +23,7 @@ _linalg: Any = torch.linalg  # has no types
 _SWEEPS, _RIDGE = 12, 1e-6
 
 
-class CpFactors(SharedFactors):
+class CpFactors(AbstractSliceFactors):
     """The factors of several CP tensors, each under its own name: `attention_A` and so on.
 
     Args:
@@ -54,7 +53,7 @@ class CpFactors(SharedFactors):
     def set_frames(
         self,
         tensor: str,  # its name
-        members: Sequence[CpUpdate],  # its weights
+        members: Sequence[AbstractSliceUpdate],  # its weights
         gradients: Sequence[Gradient],  # of each
     ) -> None:
         """Put A and the coefficients C where a CP decomposition of the gradients' tensor has them; B starts at zero.
@@ -62,17 +61,9 @@ class CpFactors(SharedFactors):
         The decomposition is that of the tensor between A's leading directions, by alternating least squares. Every
         column is as long as it started in the mean, so that the terms learn at one pace.
         """
-        # Each as (inner, model).
-        gradients = [g if m.inner_is_out else Gradient(g.right, g.core.t(), g.left) for m, g in zip(members, gradients)]
-        frame = leading_columns([gradient.right for gradient in gradients], self.rank)
         modes = self.sizes[tensor]
-        shape = [modes.get(name, 1) for name in ("C_M", "C_L", "C_H")] + [modes["B"], frame.shape[1]]
-        folded = frame.new_zeros(shape)
-        for member, gradient in zip(members, gradients):
-            rows = gradient.left @ (gradient.core @ (gradient.right.t() @ frame))
-            for projection, part in member.unfold_inner(rows):
-                part = part.reshape(-1, *shape[-2:])  # a tensor without heads has one
-                folded[projection, member.layer, : len(part)] = part
+        places = modes.get("C_M", 1), modes.get("C_L", 1), modes.get("C_H", 1), modes["B"]
+        frame, folded = fold_gradients(members, gradients, self.rank, places)
         found: dict[str, Tensor] = dict(zip(("C_M", "C_L", "C_H", "B", "A"), decompose(folded, self.rank)))
         found["A"] = frame @ found["A"]
         for name in modes:

@@ -4,13 +4,28 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from tensorpeft.networks.group import Parts, Tensors, tensors_of
 from tensorpeft.networks.low_rank import Factors, pairs_of
+from tensorpeft.networks.sketch import Gradient, leading_columns
 from tensorpeft.networks.update import AbstractSummableUpdate, SharedFactors
+
+
+class AbstractSliceFactors(SharedFactors):
+    """The factors of several tensors whose weights are slices of them."""
+
+    @abstractmethod
+    def set_frames(
+        self,
+        tensor: str,  # its name
+        members: Sequence[AbstractSliceUpdate],  # its weights
+        gradients: Sequence[Gradient],  # of each
+    ) -> None:
+        """Put the factors where the gradients' tensor has its energy, and start at zero from there."""
 
 
 def rows_of(
@@ -129,6 +144,39 @@ class AbstractSliceUpdate(AbstractSummableUpdate):
     def extra_repr(self) -> str:
         """Which weight of which tensor."""
         return f"{self.tensor}, layer {self.layer}, projection {', '.join(map(str, self.projections))}"
+
+
+def set_slice_frames(
+    updates: Mapping[str, AbstractSliceUpdate],
+    gradients: Mapping[str, Gradient],  # of the same names
+) -> None:
+    """Set the frames of every tensor that the updates are slices of, each from the gradients of all its weights."""
+    tensors: dict[str, list[str]] = {}
+    for name, update in updates.items():
+        tensors.setdefault(update.tensor, []).append(name)
+    for tensor, names in tensors.items():
+        shared = cast(AbstractSliceFactors, updates[names[0]].shared)
+        shared.set_frames(tensor, [updates[name] for name in names], [gradients[name] for name in names])
+
+
+@torch.no_grad()
+def fold_gradients(
+    members: Sequence[AbstractSliceUpdate],
+    gradients: Sequence[Gradient],  # of each
+    rank: int,
+    modes: tuple[int, int, int, int],  # projections, layers, heads, features; 1 where the tensor has no such mode
+) -> tuple[Tensor, Tensor]:  # (outer, r), r at most the rank; (projections, layers, heads, features, r)
+    """The leading directions of the outer side over all weights, and the tensor of the gradients between them."""
+    # Each as (inner, outer).
+    gradients = [g if m.inner_is_out else Gradient(g.right, g.core.t(), g.left) for m, g in zip(members, gradients)]
+    frame = leading_columns([gradient.right for gradient in gradients], rank)
+    folded = frame.new_zeros(*modes, frame.shape[1])
+    for member, gradient in zip(members, gradients):
+        rows = gradient.left @ (gradient.core @ (gradient.right.t() @ frame))
+        for projection, part in member.unfold_inner(rows):
+            part = part.reshape(-1, *folded.shape[-2:])  # a tensor without heads has one
+            folded[projection, member.layer, : len(part)] = part
+    return frame, folded
 
 
 def _product(inner: Tensor, core: Tensor) -> Tensor:

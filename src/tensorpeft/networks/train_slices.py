@@ -7,20 +7,20 @@ are `G1 G2[l] G3[m] G4[h] G5`. Source: MetaTT (arXiv 2506.09105), 4D and 5D.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import prod
+from math import prod, sqrt
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from tensorpeft.networks.blocks import on_diagonal
-from tensorpeft.networks.slices import AbstractSliceUpdate, rows_of
-from tensorpeft.networks.update import SharedFactors
+from tensorpeft.networks.sketch import Gradient, put_columns
+from tensorpeft.networks.slices import AbstractSliceFactors, AbstractSliceUpdate, fold_gradients, rows_of
 
 _linalg: Any = torch.linalg  # has no types
 
 
-class TrainFactors(SharedFactors):
+class TrainFactors(AbstractSliceFactors):
     """The cores of several trains, each under its own name: `1024x4096_G1` and so on.
 
     The first is (mode, bond), the last (bond, mode), those between (mode, bond, bond). Made without values worth
@@ -53,6 +53,32 @@ class TrainFactors(SharedFactors):
     def rank(self) -> int:
         """The largest bond."""
         return max(bond for name in self.sizes for bond in self.bonds(name))
+
+    @torch.no_grad()
+    def set_frames(
+        self,
+        tensor: str,  # its name
+        members: Sequence[AbstractSliceUpdate],  # its weights
+        gradients: Sequence[Gradient],  # of each
+    ) -> None:
+        """Put all cores but the last where a train of the gradients has them, as large as identities; the last is zero.
+
+        Source: TT-SVD (Oseledets, 2011, algorithm 1), of the tensor between the first core's leading directions.
+        """
+        first, *inner, last = self.cores(tensor)
+        _, layers, projections, *heads, features = self.sizes[tensor]
+        frame, folded = fold_gradients(
+            members, gradients, first.shape[1], (projections, layers, heads[0] if heads else 1, features)
+        )
+        put_columns(first, frame)
+        rest = folded.permute(4, 1, 0, 2, 3)  # (bond, layers, projections, heads, features)
+        for core in inner:
+            left, values, right = _linalg.svd(rest.flatten(0, 1).flatten(1), full_matrices=False)
+            kept = min(core.shape[2], len(values))
+            found = torch.unflatten(left[:, :kept], 0, rest.shape[:2]).transpose(0, 1)  # (mode, bond, kept)
+            core[:, : found.shape[1], :kept] = found.to(core) * sqrt(len(core))
+            rest = torch.unflatten(values[:kept, None] * right[:kept], 1, rest.shape[2:])
+        nn.init.zeros_(last)
 
     @torch.no_grad()
     def cut(self, name: str, rank: int) -> dict[nn.Parameter, nn.Parameter]:

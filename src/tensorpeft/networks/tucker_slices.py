@@ -13,11 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from tensorpeft.networks.blocks import on_diagonal
-from tensorpeft.networks.slices import AbstractSliceUpdate, rows_of
-from tensorpeft.networks.update import SharedFactors
+from tensorpeft.networks.sketch import Gradient, leading_columns, put_columns
+from tensorpeft.networks.slices import AbstractSliceFactors, AbstractSliceUpdate, fold_gradients, rows_of
+
+# Alternations of a start, and how many of A's directions it chooses among, as a multiple of r.
+_SWEEPS, _WIDTH = 5, 2
 
 
-class TuckerSliceFactors(SharedFactors):
+class TuckerSliceFactors(AbstractSliceFactors):
     """Core and factors of several tensors, each under its own name: `768x768_G`, `768x768_A` and so on.
 
     The core G is zero; the factors are made without values worth keeping: the method fills them.
@@ -42,6 +45,27 @@ class TuckerSliceFactors(SharedFactors):
     def rank(self) -> int:
         """The largest of all."""
         return max(rank for ranks in self.ranks.values() for rank in ranks.values())
+
+    @torch.no_grad()
+    def set_frames(
+        self,
+        tensor: str,  # its name
+        members: Sequence[AbstractSliceUpdate],  # its weights
+        gradients: Sequence[Gradient],  # of each
+    ) -> None:
+        """Put the factors where a Tucker decomposition of the gradients' tensor has them; the core is zero.
+
+        The decomposition is that of the tensor between A's leading directions, of which there are more than r.
+        """
+        modes, ranks = self.sizes[tensor], self.ranks[tensor]
+        places = modes.get("C_M", 1), modes.get("C_L", 1), modes.get("C_H", 1), modes["B"]
+        frame, folded = fold_gradients(members, gradients, _WIDTH * ranks["A"], places)
+        names = ["C_M", "C_L", "C_H", "B", "A"]
+        found = dict(zip(names, decompose(folded, [ranks.get(name, 1) for name in names])))
+        found["A"] = frame @ found["A"]
+        for name in modes:
+            put_columns(getattr(self, f"{tensor}_{name}"), found[name])
+        nn.init.zeros_(getattr(self, f"{tensor}_G"))
 
     def describe(self, name: str) -> str:
         """Modes and ranks, as in `A 768 (8) · B 768 (8) · C_L 12 (4)`."""
@@ -100,3 +124,20 @@ class TuckerSliceUpdate(AbstractSliceUpdate):
     def tensor_name(self) -> str:
         """The tensor, its modes and their ranks."""
         return f"{self.tensor}: {cast(TuckerSliceFactors, self.shared).describe(self.tensor)}"
+
+
+@torch.no_grad()
+def decompose(
+    tensor: Tensor,
+    ranks: Sequence[int],  # of each mode; more than its size is its size
+) -> list[Tensor]:  # per mode (size, rank), orthonormal columns
+    """The factors of a Tucker decomposition. Source: HOOI (De Lathauwer et al., 2000), begun at the HOSVD."""
+    found = [leading_columns([tensor.movedim(axis, 0).flatten(1)], rank) for axis, rank in enumerate(ranks)]
+    for _ in range(_SWEEPS):
+        for axis, rank in enumerate(ranks):
+            part = tensor
+            for other, factor in enumerate(found):
+                if other != axis:
+                    part = (part.movedim(other, -1) @ factor).movedim(-1, other)
+            found[axis] = leading_columns([part.movedim(axis, 0).flatten(1)], rank)
+    return found
