@@ -62,8 +62,7 @@ class CpFactors(AbstractSliceFactors):
         column is as long as it started in the mean, so that the terms learn at one pace.
         """
         modes = self.sizes[tensor]
-        places = modes.get("C_M", 1), modes.get("C_L", 1), modes.get("C_H", 1), modes["B"]
-        frame, folded = fold_gradients(members, gradients, self.rank, places)
+        frame, folded = fold_gradients(members, gradients, self.rank, modes)
         found: dict[str, Tensor] = dict(zip(("C_M", "C_L", "C_H", "B", "A"), decompose(folded, self.rank)))
         found["A"] = frame @ found["A"]
         for name in modes:

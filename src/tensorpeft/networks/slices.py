@@ -164,13 +164,13 @@ def fold_gradients(
     members: Sequence[AbstractSliceUpdate],
     gradients: Sequence[Gradient],  # of each
     rank: int,
-    modes: tuple[int, int, int, int],  # projections, layers, heads, features; 1 where the tensor has no such mode
+    modes: Mapping[str, int],  # B the features; C_M the projections, C_L the layers, C_H the heads, as far as there are
 ) -> tuple[Tensor, Tensor]:  # (outer, r), r at most the rank; (projections, layers, heads, features, r)
     """The leading directions of the outer side over all weights, and the tensor of the gradients between them."""
     # Each as (inner, outer).
     gradients = [g if m.inner_is_out else Gradient(g.right, g.core.t(), g.left) for m, g in zip(members, gradients)]
     frame = leading_columns([gradient.right for gradient in gradients], rank)
-    folded = frame.new_zeros(*modes, frame.shape[1])
+    folded = frame.new_zeros([modes.get(name, 1) for name in ("C_M", "C_L", "C_H")] + [modes["B"], frame.shape[1]])
     for member, gradient in zip(members, gradients):
         rows = gradient.left @ (gradient.core @ (gradient.right.t() @ frame))
         for projection, part in member.unfold_inner(rows):

@@ -67,9 +67,8 @@ class TrainFactors(AbstractSliceFactors):
         """
         first, *inner, last = self.cores(tensor)
         _, layers, projections, *heads, features = self.sizes[tensor]
-        frame, folded = fold_gradients(
-            members, gradients, first.shape[1], (projections, layers, heads[0] if heads else 1, features)
-        )
+        modes = {"C_M": projections, "C_L": layers, "C_H": prod(heads), "B": features}
+        frame, folded = fold_gradients(members, gradients, first.shape[1], modes)
         put_columns(first, frame)
         rest = folded.permute(4, 1, 0, 2, 3)  # (bond, layers, projections, heads, features)
         for core in inner:

@@ -58,8 +58,7 @@ class TuckerSliceFactors(AbstractSliceFactors):
         The decomposition is that of the tensor between A's leading directions, of which there are more than r.
         """
         modes, ranks = self.sizes[tensor], self.ranks[tensor]
-        places = modes.get("C_M", 1), modes.get("C_L", 1), modes.get("C_H", 1), modes["B"]
-        frame, folded = fold_gradients(members, gradients, _WIDTH * ranks["A"], places)
+        frame, folded = fold_gradients(members, gradients, _WIDTH * ranks["A"], modes)
         names = ["C_M", "C_L", "C_H", "B", "A"]
         found = dict(zip(names, decompose(folded, [ranks.get(name, 1) for name in names])))
         found["A"] = frame @ found["A"]
