@@ -1,13 +1,24 @@
-"""The examples in public docstrings are run."""
+"""The examples in docstrings are run."""
 
 import doctest
 import importlib
+from pathlib import Path
 
 import pytest
 
+import tensorpeft
 
-@pytest.mark.parametrize("name", ["modes", "networks.mpo", "methods.dota"])
-def test_examples_print_what_they_say(name: str):
-    result = doctest.testmod(importlib.import_module(f"tensorpeft.{name}"))
-    assert result.attempted > 0
+SOURCE = Path(tensorpeft.__file__).parent
+WITH_EXAMPLES = sorted(path.relative_to(SOURCE) for path in SOURCE.rglob("*.py") if ">>> " in path.read_text("utf-8"))
+
+
+@pytest.mark.parametrize("path", WITH_EXAMPLES, ids=str)
+def test_examples_print_what_they_say(path: Path):
+    name = ".".join(["tensorpeft", *path.with_suffix("").parts])
+    module = importlib.import_module(name.removesuffix(".__init__"))
+    result = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
     assert result.failed == 0
+
+
+def test_there_are_such_examples():
+    assert len(WITH_EXAMPLES) > 30

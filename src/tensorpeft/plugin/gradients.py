@@ -5,21 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from math import sqrt
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from peft import PeftModel
-from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
-from tensorpeft.networks.sketch import Gradient, Noise, Sketch, leading_columns, sketch_bytes
-from tensorpeft.networks.update import AbstractLowRankUpdate
+from tensorpeft.networks.sketch import Noise, Sketch, sketch_bytes
 from tensorpeft.plugin.base_weight import StackedWeight, is_convolution
-from tensorpeft.plugin.config import FramedConfig
-from tensorpeft.plugin.holder import SharedHolder
-from tensorpeft.plugin.layer import TensorLayer
+from tensorpeft.plugin.framed import Framed, framed_of
 
 Batch = Mapping[str, Any]
 
@@ -58,6 +53,7 @@ def initialize_from_gradients(
 
     >>> import torch, transformers
     >>> from peft import get_peft_model
+    >>> from tensorpeft import LotrConfig
     >>> sizes = dict(vocab_size=96, hidden_size=24, intermediate_size=44, num_hidden_layers=2, num_attention_heads=4)
     >>> base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
     >>> model = get_peft_model(base, LotrConfig(r=4, train="cores", target_modules=["q_proj", "v_proj"]))
@@ -68,10 +64,10 @@ def initialize_from_gradients(
     """
     if not isinstance(model, PeftModel):
         raise TypeError(f"a {type(model).__name__}: expected the result of get_peft_model.")
-    layers = _layers_of(model, adapter_name)
-    config: Any = model.peft_config[adapter_name]
-    shapes, rank = _shapes_and_rank(config, layers)
-    noise = Noise(seed)
+    framed = framed_of(model, adapter_name)
+    layers = _checked_layers(model, framed)
+    shapes = _shapes(layers)
+    rank, noise = framed.rank(shapes), Noise(seed)
     sketches = {
         name: Sketch(*shape, rank, noise, next(layers[name].get_base_layer().parameters()).device)
         for name, shape in shapes.items()
@@ -92,86 +88,39 @@ def initialize_from_gradients(
     for name, count in zip(layers, times):
         _check_sketch(name, count, sketches[name])
     gradients = {name: sketch.gradient() for name, sketch in sketches.items()}
-    updates = {name: _update_of(layer, adapter_name) for name, layer in layers.items()}
-    with torch.no_grad():
-        if isinstance(config, FramedConfig):
-            config.set_frames(updates, gradients)
-            config.gradient_start = {"batches": num_batches, "rows": num_rows, "seed": seed}
-        else:
-            for name, layer in layers.items():
-                _set_lora(layer, adapter_name, gradients[name])
+    framed.set_frames(layers, gradients, {"batches": num_batches, "rows": num_rows, "seed": seed})
     if _is_distributed():
-        _broadcast(layers.values(), adapter_name)
+        _broadcast(module for layer in layers.values() for module in framed.modules_of(layer))
 
 
 def start_bytes(model: PeftModel, adapter_name: str = "default") -> int:
     """The memory of the sketches that `initialize_from_gradients` gathers on a model, on the meta device as well."""
-    layers = dict(_layers_with(model, adapter_name))
-    shapes, rank = _shapes_and_rank(model.peft_config[adapter_name], layers)
-    return sum(sketch_bytes(*shape, rank) for shape in shapes.values())
+    framed = framed_of(model, adapter_name)
+    shapes = _shapes(dict(framed.layers(model)))
+    return sum(sketch_bytes(*shape, framed.rank(shapes)) for shape in shapes.values())
 
 
-def _shapes_and_rank(config: Any, layers: Mapping[str, Any]) -> tuple[dict[str, tuple[int, int]], int]:
-    """(out, in) of the layers' weights, and how many leading singular vectors of each are asked for."""
-    shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
-    return shapes, config.frame_rank(shapes) if isinstance(config, FramedConfig) else config.r
+def _shapes(layers: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """(out, in) of the layers' weights."""
+    return {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
 
 
-def _layers_with(model: PeftModel, adapter_name: str) -> Iterator[tuple[str, Any]]:
-    """The layers that have the adapter, by their full names."""
-    holds = "updates" if isinstance(model.peft_config[adapter_name], FramedConfig) else "lora_A"
-    for name, layer in model.named_modules():
-        if not isinstance(layer, SharedHolder) and adapter_name in getattr(layer, holds, {}):
-            yield name, layer
-
-
-def _layers_of(model: PeftModel, adapter_name: str) -> dict[str, Any]:
+def _checked_layers(model: PeftModel, framed: Framed) -> dict[str, Any]:
     """The adapter's layers by their full names, all of which have frames that may be set."""
-    if adapter_name not in model.peft_config:
-        raise ValueError(f"adapter_name={adapter_name!r}: expected one of {sorted(model.peft_config)}.")
+    adapter_name = framed.adapter_name
     if adapter_name not in model.active_adapters:
         raise ValueError(f"{adapter_name}: only an active adapter has gradients. Call set_adapter({adapter_name!r}).")
-    config = model.peft_config[adapter_name]
-    is_ours = isinstance(config, FramedConfig)
-    if not is_ours and config.peft_type != "LORA":
-        method = getattr(config.peft_type, "value", config.peft_type)
-        raise ValueError(
-            f"{adapter_name}: a {method} adapter has no frames that a gradient could set. Methods that have: "
-            f"{', '.join(sorted(set(_framed())))}, and PEFT's LoRA."
-        )
-    layers = {}
-    for name, layer in _layers_with(model, adapter_name):
-        is_linear = isinstance(layer, TensorLayer if is_ours else LoraLinear)
-        if not is_linear or isinstance(base := layer.get_base_layer(), StackedWeight) or is_convolution(base):
+    layers = dict(framed.layers(model))
+    for name, layer in layers.items():
+        base: Any = layer.get_base_layer()
+        if not isinstance(layer, framed.layer_type) or isinstance(base, StackedWeight) or is_convolution(base):
             raise ValueError(f"{name}: frames from gradients are of linear layers. Take this one out of the targets.")
-        if not _adds_nothing(layer, adapter_name):
+        if not framed.adds_nothing(layer):
             raise ValueError(
                 f"{name}: its update is not zero. Frames are set before training, of an adapter that starts as the "
                 "identity (init_weights=True)."
             )
-        layers[name] = layer
     return layers
-
-
-def _framed() -> list[str]:
-    found, classes = [], [FramedConfig]
-    while classes:
-        classes += (kind := classes.pop()).__subclasses__()
-        found += [kind.registered_type.value.lower()] if hasattr(kind, "registered_type") else []
-    return found
-
-
-def _update_of(layer: Any, adapter_name: str) -> Any:
-    return layer.updates[adapter_name] if isinstance(layer, TensorLayer) else None
-
-
-@torch.no_grad()
-def _adds_nothing(layer: Any, adapter_name: str) -> bool:
-    update = _update_of(layer, adapter_name)
-    if update is None:
-        return not layer.lora_B[adapter_name].weight.any()
-    assert isinstance(update, AbstractLowRankUpdate)
-    return not all(factor.any() for factor in update.factors())
 
 
 @contextmanager
@@ -215,13 +164,6 @@ def _check_sketch(name: str, count: int, sketch: Sketch) -> None:
         )
 
 
-def _set_lora(layer: Any, adapter_name: str, gradient: Gradient) -> None:
-    """A's rows: the leading right singular vectors, as long as the rows of its usual start are in the mean."""
-    down = layer.lora_A[adapter_name].weight
-    rows = leading_columns([gradient.right], len(down)).t() / sqrt(3)
-    down[: len(rows)] = rows.to(down)
-
-
 def _is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
@@ -234,13 +176,8 @@ def _sum_over_processes(counts: Tensor, sketches: Mapping[str, Sketch]) -> Tenso
     return counts
 
 
-def _broadcast(layers: Iterable[Any], adapter_name: str) -> None:
+def _broadcast(modules: Iterable[nn.Module]) -> None:
     """The first process's tensors to all: other hardware may have found other signs."""
-    tensors: dict[int, Tensor] = {}
-    for layer in layers:
-        update = _update_of(layer, adapter_name)
-        modules = [layer.lora_A[adapter_name]] if update is None else [update, update.shared]
-        for module in filter(None, modules):
-            tensors |= {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    tensors = {id(tensor): tensor for module in modules for tensor in (*module.parameters(), *module.buffers())}
     for tensor in tensors.values():
         dist.broadcast(tensor.data, 0)
