@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from typing import cast
 
@@ -15,7 +15,7 @@ from tensorpeft.networks.sketch import Gradient, leading_columns
 from tensorpeft.networks.update import AbstractSummableUpdate, SharedFactors
 
 
-class AbstractSliceFactors(SharedFactors):
+class AbstractSliceFactors(SharedFactors, ABC):
     """The factors of several tensors whose weights are slices of them."""
 
     @abstractmethod
