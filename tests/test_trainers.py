@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from cases import CASES, MODELS, logits, over_cases, over_models, over_pairs, perturb, tokens
+from tensorpeft import BoundedSteps
 from tensorpeft.networks.update import SharedFactors
 
 pytest.importorskip("trl")
@@ -301,3 +302,27 @@ def test_dpo_of_a_trained_adapter_copies_a_start_of_another_machine(tokenizer, t
     buffers = dict(trainer.model.named_buffers())
     copied = {name: buffers[name.replace(".default.", ".ref.")] for name in starts}
     assert_equal_tensors(copied, starts)
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_steps_are_bounded_in_trl(kind, tokenizer, tmp_path):
+    """Its trainers write the loss themselves: what they call the model with is what is looked at."""
+    case, bound = CASES[0], BoundedSteps(max_kl=1e-5)
+    config = case.make(target_modules=LLAMA.targets, task_type="CAUSAL_LM")
+    if kind == "dpo":
+        trainer = make_dpo_trainer(LLAMA.fresh(), tokenizer, tmp_path, case, peft_config=config, callbacks=[bound])
+    else:
+        arguments = SFTConfig(str(tmp_path), max_steps=8, learning_rate=1.0, save_strategy="no", bf16=False, **QUIET)
+        texts = Dataset.from_dict({"text": [" ".join(WORDS[k : k + 9]) for k in range(0, 64, 2)]})
+        trainer = SFTTrainer(
+            LLAMA.fresh(),
+            arguments,
+            train_dataset=texts,
+            processing_class=tokenizer,
+            peft_config=config,
+            callbacks=[bound],
+        )
+    trainer.train()
+    assert 0 < bound.scale < 1
+    assert all(0 < curvature < math.inf for curvature in bound.curvatures)
+    assert trainer.state.log_history[-2]["rate_scale"] == bound.scale

@@ -16,12 +16,14 @@ from tensorpeft.methods.quantum_peft import QuantumPeftConfig
 from tensorpeft.methods.superlora import SuperLoraConfig
 from tensorpeft.methods.tcur_lora import TcurLoraConfig
 from tensorpeft.methods.tenslora import TensLoraConfig
+from tensorpeft.plugin.bounded_steps import BoundedSteps
 from tensorpeft.plugin.gradients import initialize_from_gradients
 from tensorpeft.plugin.tensor_map import print_tensor_map
 from tensorpeft.quantization import load_delta
 from tensorpeft.quantization import quantizer as _quantizer  # noqa: F401  # registers residual bases with transformers
 
 __all__ = [
+    "BoundedSteps",
     "DotaConfig",
     "FactConfig",
     "FloraConfig",

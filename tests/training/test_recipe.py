@@ -310,7 +310,8 @@ def test_an_override_that_is_not_yaml(refused):
 def test_the_yaml_of_a_recipe_is_the_recipe(load):
     for smoke in (False, True):
         found = load(
-            "inherits: parent.yaml\nhead_learning_rate: 1e-5\nhead: {target_modules: [dense], r: 3}\nseeds: [3, 1]\n",
+            "inherits: parent.yaml\nmax_step_kl: 0.01\nhead_learning_rate: 1e-5\n"
+            "head: {target_modules: [dense], r: 3}\nseeds: [3, 1]\n",
             smoke=smoke,
         )
         assert load(found.to_yaml()) == found

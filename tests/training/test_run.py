@@ -90,6 +90,22 @@ def test_a_run_goes_on_at_its_last_whole_checkpoint(name, place, tmp_path):
     assert resumed.tests == whole.tests
 
 
+def test_a_bounded_run_tells_its_scale_and_goes_on_with_it(place, tmp_path):
+    bounded = ("max_step_kl=1e-5", "trainer.learning_rate=1.0", "trainer.save_total_limit=9")
+    (whole,) = train(place, "sft", tmp_path / "run", *bounded)
+    scales = dict(whole.curve("rate_scale"))
+    assert scales[1] == 1
+    assert 0 < scales[6] < 0.5
+    report = (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
+    assert f"(max_step_kl: 1e-05): the factor on the schedule's learning rate was {min(scales.values()):.2g}" in report
+    seed = tmp_path / "run" / "seed-0"
+    (seed / "results.json").unlink()
+    shutil.rmtree(seed / "checkpoint-6")
+    (resumed,) = train(place, "sft", tmp_path / "run", *bounded, resume=True)
+    assert dict(resumed.curve("rate_scale")) == pytest.approx(scales)
+    assert losses(resumed) == pytest.approx(losses(whole), abs=1e-6)
+
+
 @long
 def test_finished_seeds_are_not_run_again(place, tmp_path):
     first = train(place, "labels", tmp_path / "run", "seeds=[3]")
@@ -244,6 +260,8 @@ def test_rows_whose_prompts_fill_the_length_are_left_out_and_said(place, tmp_pat
         (["data.max_length=8"], "trainer.max_length"),
         (["head_learning_rate=1e-3"], "gets no new head"),
         (["head={target_modules: [lm_head]}"], "gives labels"),
+        (["task=stsb", "max_step_kl=0.01"], "max_step_kl: a model for the task stsb tells no probabilities"),
+        (["task=folding", "max_step_kl=0.01"], "max_step_kl: a model for the task folding tells no probabilities"),
         (["model_arguments.atn_implementation=eager"], "atn_implementation"),
     ],
 )

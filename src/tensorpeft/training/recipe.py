@@ -94,6 +94,8 @@ class Recipe:
             the task and ``rewards`` want.
         rewards: weight by name (`tensorpeft.training.rewards`): the model answers the questions itself, and is trained
             by reinforcement, TRL's GRPO. None: it is shown the right responses.
+        max_step_kl: what a typical step may change the predictions by, in nats (`tensorpeft.BoundedSteps`), such as
+            0.01: a learning rate that is too high is then scaled down; None: steps are as long as the optimiser says.
         head_learning_rate: of a head that starts from noise; None: the rate of the rest.
         head: what is trained of that head; None: all of it.
         evaluate: arguments of the evaluation on the test rows.
@@ -110,6 +112,7 @@ class Recipe:
     quantize: Mapping[str, Any] | None = None
     trainer: Mapping[str, Any] = field(default_factory=dict)
     rewards: Mapping[str, float] | None = None
+    max_step_kl: float | None = None
     head_learning_rate: float | None = None
     head: HeadRecipe | None = None
     evaluate: Mapping[str, Any] = field(default_factory=dict)
@@ -133,6 +136,9 @@ class Recipe:
         rate = self.head_learning_rate
         if rate is not None and (isinstance(rate, bool) or not isinstance(rate, int | float)):
             raise ValueError(f"head_learning_rate={rate!r}: expected a number, such as 1e-3, or null.")
+        bound = self.max_step_kl
+        if bound is not None and (isinstance(bound, bool) or not isinstance(bound, int | float) or not bound > 0):
+            raise ValueError(f"max_step_kl={bound!r}: expected nats above 0, such as 0.01, or null.")
         if self.adapter is not None and "method" not in self.adapter:
             raise ValueError(
                 f"adapter={dict(self.adapter)}: expected a field method, such as dota or lora. To train all weights, "

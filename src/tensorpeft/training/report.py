@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -45,6 +46,8 @@ def write_report(
     sections = ["## Result", markdown_table(headers, rows)]
     if len(results) > 1:
         sections += ["### Seeds", _seed_table(results)]
+    if recipe.max_step_kl is not None:
+        sections.append(_bound(recipe.max_step_kl, results))
     sections += ["![Loss along training](curves.png)", "## Data", markdown_list(_data(recipe, splits))]
     text = markdown_document(title, recipe.description, command, sections, recipe.to_yaml(), find_versions())
     write_lines(output / "report.md", [text])
@@ -116,6 +119,12 @@ def _seed_table(results: Sequence[SeedResult]) -> str:
         for result in results
     ]
     return markdown_table(headers, rows)
+
+
+def _bound(max_kl: float, results: Sequence[SeedResult]) -> str:
+    scales = sorted(scale for result in results for _, scale in result.curve("rate_scale"))
+    found = f"{scales[0]:.2g} to {scales[-1]:.2g}, in the median {median(scales):.2g}" if scales else "never logged"
+    return f"Steps are bounded (max_step_kl: {max_kl:g}): the factor on the schedule's learning rate was {found}."
 
 
 def _data(recipe: Recipe, splits: Splits) -> list[str]:

@@ -117,6 +117,10 @@ def _check_fields(recipe: Recipe, task: Task) -> None:
         )
     if recipe.data.start_rows is not None and recipe.adapter is None:
         raise ValueError("data.start_rows: frames are an adapter's, and all weights are trained. Remove it.")
+    if recipe.max_step_kl is not None and (
+        isinstance(task, StructureTask) or (isinstance(task, LabelTask) and not task.label_names)
+    ):
+        raise ValueError(f"max_step_kl: a model for the task {task.name} tells no probabilities. Remove it.")
     has_head = isinstance(task, LabelTask | StructureTask)
     if recipe.data.max_length is not None and not has_head:
         raise ValueError(f"data.max_length: the task {task.name} is cut by trainer.max_length. Write it there.")

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
+from tensorpeft import BoundedSteps
 from tensorpeft.evaluation.evaluate import evaluate_task
 from tensorpeft.evaluation.options import EvaluationOptions
 from tensorpeft.reports.files import write_json_lines, write_lines
@@ -86,6 +87,8 @@ def run_seed(
         _claim(folder.parent, recipe)  # not before: a model or an adapter that cannot be made leaves no run behind
     _silence(trainer)
     trainer.add_callback(bar)
+    if recipe.max_step_kl is not None:
+        trainer.add_callback(BoundedSteps(recipe.max_step_kl))
     with arguments.main_process_first(local=False):  # it removes what is half-written, the others find it gone
         checkpoint = last_whole_checkpoint(folder) if resume else None
     if recipe.data.start_rows is not None and checkpoint is None:

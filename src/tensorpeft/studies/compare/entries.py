@@ -16,7 +16,7 @@ from tensorpeft.training.recipe import Recipe, check_keys, load_comparison, load
 _TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 _KEPT_MODULES = ("modules_to_save",)
 _SECTION = ("seeds", "methods", "rate_scale", "budget", "target_loss", "widenings", "output")
-_ON_TOP = ("trainer", "quantize", "model_arguments", "head_learning_rate", "head")
+_ON_TOP = ("trainer", "quantize", "model_arguments", "max_step_kl", "head_learning_rate", "head")
 _ENTRY = ("label", "note", "rates", "knob", "adapter", "start_rows", *_ON_TOP)
 
 

@@ -1,0 +1,244 @@
+"""Training whose steps are bounded by what they do to the model's predictions, whatever the learning rate."""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+# Of a batch: so many rows are looked at, and so many of their predictions.
+_ROWS, _PREDICTIONS = 4, 256
+# The steps whose median is the typical one, and how far above the bound a single one may be.
+_TYPICAL, _OUTLIER = 5, 4
+# A step is shortened so often, to between these shares of what it was, before it is not taken at all.
+_TRIES, _SHARES = 8, (0.1, 0.9)
+_IGNORED = -100  # a label that the loss leaves out
+# Arguments of a forward that ask for a loss, not for logits.
+_OF_LOSS = ("labels", "num_items_in_batch", "fused_lm_head", "return_dict")
+
+
+class BoundedSteps(TrainerCallback, ExportableState):
+    """Bounds how much a step of a transformers `Trainer` changes the model's predictions.
+
+    A step of an optimiser says how far the numbers move; how far that moves the model depends on the adapter, on its
+    rank, its scale, how its factors multiply. So every method wants a learning rate of its own, and one that is three
+    times too high can ruin a run. Here the measure is the model itself: the Kullback-Leibler divergence of its
+    predictions before a step from those after it, KL(before ‖ after) in nats, the mean over predictions of the step's
+    own batch that the loss is taken on. It grows with the square of the rate. Where the median of the last five steps
+    that were looked at is above the bound, the rate is scaled down so that it is not; a single step is shortened to
+    four times the bound. A rate that is too high so becomes one that is not; one that is too low stays as it is. (The
+    measure is that of trust-region methods: Schulman et al. 2015, arXiv 1502.05477.)
+
+    A step that is looked at costs two forward passes of at most four rows. Schedule, optimiser, data and loss are the
+    trainer's own; the log's ``rate_scale`` is the factor on the schedule's rate. Whatever has logits can be trained:
+    language models (SFT, DPO, GRPO), classifiers.
+
+    Args:
+        max_kl: the bound on a typical step, in nats.
+        first_steps: so many are all looked at.
+        every: after these, one of so many.
+
+    Attributes:
+        scale: the factor on the learning rate, 1 at first. It is saved with a checkpoint, with what it comes from, and
+            read when training is resumed from one.
+
+    Raises:
+        ValueError: a bound that is not above zero, fewer than 0 first steps, ``every`` below 1. When training begins:
+            the model is in shards (FSDP, DeepSpeed). At a step: the model's output tells no probabilities, or it
+            was not called with arguments by name.
+
+    >>> bound = BoundedSteps(max_kl=0.01)
+    >>> bound.is_looked_at(3), bound.is_looked_at(33), bound.is_looked_at(40)
+    (True, False, True)
+    """
+
+    def __init__(self, max_kl: float = 0.01, first_steps: int = 10, every: int = 10):
+        if not max_kl > 0:
+            raise ValueError(f"max_kl={max_kl}: expected nats above 0, such as 0.01.")
+        if first_steps < 0 or every < 1:
+            raise ValueError(f"first_steps={first_steps}, every={every}: expected at least 0 and at least 1.")
+        self.max_kl = max_kl
+        self.first_steps = first_steps
+        self.every = every
+        self.scale = 1.0
+        self.peak = 0.0  # the schedule's highest rate so far
+        self.curvatures: list[float] = []  # of the last steps looked at: divergence over the square of the rate
+        self._rates: list[Any] = []
+        self._inputs: dict[str, Any] = {}
+        self._hook: Any = None
+        self._start: list[tuple[nn.Parameter, Tensor]] = []
+        self._before: Tensor | None = None
+
+    def is_looked_at(self, step: int) -> bool:
+        """Whether what this step does is measured; steps count from 0."""
+        return step < self.first_steps or step % self.every == 0
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        arguments = {"max_kl": self.max_kl, "first_steps": self.first_steps, "every": self.every}
+        return {
+            "args": arguments,
+            "attributes": {"scale": self.scale, "peak": self.peak, "curvatures": self.curvatures},
+        }
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Refuse what cannot be measured; take up what the checkpoint kept that is gone on from."""
+        model: nn.Module = kwargs["model"]
+        if args.deepspeed or any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+            raise ValueError(
+                "BoundedSteps: the model is in shards (FSDP, DeepSpeed), whose steps cannot be shortened here. Train "
+                "with DistributedDataParallel or in one process, or without the bound."
+            )
+        self.scale, self.peak, self.curvatures = 1.0, 0.0, []
+        kept = (state.stateful_callbacks or {}).get(type(self).__name__) if state.global_step else None
+        if isinstance(kept, Mapping):
+            for name, value in kept["attributes"].items():
+                setattr(self, name, value)
+        self._let_go()
+        self._hook = model.register_forward_pre_hook(self._remember, with_kwargs=True)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave the model as it was."""
+        self._let_go()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Set the rates of this step; where it is looked at, keep where it starts."""
+        groups = kwargs["optimizer"].param_groups
+        self._rates = [group["lr"] for group in groups]
+        self.peak = max(self.peak, float(self._rates[0]))
+        self.scale = self._scale()
+        for group in groups:
+            group["lr"] = group["lr"] * self.scale
+        if self.is_looked_at(state.global_step) and self._rates[0] > 0:
+            self._start = [(p, p.detach().clone()) for group in groups for p in group["params"]]
+            self._before = self._predictions(kwargs["model"])
+
+    @torch.no_grad()
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look at the step, and shorten it if it is far too long; give the rates back to their schedule."""
+        for group, rate in zip(kwargs["optimizer"].param_groups, self._rates, strict=True):
+            group["lr"] = rate
+        if self._before is None:
+            return
+        share, divergence = self._shorten(kwargs["model"], self._before)
+        rate = float(self._rates[0]) * self.scale * share
+        self.curvatures = [*self.curvatures, divergence / rate**2][-_TYPICAL:]
+        self._start, self._before = [], None
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the scale into the log's line of training."""
+        if state.log_history and "loss" in state.log_history[-1]:
+            state.log_history[-1]["rate_scale"] = self.scale
+
+    def _scale(self) -> float:
+        """What makes the schedule's peak a rate at which a typical step keeps the bound; at most 1."""
+        if not self.curvatures or (typical := median(self.curvatures)) <= 0:
+            return 1.0
+        return min(1.0, math.sqrt(self.max_kl / typical) / self.peak)
+
+    def _shorten(self, model: nn.Module, before: Tensor) -> tuple[float, float]:
+        """The share of the step that is taken, and the divergence that it makes."""
+        steps = [(parameter, start, parameter.detach() - start) for parameter, start in self._start]
+        share, most = 1.0, _OUTLIER * self.max_kl
+        for _ in range(_TRIES):
+            divergence = _mean_over_processes(_divergence(before, self._predictions(model)))
+            if divergence <= most:  # not where it is no number
+                return share, divergence
+            least, largest = _SHARES
+            share *= min(max(math.sqrt(most / divergence), least), largest) if math.isfinite(divergence) else least
+            for parameter, start, step in steps:
+                parameter.copy_(start + share * step)
+        for parameter, start, _ in steps:
+            parameter.copy_(start)
+        return share, most
+
+    @torch.no_grad()
+    def _predictions(self, model: nn.Module) -> Tensor:
+        """Log-probabilities (predictions, classes) of the batch that was last trained on."""
+        if not self._inputs:
+            raise ValueError(
+                "BoundedSteps: no batch was seen: expected the model to be called with arguments by name, as Trainer "
+                "calls it. Call it so, or train without the bound."
+            )
+        arguments = {name: value for name, value in self._inputs.items() if name not in _OF_LOSS}
+        with _evaluated(model):
+            logits = getattr(model(**arguments), "logits", None)
+        if logits is None or logits.shape[-1] < 2:
+            found = "no logits" if logits is None else "one logit, no probabilities"
+            raise ValueError(f"BoundedSteps: the model's output has {found}. Train it without the bound.")
+        return _of_loss(logits, self._inputs, _predicts_next(model)).float().log_softmax(-1)
+
+    def _remember(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module.training and torch.is_grad_enabled():
+            self._inputs = _first_rows(kwargs)
+
+    def _let_go(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook, self._inputs, self._start, self._before = None, {}, [], None
+
+
+def _first_rows(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch's first rows; as it is where its rows cannot be told."""
+    tensors = [value for value in inputs.values() if isinstance(value, Tensor) and value.dim() > 0]
+    sizes = {len(value) for value in tensors}
+    if len(sizes) != 1:  # such as sequences that are packed into one, with where they begin
+        return dict(inputs)
+    return {name: value[:_ROWS] if any(value is t for t in tensors) else value for name, value in inputs.items()}
+
+
+def _of_loss(
+    logits: Tensor,  # (rows, classes), or of a language model (rows, tokens, classes)
+    inputs: Mapping[str, Any],
+    predicts_next: bool,  # a token's logits are of the next one
+) -> Tensor:
+    """The logits (predictions, classes) that the loss is taken on, some of them where there are many."""
+    if logits.dim() > 2:
+        labels, mask = inputs.get("labels"), inputs.get("attention_mask")
+        chosen = torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
+        if isinstance(labels, Tensor) and labels.shape == chosen.shape:
+            chosen = labels != _IGNORED
+        elif isinstance(mask, Tensor) and mask.shape == chosen.shape:
+            chosen = mask.bool()
+        if predicts_next:
+            logits, chosen = logits[:, :-1], chosen[:, 1:]
+        logits = logits[chosen]
+    return logits[:: max(1, math.ceil(len(logits) / _PREDICTIONS))]
+
+
+def _predicts_next(model: Any) -> bool:
+    """Whether it is a causal language model."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    generates = hasattr(base, "can_generate") and base.can_generate()
+    return generates and not base.config.is_encoder_decoder
+
+
+def _divergence(before: Tensor, after: Tensor) -> float:
+    """KL(before ‖ after) of log-probabilities (predictions, classes), in nats, the mean over the predictions."""
+    return (before.exp() * (before - after)).sum(-1).mean().item() if len(before) else 0.0
+
+
+def _mean_over_processes(value: float) -> float:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return value
+    values: list[float | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return sum(v for v in values if v is not None) / len(values)
+
+
+@contextmanager
+def _evaluated(model: nn.Module) -> Iterator[None]:
+    """No dropout within, each module as it was after."""
+    trained = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in trained:
+            module.training = True
