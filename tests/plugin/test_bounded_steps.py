@@ -4,14 +4,18 @@ import math
 import os
 import socket
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.modeling_outputs import SequenceClassifierOutput as Output
 
@@ -185,7 +189,7 @@ def _train_in_one_of_two(rank: int, port: int, folder: str) -> None:
     model, bound = adapted(), BoundedSteps(max_kl=1e-4)
     train(model, f"{folder}/{rank}", bound, learning_rate=1.0, per_device_train_batch_size=2)
     torch.save({"scale": torch.tensor(bound.scale), **trained(model)}, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    dist.destroy_process_group()
 
 
 @pytest.mark.thorough
@@ -229,6 +233,19 @@ def test_what_cannot_be_measured(trainer: type[Trainer], outputs: dict[str, Tens
     arguments = TrainingArguments(output_dir=str(tmp_path), **{**QUIET, "max_steps": 2, "save_strategy": "no"})
     with pytest.raises(ValueError, match=message):
         trainer(Mute(**outputs), arguments, train_dataset=rows(), callbacks=[BoundedSteps()]).train()
+
+
+def test_shards_are_refused(tmp_path):
+    state = SimpleNamespace(global_step=0, stateful_callbacks=None)
+    with pytest.raises(ValueError, match=r"the model is in shards \(FSDP, DeepSpeed\)"):
+        BoundedSteps().on_train_begin(SimpleNamespace(deepspeed_plugin=object()), state, None, model=adapted())
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = fully_shard(adapted(), mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(ValueError, match="or without the bound"):
+            BoundedSteps().on_train_begin(SimpleNamespace(deepspeed_plugin=None), state, None, model=model)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_wrong_arguments():

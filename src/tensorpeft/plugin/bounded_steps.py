@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
@@ -90,7 +91,7 @@ class BoundedSteps(TrainerCallback, ExportableState):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Refuse what cannot be measured; take up what the checkpoint kept that is gone on from."""
         model: nn.Module = kwargs["model"]
-        if args.deepspeed or any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        if args.deepspeed_plugin is not None or _is_sharded(model):
             raise ValueError(
                 "BoundedSteps: the model is in shards (FSDP, DeepSpeed), whose steps cannot be shortened here. Train "
                 "with DistributedDataParallel or in one process, or without the bound."
@@ -182,6 +183,12 @@ class BoundedSteps(TrainerCallback, ExportableState):
         if self._hook is not None:
             self._hook.remove()
         self._hook, self._inputs, self._start, self._before = None, {}, [], None
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters()) or any(
+        isinstance(module, FullyShardedDataParallel) for module in model.modules()
+    )
 
 
 def _first_rows(inputs: Mapping[str, Any]) -> dict[str, Any]:
