@@ -154,6 +154,24 @@ def test_a_run_that_is_gone_on_with_is_the_whole_one(tmp_path):
     assert bound.scale < 1
 
 
+def test_batches_without_a_prediction_say_nothing(tmp_path):
+    """Their steps are taken, and what others said holds."""
+
+    class Emptied(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 6:
+                known.extend(bound.curvatures)
+            if state.global_step >= 6:
+                bound._inputs["labels"] = torch.full_like(bound._inputs["labels"], -100)
+
+    bound, known = BoundedSteps(1e-4, first_steps=30), list[float]()
+    _, watch = train(adapted(), tmp_path, Emptied(), bound, learning_rate=1.0, max_steps=12)
+    assert len(known) == 5
+    assert bound.curvatures == known
+    assert 0 < bound.scale < 1
+    assert min(watch.divergences) > 0
+
+
 def test_a_step_to_what_is_no_number_is_not_taken(tmp_path):
     """A parameter that a step makes infinite: nothing of it stays, and the rate falls."""
 

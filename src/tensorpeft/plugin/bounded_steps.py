@@ -36,9 +36,12 @@ class BoundedSteps(TrainerCallback, ExportableState):
     four times the bound. A rate that is too high so becomes one that is not; one that is too low stays as it is. (The
     measure is that of trust-region methods: Schulman et al. 2015, arXiv 1502.05477.)
 
-    A step that is looked at costs two forward passes of at most four rows. Schedule, optimiser, data and loss are the
-    trainer's own; the log's ``rate_scale`` is the factor on the schedule's rate. Whatever has logits can be trained:
-    language models (SFT, DPO, GRPO), classifiers.
+    Predictions must say something of what is trained: a classifier whose head starts from noise predicts chance at
+    first, whatever becomes of the model beneath, and is not protected.
+
+    A step that is looked at costs two forward passes of at most four rows, and a copy of what is trained. Schedule,
+    optimiser, data and loss are the trainer's own; the log's ``rate_scale`` is the factor on the schedule's rate.
+    Whatever has logits can be trained: language models (SFT, DPO, GRPO), classifiers.
 
     Args:
         max_kl: the bound on a typical step, in nats.
@@ -129,7 +132,8 @@ class BoundedSteps(TrainerCallback, ExportableState):
             return
         share, divergence = self._shorten(kwargs["model"], self._before)
         rate = float(self._rates[0]) * self.scale * share
-        self.curvatures = [*self.curvatures, divergence / rate**2][-_TYPICAL:]
+        if divergence is not None:
+            self.curvatures = [*self.curvatures, divergence / rate**2][-_TYPICAL:]
         self._start, self._before = [], None
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -143,13 +147,13 @@ class BoundedSteps(TrainerCallback, ExportableState):
             return 1.0
         return min(1.0, math.sqrt(self.max_kl / typical) / self.peak)
 
-    def _shorten(self, model: nn.Module, before: Tensor) -> tuple[float, float]:
-        """The share of the step that is taken, and the divergence that it makes."""
+    def _shorten(self, model: nn.Module, before: Tensor) -> tuple[float, float | None]:
+        """The share of the step that is taken, and the divergence that it makes; None: there is no prediction."""
         steps = [(parameter, start, parameter.detach() - start) for parameter, start in self._start]
         share, most = 1.0, _OUTLIER * self.max_kl
         for _ in range(_TRIES):
-            divergence = _mean_over_processes(_divergence(before, self._predictions(model)))
-            if divergence <= most:  # not where it is no number
+            divergence = _divergence(before, self._predictions(model))
+            if divergence is None or divergence <= most:  # not where it is no number
                 return share, divergence
             least, largest = _SHARES
             share *= min(max(math.sqrt(most / divergence), least), largest) if math.isfinite(divergence) else least
@@ -226,17 +230,15 @@ def _predicts_next(model: Any) -> bool:
     return generates and not base.config.is_encoder_decoder
 
 
-def _divergence(before: Tensor, after: Tensor) -> float:
-    """KL(before ‖ after) of log-probabilities (predictions, classes), in nats, the mean over the predictions."""
-    return (before.exp() * (before - after)).sum(-1).mean().item() if len(before) else 0.0
-
-
-def _mean_over_processes(value: float) -> float:
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return value
-    values: list[float | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
-    return sum(v for v in values if v is not None) / len(values)
+def _divergence(before: Tensor, after: Tensor) -> float | None:
+    """KL(before ‖ after) of log-probabilities (predictions, classes) in nats, the mean over those of all processes."""
+    found = ((before.exp() * (before - after)).sum().item(), len(before))
+    of_all: list[Any] = [found]
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        of_all = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(of_all, found)
+    total, predictions = (sum(column) for column in zip(*of_all, strict=True))
+    return total / predictions if predictions else None
 
 
 @contextmanager
