@@ -51,7 +51,7 @@ class Watch(BoundedSteps):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write down what the step changed."""
         super().on_optimizer_step(args, state, control, **kwargs)
-        rate = float(self._rates[0])
+        rate = float(max(self._rates))
         steps = [after - before for before, after in zip(self.deltas, self._deltas(), strict=True)]
         weights = [layer.base_layer.weight.detach().float() for layer in self.layers]
         of_norm = [mean(_ratios(steps, weights, order)) for order in ("fro", 2)]

@@ -71,7 +71,7 @@ class BoundedSteps(TrainerCallback, ExportableState):
         self.first_steps = first_steps
         self.every = every
         self.scale = 1.0
-        self.peak = 0.0  # the schedule's highest rate so far
+        self.peak = 0.0  # the highest rate so far that the schedule gave a group of parameters
         self.curvatures: list[float] = []  # of the last steps looked at: divergence over the square of the rate
         self._rates: list[Any] = []
         self._inputs: dict[str, Any] = {}
@@ -102,8 +102,8 @@ class BoundedSteps(TrainerCallback, ExportableState):
         self.scale, self.peak, self.curvatures = 1.0, 0.0, []
         kept = (state.stateful_callbacks or {}).get(type(self).__name__) if state.global_step else None
         if isinstance(kept, Mapping):
-            for name, value in kept["attributes"].items():
-                setattr(self, name, value)
+            for name in self.state()["attributes"]:
+                setattr(self, name, kept["attributes"][name])
         self._let_go()
         self._hook = model.register_forward_pre_hook(self._remember, with_kwargs=True)
 
@@ -115,11 +115,11 @@ class BoundedSteps(TrainerCallback, ExportableState):
         """Set the rates of this step; where it is looked at, keep where it starts."""
         groups = kwargs["optimizer"].param_groups
         self._rates = [group["lr"] for group in groups]
-        self.peak = max(self.peak, float(self._rates[0]))
+        self.peak = max(self.peak, *map(float, self._rates))
         self.scale = self._scale()
         for group in groups:
             group["lr"] = group["lr"] * self.scale
-        if self.is_looked_at(state.global_step) and self._rates[0] > 0:
+        if self.is_looked_at(state.global_step) and max(self._rates) > 0:
             self._start = [(p, p.detach().clone()) for group in groups for p in group["params"]]
             self._before = self._predictions(kwargs["model"])
 
@@ -131,8 +131,8 @@ class BoundedSteps(TrainerCallback, ExportableState):
         if self._before is None:
             return
         share, divergence = self._shorten(kwargs["model"], self._before)
-        rate = float(self._rates[0]) * self.scale * share
-        if divergence is not None:
+        rate = float(max(self._rates)) * self.scale * share
+        if divergence:  # not where a scaler of half precision has skipped the step
             self.curvatures = [*self.curvatures, divergence / rate**2][-_TYPICAL:]
         self._start, self._before = [], None
 
