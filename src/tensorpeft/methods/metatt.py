@@ -45,6 +45,7 @@ class MetaTtConfig(FramedConfig):
         head_dim: features of an attention head, for a model whose configuration does not say it.
         init_weights: True: the last core starts at zero, so that every update does; G1 is normal with variance 1 / in,
             the cores between are identities. False: all are random, which is *not* the identity.
+            `tensorpeft.initialize_from_gradients` sets all but the last from a train of the gradients (TT-SVD).
 
     Raises:
         ValueError: a rank, bond or head dimension below 1, an unknown variant, an alpha that is not positive;

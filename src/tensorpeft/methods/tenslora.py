@@ -46,7 +46,8 @@ class TensLoraConfig(FramedConfig):
         head_dim: features of an attention head, for a model whose configuration does not say it.
         init_weights: True: the core (of "cp", the first factor) starts at zero, so that every update does. False: it is
             random, which is *not* the identity. Tucker's factors have orthonormal columns, or rows where r is larger
-            than the mode.
+            than the mode. `tensorpeft.initialize_from_gradients` sets them from the gradients (HOOI; "cp": by least
+            squares).
 
     Raises:
         ValueError: a rank or head dimension below 1, ranks of another number than modes, or several with "cp", an
