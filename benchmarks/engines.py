@@ -10,7 +10,9 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,21 +37,19 @@ def greedy(model: nn.Module, ids: Sequence[int], count: int, never: Sequence[int
 
 
 class LlamaCpp:
-    """A llama.cpp of its own, with a model and perhaps an adapter, that computes in float32, so many texts at once."""
+    """A llama.cpp in a process of its own, with a model and perhaps an adapter; float32, so many texts at once."""
 
     def __init__(self, model: Path, adapter: Path | None = None, slots: int = 1) -> None:
-        import xllamacpp
-
-        params = xllamacpp.CommonParams()
-        params.model.path = str(model)
-        params.n_ctx, params.n_parallel, params.verbosity, params.n_gpu_layers = 256 * slots, slots, -1, 0
-        params.warmup = params.fit_params = False
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        if adapter is not None:
-            params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
-        self._server = xllamacpp.Server(params)
+        asked = {"model": str(model), "adapter": None if adapter is None else str(adapter), "slots": slots}
+        host = Path(__file__).with_name("llama_cpp_host.py")
+        self._process = subprocess.Popen(
+            [sys.executable, str(host), json.dumps(asked)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        weakref.finalize(self, _end, self._process)
+        assert self._process.stdout is not None
+        self._address = self._process.stdout.readline().strip()
+        if not self._address.startswith("http"):
+            raise RuntimeError(f"llama.cpp with {asked}: expected the address of its server, got {self._address!r}.")
 
     def tokens(self, text: str) -> list[int]:
         """The text's tokens."""
@@ -62,7 +62,12 @@ class LlamaCpp:
         return self._ask("/completion", prompt=list(ids), n_predict=count, logit_bias=without, **fixed)["tokens"]
 
     def _ask(self, path: str, **body: Any) -> dict[str, Any]:
-        return _post(self._server.listening_address + path, body)
+        return _post(self._address + path, body)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.communicate()
 
 
 class VllmServer:
