@@ -49,8 +49,8 @@ class BoundedSteps(TrainerCallback, ExportableState):
         every: after these, one of so many.
 
     Attributes:
-        scale: the factor on the learning rate, 1 at first. It is saved with a checkpoint, with what it comes from, and
-            read when training is resumed from one.
+        scale: the factor on the learning rate, 1 at first. What it comes from is saved with a checkpoint, and read when
+            training is resumed from one.
 
     Raises:
         ValueError: a bound that is not above zero, fewer than 0 first steps, ``every`` below 1. When training begins:
@@ -86,10 +86,7 @@ class BoundedSteps(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
         arguments = {"max_kl": self.max_kl, "first_steps": self.first_steps, "every": self.every}
-        return {
-            "args": arguments,
-            "attributes": {"scale": self.scale, "peak": self.peak, "curvatures": self.curvatures},
-        }
+        return {"args": arguments, "attributes": {"peak": self.peak, "curvatures": self.curvatures}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Refuse what cannot be measured; take up what the checkpoint kept that is gone on from."""
@@ -197,11 +194,10 @@ def _is_sharded(model: nn.Module) -> bool:
 
 def _first_rows(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """A batch's first rows; as it is where its rows cannot be told."""
-    tensors = [value for value in inputs.values() if isinstance(value, Tensor) and value.dim() > 0]
-    sizes = {len(value) for value in tensors}
-    if len(sizes) != 1:  # such as sequences that are packed into one, with where they begin
+    of_rows = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and value.dim() > 0}
+    if len({len(value) for value in of_rows.values()}) != 1:  # such as packed sequences, with where they begin
         return dict(inputs)
-    return {name: value[:_ROWS] if any(value is t for t in tensors) else value for name, value in inputs.items()}
+    return {**inputs, **{name: value[:_ROWS] for name, value in of_rows.items()}}
 
 
 def _of_loss(
