@@ -188,7 +188,9 @@ def kill_a_worker():
             locks = [Path(file.path) for file in worker.open_files() if file.path.endswith("/.lock")]
         except psutil.Error:
             return False
-        return any("broken" not in lock.parts and not (lock.parent / "results.json").exists() for lock in locks)
+        # Any process, until it has become another program, holds what the one that starts it holds: the folder's lock.
+        cells = [lock.parent for lock in locks if "entries" in lock.parts and "broken" not in lock.parts]
+        return any(not (cell / "results.json").exists() for cell in cells)
 
     def kill_one_that_trains():
         while not killed:
