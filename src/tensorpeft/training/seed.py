@@ -37,7 +37,12 @@ def _claim(output: Path, recipe: Recipe) -> None:
         write_lines(file, text.splitlines())
 
 
-def check_output(output: Path, recipe: Recipe, resume: bool) -> None:
+def check_output(
+    output: Path,
+    recipe: Recipe,
+    resume: bool,
+    is_tested_later: bool = False,  # a run without tests may be given some, by `score_seed`
+) -> None:
     """Refuse to write over another run, or to go on with another recipe."""
     if not (output / _RECIPE).is_file():
         return
@@ -48,6 +53,9 @@ def check_output(output: Path, recipe: Recipe, resume: bool) -> None:
         )
     found: Any = OmegaConf.to_container(OmegaConf.load(output / _RECIPE))
     wanted: Any = OmegaConf.to_container(OmegaConf.create(recipe.to_yaml()))
+    if is_tested_later and found["data"].get("test") is None:
+        found["data"] |= {name: wanted["data"][name] for name in ("test", "test_rows")}
+        found["evaluate"] = wanted["evaluate"]
     # More seeds may be added, a folder may be moved, a description says nothing that is run.
     free = ("seeds", "output", "description")
     if other := [key for key in wanted if key not in free and found.get(key) != wanted[key]]:
@@ -132,6 +140,7 @@ def score_seed(
     trainer = make_trainer(dataclasses.replace(recipe, head=None), splits, tokenizer, arguments)  # saved folded
     saved = folder / kept_folder(recipe)
     trainer._load_from_checkpoint(str(saved))
+    _claim(folder.parent, recipe)  # its tests may have been added to it
     tests = _test(trainer, recipe, tokenizer, splits, options, saved, console)
     result = dataclasses.replace(result, tests=tests)
     result.write(folder / RESULTS)

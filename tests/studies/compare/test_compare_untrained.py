@@ -78,3 +78,22 @@ def test_called_again_it_is_not_tested_again(finished, asked, monkeypatch):
     monkeypatch.setattr(cells, "_run", None)
     again = run_compare(load_entries(asked / "asked.yaml", output=output), 0, "", io.StringIO())
     assert [run.loss for run in again[0].final] == [run.loss for run in results[0].final]
+
+
+def test_tests_that_are_added_later_test_what_is_trained_already(finished, asked, tmp_path, monkeypatch):
+    from tensorpeft.studies.compare import cells
+
+    def run(*overrides):
+        comparison = load_entries(asked / "asked.yaml", output=tmp_path / "run", overrides=overrides)
+        return run_compare(comparison, 0, "", io.StringIO())
+
+    without_test = run("data.test=null", "data.test_rows=null", "evaluate={}")
+    assert not any(run.result.tests for result in without_test for run in result.final)
+    monkeypatch.setattr(cells, "run_seed", None)
+    with_test = run()
+    assert [result.entry.label for result in with_test][1:] == [result.entry.label for result in without_test]
+    for one, other in zip(with_test, finished[0]):
+        assert one.final[0].result.tests == other.final[0].result.tests
+        assert one.losses() == other.losses()
+    with pytest.raises(ValueError, match="the run has data"):
+        run("data.test_rows=4")

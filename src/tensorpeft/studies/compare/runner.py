@@ -81,7 +81,11 @@ class Runner:
         """
         for entry in self.comparison.entries:
             for rate in entry.rates or (0.0,):
-                check_output(self.folder(entry, rate, 0).parent, self._recipe(entry, rate), resume=True)
+                self._check(self.folder(entry, rate, 0), self._recipe(entry, rate))
+
+    def _check(self, folder: Path, recipe: Recipe) -> None:
+        """Refuse a cell's folder that holds cells of another recipe. All are trained without tests, and tested later."""
+        check_output(folder.parent, recipe, resume=True, is_tested_later=True)
 
     def _recipe(self, entry: Entry, rate: float) -> Recipe:
         """What a cell runs."""
@@ -91,7 +95,7 @@ class Runner:
 
     def _train(self, entry: Entry, rate: float, seed: int, kind: Kind = "train") -> Run:
         folder, recipe = self.folder(entry, rate, seed), self._recipe(entry, rate)
-        check_output(folder.parent, recipe, resume=True)
+        self._check(folder, recipe)
         try:
             if (folder / RESULTS).is_file():
                 return Run(rate, seed, read_result(folder / RESULTS))
