@@ -57,6 +57,22 @@ def test_grids_follow_the_recipes_rate_and_what_a_method_wants_of_it(write):
     assert scaled.rates == (3e-5, 1e-4, 3e-4)
 
 
+def test_where_steps_are_bounded_one_rate_is_all_that_a_method_needs(write):
+    of_questions = RECIPE.replace("task: sst2", "task: gsm8k")
+    bounded = of_questions + "max_step_kl: 0.01\n"
+    rates = {entry.key: entry.rates for entry in load_entries(write(recipe=bounded)).entries}
+    assert rates["dota"] == rates["lora"] == (1e-2,)
+    assert rates["lorta"] == (1e-1,)
+    searched = load_entries(write("compare: {methods: {lora: {rates: [1e-3, 1e-2]}}}", recipe=bounded)).entries
+    assert searched[0].rates == (1e-3, 1e-2)
+    section = "compare: {methods: {lora: {max_step_kl: 0.01}, dota: }}"
+    of_one = load_entries(write(section, recipe=of_questions)).entries
+    assert [entry.rates for entry in of_one] == [(1e-2,), (3e-4, 1e-3, 3e-3)]
+    # A head that starts from noise hides what becomes of the model.
+    with_head = RECIPE + "max_step_kl: 0.01\n"
+    assert load_entries(write(recipe=with_head), "lora").entries[0].rates == (3e-4, 1e-3, 3e-3)
+
+
 def test_a_variant_is_a_part_of_a_recipe_put_on_top(write):
     section = """
 compare:

@@ -10,6 +10,8 @@ from typing import Any, TypeGuard
 from tensorpeft.studies.budget import parse_count
 from tensorpeft.studies.catalogue import DEFAULT_COMPARED, METHODS, Method, methods_by_key
 from tensorpeft.studies.rates import rate_grid
+from tensorpeft.tasks.registry import find_task
+from tensorpeft.tasks.task import LabelTask
 from tensorpeft.training.recipe import Recipe, check_keys, load_comparison, load_recipe
 
 # What of the recipe's adapter every other method is given too: which weights are adapted, which modules are trained.
@@ -17,6 +19,7 @@ _TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_
 _KEPT_MODULES = ("modules_to_save",)
 _SECTION = ("seeds", "methods", "rate_scale", "budget", "target_loss", "widenings", "output")
 _ON_TOP = ("trainer", "quantize", "model_arguments", "max_step_kl", "head_learning_rate", "head")
+_ABOVE = 10  # times the usual rate: not too low where steps are bounded, and what is too high is scaled down
 _ENTRY = ("label", "note", "rates", "knob", "adapter", "start_rows", *_ON_TOP)
 
 
@@ -88,7 +91,8 @@ def load_entries(
     ``target_loss`` and
     ``output``. A key of the catalogue begins with what is there; an adapter of the recipe's own method begins with the
     recipe's; every adapter has the recipe's targets. Without ``rates``, an entry chooses among three: the recipe's
-    learning rate, times what its method wants of it, and √10 below and above; of one rate nothing is chosen.
+    learning rate, times what its method wants of it, and √10 below and above. With ``max_step_kl`` it has one, ten
+    times that: one that is too high is scaled down, but where a new head hides it. Of one rate nothing is chosen.
 
     Raises:
         FileNotFoundError: there is no such recipe.
@@ -159,7 +163,10 @@ def _make_entry(
     if adapter is None:
         entry_recipe = replace(entry_recipe, head=None)  # all weights are trained
     like = _most_like(adapter)
-    rates = described.get("rates") or rate_grid(base_rate * like.rate)
+    usual = base_rate * like.rate
+    # With a head that starts from noise no divergence tells what becomes of the model.
+    is_bounded = entry_recipe.max_step_kl is not None and not isinstance(find_task(entry_recipe.task), LabelTask)
+    rates = described.get("rates") or (rate_grid(_ABOVE * usual, 1) if is_bounded else rate_grid(usual))
     if not isinstance(rates, Sequence) or not all(_is_rate(rate) for rate in rates):
         raise ValueError(f"compare.methods.{key}.rates={rates!r}: expected a list of numbers above 0.")
     knob = described.get("knob", like.knob)
