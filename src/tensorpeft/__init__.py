@@ -18,6 +18,7 @@ from tensorpeft.methods.tcur_lora import TcurLoraConfig
 from tensorpeft.methods.tenslora import TensLoraConfig
 from tensorpeft.plugin.bounded_steps import BoundedSteps
 from tensorpeft.plugin.gradients import initialize_from_gradients
+from tensorpeft.plugin.kept_frames import save_frames
 from tensorpeft.plugin.tensor_map import print_tensor_map
 from tensorpeft.quantization import load_delta
 from tensorpeft.quantization import quantizer as _quantizer  # noqa: F401  # registers residual bases with transformers
@@ -43,5 +44,6 @@ __all__ = [
     "initialize_from_gradients",
     "load_delta",
     "print_tensor_map",
+    "save_frames",
 ]
 __version__ = "0.1.0"

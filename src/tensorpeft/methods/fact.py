@@ -9,18 +9,18 @@ from typing import Literal
 
 from torch import nn
 
-from tensorpeft.methods.common.frozen_frames import check_train
+from tensorpeft.methods.common.frozen_frames import FreezableFramesConfig
 from tensorpeft.networks.group import join, tensors_of
 from tensorpeft.networks.sketch import Gradient
 from tensorpeft.networks.tucker import TuckerFactors, TuckerUpdate, set_shared_frames
-from tensorpeft.plugin.config import Bases, FramedConfig, check_is_bool, check_rank, check_scale
+from tensorpeft.plugin.config import Bases, check_is_bool, check_rank, check_scale
 from tensorpeft.plugin.registration import register
 from tensorpeft.sites import Site, group_by_tensor, shape_name
 
 
 @register("fact")
 @dataclass
-class FactConfig(FramedConfig):
+class FactConfig(FreezableFramesConfig):
     """`ΔW_n = scale · U G_n Vᵀ`: U (out, r) and V (in, r) are shared by all weights of one shape (and tower).
 
     As a tensor train every weight has a core G_n (r, r) of its own. As a Tucker3 tensor the cores are slices of one,
@@ -48,7 +48,6 @@ class FactConfig(FramedConfig):
     r: int = field(default=4, metadata={"help": "Rank of every mode."})
     core: Literal["tt", "tk"] = field(default="tt", metadata={"help": '"tt": tensor train, "tk": Tucker3.'})
     scale: float = field(default=1.0, metadata={"help": "What multiplies every update."})
-    train: Literal["all", "cores"] = field(default="all", metadata={"help": '"all", or "cores": U and V are frozen.'})
     init_weights: bool = field(default=True, metadata={"help": "Whether the adapter starts as the identity."})
 
     def __post_init__(self) -> None:
@@ -57,13 +56,12 @@ class FactConfig(FramedConfig):
         check_rank("r", self.r)
         check_is_bool("init_weights", self.init_weights)
         check_scale("scale", self.scale)
-        check_train(self.train)
         if self.core not in ("tt", "tk"):
             raise ValueError(f'core={self.core!r}: expected "tt" (tensor train) or "tk" (Tucker3).')
 
     def of_rank(self, rank: int) -> FactConfig:
         """Itself with another rank, and updates scaled by 1."""
-        return replace(self, r=rank, scale=1.0)
+        return replace(self, r=rank, scale=1.0, frames=None, frames_digest=None)
 
     def build(self, sites: Sequence[Site], bases: Bases) -> Mapping[str, TuckerUpdate]:
         """A weight of its shape's tensor per site. Reads no weight."""

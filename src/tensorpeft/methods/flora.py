@@ -9,19 +9,19 @@ from typing import Any, ClassVar, Literal
 
 from torch import nn
 
-from tensorpeft.methods.common.frozen_frames import check_train
+from tensorpeft.methods.common.frozen_frames import FreezableFramesConfig
 from tensorpeft.networks.convolution import TuckerConvolutionUpdate
 from tensorpeft.networks.group import tensors_of
 from tensorpeft.networks.sketch import Gradient, leading_part
 from tensorpeft.networks.tucker import TuckerMatrixUpdate
-from tensorpeft.plugin.config import Bases, FramedConfig, check_rank, check_scale
+from tensorpeft.plugin.config import Bases, check_rank, check_scale
 from tensorpeft.plugin.registration import register
 from tensorpeft.sites import Site
 
 
 @register("flora")
 @dataclass
-class FloraConfig(FramedConfig):
+class FloraConfig(FreezableFramesConfig):
     """`ΔW = (alpha / r) · U G Vᵀ` per weight: U (out, r), V (in, r) and the core G (r, r), all trained.
 
     Of a convolution (`nn.Conv1d`, `Conv2d`, `Conv3d`, named in `target_modules`) every axis of the kernel has a mode
@@ -51,7 +51,6 @@ class FloraConfig(FramedConfig):
 
     r: int = field(default=8, metadata={"help": "Rank of the features' modes."})
     alpha: float = field(default=16, metadata={"help": "The updates are scaled by alpha / r."})
-    train: Literal["all", "cores"] = field(default="all", metadata={"help": '"all", or "cores": U and V are frozen.'})
     init_weights: bool | Literal["svd"] = field(default=True, metadata={"help": 'True, "svd" or False.'})
 
     def __post_init__(self) -> None:
@@ -61,7 +60,6 @@ class FloraConfig(FramedConfig):
         if self.init_weights not in (True, "svd", False):
             raise ValueError(f'init_weights={self.init_weights!r}: expected True, "svd" or False.')
         check_scale("alpha", self.alpha)
-        check_train(self.train)
 
     def build(self, sites: Sequence[Site], bases: Bases) -> Mapping[str, TuckerMatrixUpdate | TuckerConvolutionUpdate]:
         """A Tucker decomposition per site. Reads a weight, one at a time, only for its singular vectors."""

@@ -5,22 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import sqrt
-from typing import Literal
 
 from torch import nn
 
-from tensorpeft.methods.common.frozen_frames import check_train
+from tensorpeft.methods.common.frozen_frames import FreezableFramesConfig
 from tensorpeft.networks.group import join
 from tensorpeft.networks.sketch import Gradient
 from tensorpeft.networks.tucker import TuckerFactors, TuckerUpdate, set_shared_frames
-from tensorpeft.plugin.config import Bases, FramedConfig, check_is_bool, check_rank, check_scale
+from tensorpeft.plugin.config import Bases, check_is_bool, check_rank, check_scale
 from tensorpeft.plugin.registration import register
 from tensorpeft.sites import Site, group_by_tensor, shape_name
 
 
 @register("lotr")
 @dataclass
-class LotrConfig(FramedConfig):
+class LotrConfig(FreezableFramesConfig):
     """`ΔW_l = (alpha / r) · U G_l Vᵀ`: U (out, r) and V (in, r) are shared by all weights of one shape (and tower).
 
     Each weight has a core G_l (r, r) of its own; weights of another shape form another tensor. Query and value of
@@ -46,7 +45,6 @@ class LotrConfig(FramedConfig):
 
     r: int = field(default=4, metadata={"help": "Rank of the shared factors."})
     alpha: float = field(default=16, metadata={"help": "The updates are scaled by alpha / r."})
-    train: Literal["all", "cores"] = field(default="all", metadata={"help": '"all", or "cores": U and V are frozen.'})
     init_weights: bool = field(default=True, metadata={"help": "Whether the adapter starts as the identity."})
 
     def __post_init__(self) -> None:
@@ -55,11 +53,10 @@ class LotrConfig(FramedConfig):
         check_rank("r", self.r)
         check_is_bool("init_weights", self.init_weights)
         check_scale("alpha", self.alpha)
-        check_train(self.train)
 
     def of_rank(self, rank: int) -> LotrConfig:
         """Itself with another rank, and updates scaled by 1."""
-        return replace(self, r=rank, alpha=rank)
+        return replace(self, r=rank, alpha=rank, frames=None, frames_digest=None)
 
     def build(self, sites: Sequence[Site], bases: Bases) -> Mapping[str, TuckerUpdate]:
         """A weight of its shape's tensor per site. Reads no weight."""

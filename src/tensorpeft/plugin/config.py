@@ -153,11 +153,32 @@ class FramedConfig(TensorConfig, ABC):
     Args:
         gradient_start: what `initialize_from_gradients` has set the frames from: rows, seed; written by it, so that it
             is saved. None: they start at random.
+        frames: a folder, or a name on the Hub, where `tensorpeft.save_frames` has kept frozen frames that many adapters
+            share; they are then no part of this adapter's file. None: the frames are its own.
+        frames_digest: which frames these are, the SHA-256 of their file; written when the adapter is made.
+
+    Raises:
+        ValueError: `frames` for an adapter that trains its own.
     """
 
     gradient_start: dict[str, int] | None = field(
         default=None, metadata={"help": "Written when the frames are set from gradients."}
     )
+    frames: str | None = field(default=None, metadata={"help": "Where frozen frames are kept that adapters share."})
+    frames_digest: str | None = field(default=None, metadata={"help": "Written when frames are taken from there."})
+
+    def __post_init__(self) -> None:
+        """Check that the frames are not trained where they are others' too."""
+        super().__post_init__()
+        if self.frames is not None and not self.freezes_frames():
+            raise ValueError(
+                f"frames={self.frames!r}: this adapter trains its frames, which are then its own. Leave it out, or "
+                "freeze them, where its method can."
+            )
+
+    def freezes_frames(self) -> bool:
+        """Whether the frames stay as they start."""
+        return False
 
     @abstractmethod
     def frame_rank(self, sites: Mapping[str, tuple[int, int]]) -> int:  # {name: (out, in)}

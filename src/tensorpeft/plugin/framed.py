@@ -131,6 +131,11 @@ def framed_of(model: PeftModel, adapter_name: str) -> Framed:
         raise ValueError(f"adapter_name={adapter_name!r}: expected one of {sorted(model.peft_config)}.")
     config = model.peft_config[adapter_name]
     if isinstance(config, FramedConfig):
+        if config.frames is not None:
+            raise ValueError(
+                f"{adapter_name}: its frames are kept in {config.frames!r} for all adapters that refer to them. Make "
+                "one without frames=, set its frames, and keep those in another folder."
+            )
         return FramedTensors(config, adapter_name)
     if config.peft_type == PeftType.LORA:
         return FramedLora(config, adapter_name)

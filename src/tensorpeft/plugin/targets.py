@@ -24,8 +24,9 @@ from tensorpeft.plugin.base_weight import (
     restore_row_order,
     with_layer,
 )
-from tensorpeft.plugin.config import TensorConfig
+from tensorpeft.plugin.config import FramedConfig, TensorConfig
 from tensorpeft.plugin.experts import check_stacked_updates, target_stacks
+from tensorpeft.plugin.kept_frames import take_frames
 from tensorpeft.plugin.towers import find_tower
 from tensorpeft.sites import Site, find_sites
 
@@ -36,6 +37,8 @@ def build_updates(tuner: BaseTuner, config: TensorConfig) -> Mapping[str, Abstra
     config.settle(sites, bases)
     updates = config.build(sites, replace(bases, allocates_only=getattr(tuner, "_allocates_only", False)))
     check_stacked_updates(updates, bases.layers, config)
+    if isinstance(config, FramedConfig) and config.frames is not None:
+        take_frames(updates, config, {name: _device_of(base) for name, (base, _) in bases.layers.items()})
     return updates
 
 
@@ -123,6 +126,12 @@ def check_tokens(model: nn.Module, config: TensorConfig) -> None:
                 raise ValueError(
                     f"trainable_token_indices={tokens!r} of {key}: expected a list of tokens, from 0 to {rows - 1}."
                 )
+
+
+def _device_of(base: Any) -> torch.device:
+    """Where a layer's weight is, or where one that is put away between calls would be made."""
+    weight = getattr(base, "weight", None)
+    return torch.device("cpu") if weight is None or weight.is_meta else weight.device
 
 
 def innermost(target: nn.Module) -> nn.Module:

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from tensorpeft.networks.update import AbstractUpdate
 from tensorpeft.plugin.base_weight import find_backend, layer_shape, onloaded
 from tensorpeft.plugin.checkpoint import shapes_to_load
-from tensorpeft.plugin.config import TensorConfig
+from tensorpeft.plugin.config import FramedConfig, TensorConfig
 from tensorpeft.plugin.experts import ExpertsLayer, target_stacks, warn_of_stacks
 from tensorpeft.plugin.holder import SharedHolder, UpdateHolder, home_of_shared
+from tensorpeft.plugin.kept_frames import take_frames
 from tensorpeft.plugin.layer import TensorLayer, merging_in
 from tensorpeft.plugin.loading import (
     check_checkpoint,
@@ -280,6 +281,8 @@ def _check_shapes(tuner: BaseTuner, classes: MethodClasses, config: TensorConfig
     config.settle(sites, bases)
     with torch.device("meta"):
         updates = config.build(sites, replace(bases, allocates_only=True))
+        if isinstance(config, FramedConfig) and config.frames is not None:
+            take_frames(updates, config, {})
     attribute = classes.layer.adapter_layer_names[0]
     modules: dict[str, nn.Module] = {f"{name}.{attribute}.": update for name, update in updates.items()}
     shared = [update.shared for update in updates.values() if update.shared is not None]

@@ -1,7 +1,35 @@
-"""What the methods with frames have in common: whether these are trained too."""
+"""What the methods have in common whose frames may be frozen."""
+
+from __future__ import annotations
+
+from abc import ABC
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tensorpeft.plugin.config import FramedConfig
 
 
-def check_train(value: object) -> None:
-    """Raise a `ValueError` unless it says what is trained of frames and cores."""
-    if value not in ("all", "cores"):
-        raise ValueError(f'train={value!r}: expected "all" (frames and cores) or "cores" (the frames are frozen).')
+@dataclass
+class FreezableFramesConfig(FramedConfig, ABC):
+    """The field of such a method.
+
+    Args:
+        train: "all", frames and cores; or "cores": the frames are frozen as they start.
+
+    Raises:
+        ValueError: another `train`.
+    """
+
+    train: Literal["all", "cores"] = field(default="all", metadata={"help": '"all", or "cores": frames are frozen.'})
+
+    def __post_init__(self) -> None:
+        """Check what is trained."""
+        super().__post_init__()
+        if self.train not in ("all", "cores"):
+            raise ValueError(
+                f'train={self.train!r}: expected "all" (frames and cores) or "cores" (the frames are frozen).'
+            )
+
+    def freezes_frames(self) -> bool:
+        """Whether U and V stay as they start."""
+        return self.train == "cores"

@@ -84,7 +84,7 @@ class Runner:
                 self._check(self.folder(entry, rate, 0), self._recipe(entry, rate))
 
     def _check(self, folder: Path, recipe: Recipe) -> None:
-        """Refuse a cell's folder that holds cells of another recipe. All are trained without tests, and tested later."""
+        """Refuse a folder with cells of another recipe. All are trained without tests, and tested later."""
         check_output(folder.parent, recipe, resume=True, is_tested_later=True)
 
     def _recipe(self, entry: Entry, rate: float) -> Recipe:

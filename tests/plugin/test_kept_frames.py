@@ -1,0 +1,238 @@
+"""Frozen frames in a file of their own: many adapters of a model, exact, with one copy on disk and in memory."""
+
+import gc
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftConfig, PeftMixedModel, PeftModel, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from cases import MODELS, logits, perturb, tokens
+from tensorpeft import FactConfig, FloraConfig, LortaConfig, LotrConfig, initialize_from_gradients, save_frames
+from tensorpeft.export import to_lora
+
+LLAMA = MODELS[0]
+FREEZING: list[tuple[type[PeftConfig], dict[str, Any]]] = [
+    (LotrConfig, {"r": 4}),
+    (FactConfig, {"r": 4}),
+    (FactConfig, {"r": 4, "core": "tk"}),
+    (FloraConfig, {"r": 4}),
+]
+over_freezing = pytest.mark.parametrize(("kind", "fields"), FREEZING, ids=["lotr", "fact-tt", "fact-tk", "flora"])
+
+
+def config_of(kind: type[PeftConfig], fields: dict[str, Any], **more: Any) -> PeftConfig:
+    return kind(**{"train": "cores", "target_modules": LLAMA.targets, "task_type": "CAUSAL_LM", **fields, **more})
+
+
+def with_frames(kind: type[PeftConfig], fields: dict[str, Any], folder: Path | None = None, seed: int = 5) -> Any:
+    """A model with a trained adapter between frames of its data's gradient, which are kept in the folder."""
+    torch.manual_seed(seed)
+    model = get_peft_model(LLAMA.fresh(), config_of(kind, fields))
+    rows = tokens(seed=seed)
+    initialize_from_gradients(model, [{"input_ids": rows, "labels": rows}])
+    perturb(model, seed)
+    if folder is not None:
+        save_frames(model, folder)
+    return model.eval()
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+@over_freezing
+def test_an_adapter_is_the_same_with_its_frames_in_a_file(kind, fields, tmp_path):
+    model = with_frames(kind, fields)
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "whole")
+    save_frames(model, tmp_path / "frames")
+    assert torch.equal(logits(model), expected)
+    model.save_pretrained(tmp_path / "own")
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert sum(tensor.numel() for tensor in tensors_of(tmp_path / "own").values()) == trained
+    kept = sum(tensor.numel() for tensor in load_file(tmp_path / "frames" / "frames.safetensors").values())
+    assert sum(tensor.numel() for tensor in tensors_of(tmp_path / "whole").values()) == trained + kept
+    for low_cpu_mem_usage in (False, True):
+        loaded = PeftModel.from_pretrained(LLAMA.fresh(), tmp_path / "own", low_cpu_mem_usage=low_cpu_mem_usage).eval()
+        assert torch.equal(logits(loaded), expected)
+        assert loaded.peft_config["default"].frames == str(tmp_path / "frames")
+    del model, loaded
+    gc.collect()  # nothing is left in memory
+    loaded = PeftModel.from_pretrained(LLAMA.fresh(), tmp_path / "own").eval()
+    assert torch.equal(logits(loaded), expected)
+    to_lora(loaded, tmp_path / "lora")
+    exported = PeftModel.from_pretrained(LLAMA.fresh(), tmp_path / "lora").eval()
+    torch.testing.assert_close(logits(exported), expected, atol=1e-5, rtol=1e-5)
+    merged = loaded.merge_and_unload()
+    torch.testing.assert_close(logits(merged), expected, atol=1e-5, rtol=1e-5)
+
+
+@over_freezing
+def test_a_new_adapter_starts_between_kept_frames_as_the_base_and_shares_their_memory(kind, fields, tmp_path):
+    model = with_frames(kind, fields, tmp_path)
+    first = logits(model)
+    model.add_adapter("second", config_of(kind, fields, frames=str(tmp_path)))
+    model.set_adapter("second")
+    assert torch.equal(logits(model), logits(LLAMA.fresh()))
+    assert model.peft_config["second"].frames_digest == model.peft_config["default"].frames_digest
+    buffers = {}
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        if "_update." in name:
+            buffers.setdefault(name.replace(".second", ".default"), []).append(buffer)
+    assert buffers
+    assert all(len(pair) == 2 and pair[0] is pair[1] for pair in buffers.values())
+    perturb(model, seed=9)
+    second = logits(model)
+    assert not torch.equal(second, first)
+    rows = logits(model, tokens(batch=2), adapter_names=["default", "second"])
+    torch.testing.assert_close(rows[0], first[0], atol=1e-5, rtol=1e-5)
+    model.save_pretrained(tmp_path / "both")
+    for name, expected in (("default", first), ("second", second)):
+        folder = tmp_path / "both" / ("" if name == "default" else name)
+        assert torch.equal(logits(PeftModel.from_pretrained(LLAMA.fresh(), folder).eval()), expected)
+
+
+def test_training_between_kept_frames_resumes_exactly(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    with_frames(LotrConfig, {"r": 4}, tmp_path / "frames")
+    rows = [{"input_ids": row, "labels": row} for row in tokens(batch=8)]
+
+    def train(output: str, resume: bool = False) -> Any:
+        torch.manual_seed(3)
+        config = config_of(LotrConfig, {"r": 4}, frames=str(tmp_path / "frames"))
+        model = get_peft_model(LLAMA.fresh(), config)
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path / output), max_steps=4, save_steps=2, learning_rate=1e-2, report_to=[], use_cpu=True
+        )
+        trainer = Trainer(model, arguments, train_dataset=rows)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2") if resume else None)
+        return model.eval()
+
+    whole = train("run")
+    assert torch.equal(logits(train("again", resume=True)), logits(whole))
+    assert not torch.equal(logits(whole), logits(LLAMA.fresh()))
+
+
+def test_other_ways_of_loading(tmp_path):
+    model = with_frames(LotrConfig, {"r": 4}, tmp_path / "frames")
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "own")
+    of_transformers = LLAMA.fresh()
+    of_transformers.load_adapter(str(tmp_path / "own"))
+    assert torch.equal(logits(of_transformers.eval()), expected)
+    mixed = PeftMixedModel.from_pretrained(LLAMA.fresh(), tmp_path / "own").eval()
+    assert torch.equal(logits(mixed), expected)
+
+
+def test_a_weighted_sum_has_frames_of_its_own(tmp_path):
+    model = with_frames(LotrConfig, {"r": 4}, tmp_path / "frames")
+    model.add_adapter("second", config_of(LotrConfig, {"r": 4}, frames=str(tmp_path / "frames")))
+    model.set_adapter("second")
+    perturb(model, seed=9)
+    model.base_model.add_weighted_adapter(["default", "second"], [0.5, 2.0], "sum")
+    assert model.peft_config["sum"].frames is None
+    name = "base_model.model.model.layers.0.self_attn.q_proj"
+    updates = model.get_submodule(name).updates
+    with torch.no_grad():
+        expected = 0.5 * updates["default"].matrix() + 2.0 * updates["second"].matrix()
+        torch.testing.assert_close(updates["sum"].matrix(), expected)
+
+
+def test_frames_that_adapters_refer_to_are_never_replaced(tmp_path):
+    model = with_frames(LotrConfig, {"r": 4}, tmp_path)
+    save_frames(model, tmp_path)  # the same ones
+    before = (tmp_path / "frames.safetensors").read_bytes()
+    other = with_frames(LotrConfig, {"r": 4}, seed=8)
+    with pytest.raises(FileExistsError, match=r"frames.safetensors holds other frames"):
+        save_frames(other, tmp_path)
+    assert other.peft_config["default"].frames is None
+    assert (tmp_path / "frames.safetensors").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["frames.safetensors"]
+    with pytest.raises(ValueError, match=r"default: its frames are kept in '.*' for all adapters"):
+        initialize_from_gradients(model, [])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LotrConfig(r=4, frames="x"), r"frames='x': this adapter trains its frames"),
+        (lambda: LortaConfig(r=4, frames="x"), r"frames='x': this adapter trains its frames"),
+        (lambda: FloraConfig(r=4, train="cores", frames=[1]), r"frames=\[1\]: expected str | None"),
+    ],
+)
+def test_a_configuration_that_cannot_share_frames(make: Callable[[], PeftConfig], message: str):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_only_frozen_frames_can_be_kept(tmp_path):
+    for config in (LotrConfig(r=4, target_modules=LLAMA.targets), LortaConfig(r=4)):
+        model = get_peft_model(LLAMA.fresh(), config)
+        with pytest.raises(ValueError, match=r"'default': expected an adapter whose frames are frozen"):
+            save_frames(model, tmp_path / "frames")
+        with pytest.raises(ValueError, match=r"'other': expected one of \['default'\]"):
+            save_frames(model, tmp_path / "frames", "other")
+    assert not (tmp_path / "frames").exists()
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-8])
+
+
+def other_rank(file: Path) -> None:
+    with_frames(LotrConfig, {"r": 3}, file.parent / "others")
+    (file.parent / "others" / file.name).replace(file)
+
+
+def change(file: Path) -> None:
+    save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message", "of_new"),
+    [
+        (lambda file: shutil.rmtree(file.parent), r"expected a folder with frames.safetensors", True),
+        (lambda file: file.unlink(), r"is no complete safetensors file", True),
+        (truncate, r"is no complete safetensors file", True),
+        (other_rank, r"is \(24, 3\) there, expected \(24, 4\)|is \(\d+, 3\) there", True),
+        (change, r"not the frames that the adapter was trained between: the file's SHA-256 is", False),
+    ],
+)
+def test_what_is_wrong_with_frames_is_told_and_changes_nothing(damage, message, of_new, tmp_path):
+    frames = tmp_path / "frames"
+    model = with_frames(LotrConfig, {"r": 4}, frames)
+    model.save_pretrained(tmp_path / "own")
+    del model
+    gc.collect()
+    damage(frames / "frames.safetensors")
+    base = LLAMA.fresh()
+    modules = [name for name, _ in base.named_modules()]
+    with pytest.raises(ValueError, match=message if not of_new or "SHA" in message else rf"{message}|SHA-256"):
+        PeftModel.from_pretrained(base, tmp_path / "own")
+    assert [name for name, _ in base.named_modules()] == modules
+    if of_new:
+        with pytest.raises(ValueError, match=message):
+            get_peft_model(base, config_of(LotrConfig, {"r": 4}, frames=str(frames)))
+        assert [name for name, _ in base.named_modules()] == modules
+
+
+def test_frames_may_move_with_the_configuration(tmp_path):
+    model = with_frames(LotrConfig, {"r": 4}, tmp_path / "frames")
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "own")
+    del model
+    gc.collect()
+    (tmp_path / "frames").rename(tmp_path / "moved")
+    path = tmp_path / "own" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "frames": str(tmp_path / "moved")}))
+    assert torch.equal(logits(PeftModel.from_pretrained(LLAMA.fresh(), tmp_path / "own").eval()), expected)
+    with safe_open(tmp_path / "moved" / "frames.safetensors", "pt") as file:
+        assert sorted(key[-1] for key in file.keys()) == ["U"] * 4 + ["V"] * 4  # noqa: SIM118
