@@ -60,6 +60,7 @@ CASES = [
     Case("lorta", LortaConfig, {"r": 4}),
     Case("lorta-no-start", LortaConfig, {"r": 4, "init_weights": False}, starts_at_identity=False),
     Case("lotr", LotrConfig, {"r": 4}),
+    Case("lotr-cores", LotrConfig, {"r": 12, "alpha": 96, "train": "cores"}),
     Case("fact-tt", FactConfig, {"r": 4}),
     Case("fact-tk", FactConfig, {"r": 4, "core": "tk"}),
     Case("metatt", MetaTtConfig, {"r": 4}),

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft.tuners.lora import LoraModel
@@ -106,7 +106,7 @@ class TensorModel(BaseTuner):
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
             for stack in stacks:
                 keys = list(stack.weights())
-                _plan(self, self.classes, peft_config, keys[0])
+                _plan(self, self.classes, peft_config, adapter_name, keys[0])
                 stack.split(model, self.classes.experts)
                 for key in keys:
                     wrap_layer(self, self.classes, peft_config, adapter_name, key)
@@ -240,7 +240,7 @@ def wrap_layer(
         ValueError: the method cannot adapt a target, or serve it.
     """
     key = key.removeprefix("base_model.model.")  # PeftMixedModel adds its second adapter from its own root
-    update = _plan(tuner, classes, config, key).pop(key)
+    update = _plan(tuner, classes, config, adapter_name, key).pop(key)
     parent, target, target_name = _get_submodules(tuner.model, key)
     with onloaded(base := innermost(target)):  # the update goes to where the layer computes
         if isinstance(target, classes.layer):
@@ -264,15 +264,39 @@ def wrap_layer(
             update.shared.requires_grad_(is_active and not config.inference_mode)
 
 
-def _plan(tuner: BaseTuner, classes: MethodClasses, config: TensorConfig, key: str) -> dict[str, AbstractUpdate]:
+def _plan(
+    tuner: BaseTuner, classes: MethodClasses, config: TensorConfig, adapter_name: str, key: str
+) -> dict[str, AbstractUpdate]:
     """The updates of a new adapter that have no layer yet, that of the layer `key` being one of them."""
     planned: tuple[Any, dict[str, AbstractUpdate]] | None = getattr(tuner, "_planned", None)
     if planned is None or planned[0] is not config or key not in planned[1]:
         if (shapes := shapes_to_load()) is not None:
             _check_shapes(tuner, classes, config, shapes)
         planned = (config, dict(build_updates(tuner, config)))
+        if shapes is None:
+            _freeze_alike(tuner, config, adapter_name, planned[1])
         tuner._planned = planned  # type: ignore[assignment]
     return planned[1]
+
+
+@torch.no_grad()
+def _freeze_alike(
+    tuner: BaseTuner, config: TensorConfig, adapter_name: str, updates: Mapping[str, AbstractUpdate]
+) -> None:
+    """Give an adapter that is made with the very configuration of another one what that has frozen: start, frames.
+
+    TRL makes the reference of a trained adapter so, and copies to it what is trained alone.
+    """
+    others = {name for name, other in tuner.peft_config.items() if other is config} - {adapter_name}
+    pairs: dict[int, tuple[nn.Module, Any]] = {}
+    for name, module in tuner.model.named_modules() if others else ():
+        if isinstance(module, TensorLayer) and (there := others & set(module.updates)):
+            own, other = updates[key_of(name)], cast(Any, module.updates[min(there)])
+            pairs |= {id(to): (to, from_) for to, from_ in ((own, other), (own.shared, other.shared)) if to is not None}
+    for to, from_ in pairs.values():
+        for key, buffer in to.named_buffers():
+            if not buffer.is_meta and buffer is not (found := from_.get_buffer(key)):  # kept frames are the same
+                buffer.copy_(found)
 
 
 def _check_shapes(tuner: BaseTuner, classes: MethodClasses, config: TensorConfig, shapes: dict[str, Tensor]) -> None:
