@@ -61,7 +61,7 @@ class FactConfig(FreezableFramesConfig):
 
     def of_rank(self, rank: int) -> FactConfig:
         """Itself with another rank, and updates scaled by 1."""
-        return replace(self, r=rank, scale=1.0, frames=None, frames_digest=None)
+        return replace(self, r=rank, scale=1.0, frames=None)
 
     def build(self, sites: Sequence[Site], bases: Bases) -> Mapping[str, TuckerUpdate]:
         """A weight of its shape's tensor per site. Reads no weight."""

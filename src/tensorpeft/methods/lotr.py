@@ -56,7 +56,7 @@ class LotrConfig(FreezableFramesConfig):
 
     def of_rank(self, rank: int) -> LotrConfig:
         """Itself with another rank, and updates scaled by 1."""
-        return replace(self, r=rank, alpha=rank, frames=None, frames_digest=None)
+        return replace(self, r=rank, alpha=rank, frames=None)
 
     def build(self, sites: Sequence[Site], bases: Bases) -> Mapping[str, TuckerUpdate]:
         """A weight of its shape's tensor per site. Reads no weight."""

@@ -192,11 +192,11 @@ def _ending(group: Group) -> Callable[[], None]:
 
 
 def tensors_of(module: object) -> dict[str, Tensor]:
-    """A module's own parameters and buffers by name."""
+    """A module's own parameters and buffers by name, digests apart."""
     attributes = vars(module)
     # FSDP's views, and nn.DataParallel's copies, stand in for parameters as plain attributes.
     named = {**attributes["_parameters"], **attributes["_buffers"], **attributes}
-    return {name: tensor for name, tensor in named.items() if isinstance(tensor, Tensor)}
+    return {name: tensor for name, tensor in named.items() if isinstance(tensor, Tensor) and tensor.is_floating_point()}
 
 
 def _all_tensors(member: Member) -> list[Tensor]:

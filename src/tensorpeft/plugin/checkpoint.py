@@ -143,6 +143,13 @@ def reads_files() -> bool:
     return _source.get() is not None
 
 
+def download_options() -> dict[str, Any]:
+    """Of `hf_hub_download`, for a file of another repository than that which is being loaded."""
+    source = _source.get()
+    given: Mapping[str, Any] = {} if source is None else source.download
+    return {key: value for key, value in given.items() if key in ("token", "cache_dir", "local_files_only")}
+
+
 def verifies_base() -> bool:
     """Whether what is being loaded is compared with the base's own digest made anew."""
     source = _source.get()

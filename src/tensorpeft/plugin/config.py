@@ -155,7 +155,6 @@ class FramedConfig(TensorConfig, ABC):
             is saved. None: they start at random.
         frames: a folder, or a name on the Hub, where `tensorpeft.save_frames` has kept frozen frames that many adapters
             share; they are then no part of this adapter's file. None: the frames are its own.
-        frames_digest: which frames these are, the SHA-256 of their file; written when the adapter is made.
 
     Raises:
         ValueError: `frames` for an adapter that trains its own.
@@ -165,7 +164,6 @@ class FramedConfig(TensorConfig, ABC):
         default=None, metadata={"help": "Written when the frames are set from gradients."}
     )
     frames: str | None = field(default=None, metadata={"help": "Where frozen frames are kept that adapters share."})
-    frames_digest: str | None = field(default=None, metadata={"help": "Written when frames are taken from there."})
 
     def __post_init__(self) -> None:
         """Check that the frames are not trained where they are others' too."""

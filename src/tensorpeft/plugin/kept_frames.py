@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -17,21 +19,23 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from tensorpeft.networks.update import AbstractUpdate
+from tensorpeft.plugin.checkpoint import download_options
 from tensorpeft.plugin.config import FramedConfig
 from tensorpeft.plugin.layer import TensorLayer
-from tensorpeft.plugin.loading import key_of, own_key
 
 FRAMES_NAME = "frames.safetensors"
-# Those that an adapter in memory has, by the digest of their file, name and device: the next adapter takes the same.
-_in_memory: WeakValueDictionary[tuple[str, str, torch.device], Tensor] = WeakValueDictionary()
+# The buffer of what has frames that are kept elsewhere: the SHA-256 of their file. It is saved in their place.
+FRAMES_DIGEST = "frames_digest"
+# Frames of adapters in memory, by their file's SHA-256, name, device and dtype: for the next adapter.
+_in_memory: WeakValueDictionary[tuple[bytes, str, torch.device, torch.dtype], Tensor] = WeakValueDictionary()
 
 
 def save_frames(model: nn.Module, folder: str | os.PathLike[str], adapter_name: str = "default") -> None:
     """Keep an adapter's frozen frames in a file of their own, which other adapters of the model share.
 
     The folder gets `frames.safetensors`. This adapter and every one that is made with `frames=folder` are then saved
-    without frames, loaded from it with the same ones, and hold one copy of them together in memory. What is saved names
-    the folder as it is given here, and the file's SHA-256, so that an adapter never meets other frames than its own.
+    without frames, and loaded with those of the folder; where they are loaded to one device they share one copy. What
+    is saved names the folder as it is given here, and has the file's SHA-256: between other frames it is refused.
 
     Args:
         model: the result of `get_peft_model`, or a model with injected adapters.
@@ -41,7 +45,7 @@ def save_frames(model: nn.Module, folder: str | os.PathLike[str], adapter_name: 
 
     Raises:
         FileExistsError: the folder holds other frames, which adapters may refer to.
-        ValueError: no such adapter, or one that trains its frames, or has none.
+        ValueError: no such adapter, one that trains its frames, or has none, or whose frames are not all finite.
 
     Source: the "extremely cheap" training of arXiv 2402.01376's abstract: only what is between the frames is new.
 
@@ -58,127 +62,179 @@ def save_frames(model: nn.Module, folder: str | os.PathLike[str], adapter_name: 
     >>> [name for name in model.state_dict() if "update.second" in name]
     ['base_model.model.shared_lotr.lotr_update.second.24x24_G']
     """
-    configs: Mapping[str, Any] = getattr(model, "peft_config", {})
+    configs: dict[str, Any] = getattr(model, "peft_config", {})
     config = configs.get(adapter_name)
     if not isinstance(config, FramedConfig) or not config.freezes_frames():
         found = f"one of {sorted(configs)}" if config is None else "an adapter whose frames are frozen"
         raise ValueError(f"adapter_name={adapter_name!r}: expected {found}; no others have frames to keep.")
-    updates: dict[str, Any] = {
-        own_key(key_of(name)): layer.updates[adapter_name]
-        for name, layer in model.named_modules()
-        if isinstance(layer, TensorLayer) and adapter_name in layer.updates
-    }
-    places = _places(updates)
-    tensors = {name: getattr(module, key).detach().cpu().contiguous() for name, (module, key) in places.items()}
-    config.frames_digest = digest = _write(tensors, Path(folder))
-    config.frames = os.fspath(folder)
+    places = _places(_updates_of(model, adapter_name))
+    frames = {name: getattr(module, key).detach().cpu().contiguous() for name, (module, key) in places.items()}
+    if wrong := [name for name, frame in frames.items() if not torch.isfinite(frame).all()]:
+        raise ValueError(f"{adapter_name}: not all numbers of its frame {wrong[0]} are finite. Make the adapter anew.")
+    digest = _write(save(frames), Path(folder))
     for name, (module, key) in places.items():
         frame = getattr(module, key)
-        module.register_buffer(key, frame, persistent=False)
-        _in_memory[digest, name, frame.device] = frame
+        _put(module, key, frame, digest)
+        _in_memory[digest, name, frame.device, frame.dtype] = frame
+    configs[adapter_name] = copy.copy(config)  # the old one may be another adapter's too
+    configs[adapter_name].frames = os.fspath(folder)
 
 
 def take_frames(
-    updates: Mapping[str, AbstractUpdate],  # just built, by the names of their weights
-    config: FramedConfig,  # whose `frames` is given; gets the digest of a new adapter's
-    devices: Mapping[str, torch.device],  # where the weights are
+    updates: Mapping[str, AbstractUpdate],  # by the names of their weights
+    config: FramedConfig,  # whose `frames` is given
+    bases: Mapping[str, Any],  # the layers of these names
 ) -> None:
-    """Put the frames of a configuration's file into its updates, whose own tensors they no longer are.
+    """Put the frames of a configuration's file into updates, whose own tensors they no longer are.
 
-    Of updates on the meta device only the latter.
+    Updates on the meta device wait for them until a checkpoint is loaded.
 
     Raises:
-        ValueError: there is no such file, or it is damaged, or of other frames than this adapter's.
+        ValueError: there is no such file, or it is damaged, or of another adapter's frames.
     """
     places = _places(updates)
-    kept: dict[str, Tensor] = {name: getattr(module, key) for name, (module, key) in places.items()}
-    if not any(frame.is_meta for frame in kept.values()):
-        first = next(iter(devices.values()))
-        device_of = {name: devices.get(name.rpartition(".")[0], first) for name in places}
-        kept = _remembered(config, device_of) or _remember(_read(config, kept), config, device_of)
+    expected: dict[str, Tensor] = {name: getattr(module, key) for name, (module, key) in places.items()}
+    if any(frame.is_meta for frame in expected.values()):
+        for name, (module, key) in places.items():
+            _put(module, key, expected[name], bytes(hashlib.sha256().digest_size))
+        return
+    first = next(iter(bases.values()))
+    frames, digest = _read(config.frames or "")
+    _check(frames, expected, config.frames)
     for name, (module, key) in places.items():
-        module.register_buffer(key, kept[name], persistent=False)
+        device, is_double = _home_of(bases.get(name.rpartition(".")[0], first))
+        frame = _narrow(frames[name], is_double, f"frames={config.frames!r}: {name}")
+        known = _in_memory.get((digest, name, device, frame.dtype))
+        if known is None or (known.device, known.dtype) != (device, frame.dtype) or known.is_inference():
+            _in_memory[digest, name, device, frame.dtype] = known = frame.to(device)
+        _put(module, key, known, digest)
+
+
+def take_awaited_frames(model: nn.Module, config: FramedConfig, adapter_name: str) -> None:
+    """Take the frames of an adapter that was made on the meta device, where it is told by a digest of zeros."""
+    updates = _updates_of(model, adapter_name)
+    modules = [module for module, _ in _places(updates).values()]
+    if config.frames is not None and any(vars(module).get("awaits_frames") for module in modules):
+        for module, key in _places(updates).values():
+            if getattr(module, key).is_meta:
+                module.register_buffer(key, torch.empty_like(getattr(module, key), device="cpu"), persistent=False)
+        bases = {name: layer.get_base_layer() for name, layer in _layers_of(model, adapter_name)}
+        take_frames(updates, config, bases)
+
+
+def other_frames(update: nn.Module, found: Mapping[str, Tensor]) -> str | None:
+    """What is wrong with a checkpoint's part of an update, or of what updates share; None: its frames are the same."""
+    own, digest = update._buffers.get(FRAMES_DIGEST), found.get(FRAMES_DIGEST)
+    if own is None or digest is None or own.is_meta or digest.is_meta or torch.equal(own.cpu(), digest.cpu()):
+        return None
+    return (
+        f"it was trained between other frames: their SHA-256 is {_hex(digest)}…, that of the frames here {_hex(own)}…. "
+        "Load it with its own adapter_config.json, and with frames as they were there."
+    )
+
+
+def _layers_of(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Any]]:
+    """The layers that an adapter adapts, by the names that they had when it was made."""
+    for layer in model.modules():
+        if isinstance(layer, TensorLayer) and adapter_name in layer.updates:
+            yield layer.name, layer
+
+
+def _updates_of(model: nn.Module, adapter_name: str) -> dict[str, Any]:
+    return {name: layer.updates[adapter_name] for name, layer in _layers_of(model, adapter_name)}
 
 
 def _places(updates: Mapping[str, AbstractUpdate]) -> dict[str, tuple[nn.Module, str]]:
     """The module of every frame, and its name there, by the name in the file: of one's own, the weight's before it."""
-    found = {}
+    found: dict[str, tuple[nn.Module, str]] = {}
     for name, update in updates.items():
         for module, stem in ((update, f"{name}."), (update.shared, "")):
-            found.update({f"{stem}{key}": (module, key) for key in (() if module is None else module._buffers)})
+            keys = set() if module is None else set(module._buffers) - {FRAMES_DIGEST}
+            found.update({f"{stem}{key}": (module, key) for key in sorted(keys) if module is not None})
     return found
 
 
-def _remembered(config: FramedConfig, device_of: Mapping[str, torch.device]) -> dict[str, Tensor] | None:
-    """Frames that another adapter has in memory; None: not all of them."""
-    found = {name: _in_memory.get((config.frames_digest or "", name, device)) for name, device in device_of.items()}
-    frames = {name: frame for name, frame in found.items() if frame is not None}
-    return frames if len(frames) == len(found) else None
+def _put(module: nn.Module, key: str, frame: Tensor, digest: bytes) -> None:
+    module.register_buffer(key, frame, persistent=False)
+    device = "meta" if frame.is_meta else frame.device
+    module.register_buffer(FRAMES_DIGEST, torch.frombuffer(bytearray(digest), dtype=torch.uint8).to(device))
+    vars(module)["awaits_frames"] = frame.is_meta
 
 
-def _remember(
-    frames: Mapping[str, Tensor], config: FramedConfig, device_of: Mapping[str, torch.device]
-) -> dict[str, Tensor]:
-    """Frames that were read, where their weights are: the same tensors for all adapters of a process."""
-    found = {}
-    for name, device in device_of.items():
-        key = (config.frames_digest or "", name, device)
-        found[name] = _in_memory.setdefault(key, frames[name].to(device))
-    return found
+def _home_of(base: Any) -> tuple[torch.device, bool]:
+    """Where a layer's update is, and whether the layer's numbers are float64, which an update's then may be."""
+    weight = getattr(base, "weight", None)
+    # One that is put away between calls comes to where it computes with the rest of its update.
+    device = torch.device("cpu") if weight is None or weight.is_meta else weight.device
+    return device, weight is not None and weight.dtype == torch.float64
 
 
-def _write(frames: Mapping[str, Tensor], folder: Path) -> str:
-    """Write the file, unless it is there; its digest."""
-    content = save(dict(frames))
-    digest, path = hashlib.sha256(content).hexdigest(), folder / FRAMES_NAME
-    if path.exists():
-        if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+def _narrow(frame: Tensor, may_be_double: bool, what: str) -> Tensor:
+    """A frame in float32, in which adapters are made, or as it is where that loses something."""
+    if torch.equal(narrow := frame.float(), frame):
+        return narrow
+    if may_be_double:
+        return frame
+    raise ValueError(
+        f"{what} there is {str(frame.dtype).removeprefix('torch.')}, with numbers that float32, in which this model's "
+        "adapters are made, does not have. Load the model in float64, with autocast_adapter_dtype=False."
+    )
+
+
+def _write(content: bytes, folder: Path) -> bytes:
+    """Write the file, unless the same one is there; its SHA-256."""
+    digest, path = hashlib.sha256(content).digest(), folder / FRAMES_NAME
+    folder.mkdir(parents=True, exist_ok=True)
+    file, unfinished = tempfile.mkstemp(prefix=f".{FRAMES_NAME}.", dir=folder)
+    try:
+        with open(file, "wb") as stream:
+            stream.write(content)
+        os.chmod(unfinished, 0o644)
+        os.link(unfinished, path)  # whole, or not at all, and never over another one
+    except FileExistsError:
+        if hashlib.sha256(path.read_bytes()).digest() != digest:
             raise FileExistsError(
                 f"{path} holds other frames, without which adapters that refer to it are lost. Name another folder."
-            )
-        return digest
-    folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / f".{FRAMES_NAME}.{os.getpid()}"
-    unfinished.write_bytes(content)
-    unfinished.replace(path)
+            ) from None
+    finally:
+        os.unlink(unfinished)
     return digest
 
 
-def _read(config: FramedConfig, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The frames of a configuration's file, in the dtype of those that are expected; a new adapter's digest is set."""
-    assert config.frames is not None
-    path = Path(config.frames, FRAMES_NAME)
-    if not Path(config.frames).exists():
+def _read(place: str) -> tuple[dict[str, Tensor], bytes]:
+    """The frames of a folder or of a repository on the Hub, and their file's SHA-256."""
+    path = Path(place, FRAMES_NAME)
+    if not Path(place).exists():
         try:
-            path = Path(hf_hub_download(config.frames, FRAMES_NAME))
+            path = Path(hf_hub_download(place, FRAMES_NAME, **download_options()))
         except (OSError, HFValidationError) as error:
             raise ValueError(
-                f"frames={config.frames!r}: expected a folder with {FRAMES_NAME}, as tensorpeft.save_frames leaves it, "
-                "or the name of one on the Hub. Set frames, of the configuration or in adapter_config.json, to where "
-                "they are now."
+                f"frames={place!r}: expected a folder with {FRAMES_NAME}, as tensorpeft.save_frames leaves it, or the "
+                "name of one on the Hub. Set frames, of the configuration or in adapter_config.json, to where they are "
+                "now."
             ) from error
     try:
         content = path.read_bytes()
-        frames = load(content)
+        return load(content), hashlib.sha256(content).digest()
     except (OSError, SafetensorError) as error:
         raise ValueError(
-            f"frames={config.frames!r}: {path} is no complete safetensors file ({error}). Copy or download it again."
+            f"frames={place!r}: {path} is no complete safetensors file ({error}). Copy or download it again."
         ) from error
-    digest = hashlib.sha256(content).hexdigest()
-    if config.frames_digest not in (None, digest):
-        raise ValueError(
-            f"frames={config.frames!r}: these are not the frames that the adapter was trained between: the file's "
-            f"SHA-256 is {digest[:12]}…, expected {str(config.frames_digest)[:12]}…. Set frames to the folder of those."
-        )
+
+
+def _check(frames: Mapping[str, Tensor], expected: Mapping[str, Tensor], place: str | None) -> None:
+    """Raise a `ValueError` unless a file's frames are those of an adapter."""
     shapes, wanted = ({name: tuple(t.shape) for name, t in part.items()} for part in (frames, expected))
     if shapes != wanted:
-        name = min(shapes.items() ^ wanted.items())[0]
+        name = min(name for name, _ in shapes.items() ^ wanted.items())
         raise ValueError(
-            f"frames={config.frames!r}: {name} is {shapes.get(name, 'missing')} there, expected "
+            f"frames={place!r}: {name} is {shapes.get(name, 'missing')} there, expected "
             f"{wanted.get(name, 'none of this name')}. They are another model's, or of other targets or another rank."
         )
     for name, frame in frames.items():
         if not frame.is_floating_point() or not torch.isfinite(frame).all():
-            raise ValueError(f"frames={config.frames!r}: {name} there has numbers that no frame has. Save them again.")
-    config.frames_digest = digest
-    return {name: frame.to(expected[name].dtype) for name, frame in frames.items()}
+            raise ValueError(f"frames={place!r}: {name} there has numbers that no frame has. Save them again.")
+
+
+def _hex(digest: Tensor) -> str:
+    return bytes(digest.cpu().tolist()).hex()[:12]

@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 from tensorpeft.networks.update import BASE_DIGEST, AbstractUpdatableLinear, AbstractWeightUpdate
 from tensorpeft.plugin.base_weight import StackedWeight, as_matrix, as_stack
 from tensorpeft.plugin.checkpoint import reads_files, verifies_base
-from tensorpeft.plugin.config import TensorConfig, own_fields
+from tensorpeft.plugin.config import FramedConfig, TensorConfig, own_fields
 from tensorpeft.plugin.holder import UpdateHolder
+from tensorpeft.plugin.kept_frames import other_frames, take_awaited_frames
 from tensorpeft.plugin.layer import TensorLayer
 
 # The 4-bit form of a weight moves the share by less than 0.01, a fully fine-tuned base by a few hundredths.
@@ -54,7 +55,7 @@ def check_checkpoint(
         f"{own_key(key_of(name))}.{holder.adapter_layer_names[0]}.": holder
         for name, holder in _holders_of(model, adapter_name)
     }
-    if not reads_files():
+    if not reads_files() and not (isinstance(config, FramedConfig) and config.freezes_frames()):
         state_dict = {**_zero_starts(holders, adapter_name, state_dict), **state_dict}
     found = {own_key(key): tensor for key, tensor in state_dict.items()}
     check_tensors({stem: holder.updates[adapter_name] for stem, holder in holders.items()}, found, config)
@@ -252,6 +253,8 @@ def check_state_dict(tuner: BaseTuner, state_dict: dict[str, Tensor], prefix: st
     """
     for adapter_name, config in tuner.peft_config.items():
         assert isinstance(config, TensorConfig)
+        if isinstance(config, FramedConfig):
+            take_awaited_frames(tuner, config, adapter_name)
         for name, layer in _holders_of(tuner, adapter_name):
             part = _part(state_dict, f"{prefix}{key_of(name)}.{layer.adapter_layer_names[0]}.{adapter_name}.")
             if not part:
@@ -315,7 +318,7 @@ def _misfit(update: nn.Module, found: Mapping[str, Tensor], config: TensorConfig
                 "model and configuration. Load it on the model it was trained on (base_model_name_or_path in "
                 f"adapter_config.json), with the settings it was trained with ({settings})."
             )
-    return None
+    return other_frames(update, found)
 
 
 def _check_start(

@@ -38,7 +38,7 @@ def build_updates(tuner: BaseTuner, config: TensorConfig) -> Mapping[str, Abstra
     updates = config.build(sites, replace(bases, allocates_only=getattr(tuner, "_allocates_only", False)))
     check_stacked_updates(updates, bases.layers, config)
     if isinstance(config, FramedConfig) and config.frames is not None:
-        take_frames(updates, config, {name: _device_of(base) for name, (base, _) in bases.layers.items()})
+        take_frames(updates, config, {name: base for name, (base, _) in bases.layers.items()})
     return updates
 
 
@@ -126,12 +126,6 @@ def check_tokens(model: nn.Module, config: TensorConfig) -> None:
                 raise ValueError(
                     f"trainable_token_indices={tokens!r} of {key}: expected a list of tokens, from 0 to {rows - 1}."
                 )
-
-
-def _device_of(base: Any) -> torch.device:
-    """Where a layer's weight is, or where one that is put away between calls would be made."""
-    weight = getattr(base, "weight", None)
-    return torch.device("cpu") if weight is None or weight.is_meta else weight.device
 
 
 def innermost(target: nn.Module) -> nn.Module:

@@ -294,9 +294,12 @@ def _freeze_alike(
             own, other = updates[key_of(name)], cast(Any, module.updates[min(there)])
             pairs |= {id(to): (to, from_) for to, from_ in ((own, other), (own.shared, other.shared)) if to is not None}
     for to, from_ in pairs.values():
-        for key, buffer in to.named_buffers():
-            if not buffer.is_meta and buffer is not (found := from_.get_buffer(key)):  # kept frames are the same
-                buffer.copy_(found)
+        own = to.state_dict(keep_vars=True)
+        for key, buffer in to.named_buffers(recurse=False):
+            if key not in own:  # others have the same tensor, such as frames that are kept elsewhere
+                to.register_buffer(key, from_.get_buffer(key), persistent=False)
+            elif not buffer.is_meta:
+                buffer.copy_(from_.get_buffer(key))
 
 
 def _check_shapes(tuner: BaseTuner, classes: MethodClasses, config: TensorConfig, shapes: dict[str, Tensor]) -> None:

@@ -24,11 +24,11 @@ class FreezableFramesConfig(FramedConfig, ABC):
 
     def __post_init__(self) -> None:
         """Check what is trained."""
-        super().__post_init__()
         if self.train not in ("all", "cores"):
             raise ValueError(
                 f'train={self.train!r}: expected "all" (frames and cores) or "cores" (the frames are frozen).'
             )
+        super().__post_init__()
 
     def freezes_frames(self) -> bool:
         """Whether U and V stay as they start."""
