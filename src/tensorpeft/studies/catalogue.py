@@ -98,7 +98,7 @@ METHODS = (
     ),
     Method("superlora", "SuperLoRA", {"method": "superlora", "r": 8}, 3, is_planned=True),
     Method("lora-pt", "LoRA-PT", {"method": "lorapt", "r": 1}, 0.3, is_planned=True),
-    Method("tcurlora", "tCURLoRA", {"method": "tcurlora", "r": 8}, 3, is_planned=True),
+    Method("tcurlora", "tCURLoRA", {"method": "tcurlora", "r": 8}, 0.3, is_planned=True),
     Method("dora", "DoRA", {**_LORA, "use_dora": True}),
     Method("rslora", "rsLoRA", {**_LORA, "use_rslora": True}),
     Method("pissa", "PiSSA", {"method": "lora", "r": 8, "lora_alpha": 8, "init_lora_weights": "pissa"}, 0.3),

@@ -57,20 +57,33 @@ def test_grids_follow_the_recipes_rate_and_what_a_method_wants_of_it(write):
     assert scaled.rates == (3e-5, 1e-4, 3e-4)
 
 
-def test_where_steps_are_bounded_one_rate_is_all_that_a_method_needs(write):
+def test_one_rate_is_all_that_a_method_needs_as_its_steps_are_bounded(write):
     of_questions = RECIPE.replace("task: sst2", "task: gsm8k")
-    bounded = of_questions + "max_step_kl: 0.01\n"
-    rates = {entry.key: entry.rates for entry in load_entries(write(recipe=bounded)).entries}
-    assert rates["dota"] == rates["lora"] == (1e-2,)
-    assert rates["lorta"] == (1e-1,)
-    searched = load_entries(write("compare: {methods: {lora: {rates: [1e-3, 1e-2]}}}", recipe=bounded)).entries
-    assert searched[0].rates == (1e-3, 1e-2)
-    section = "compare: {methods: {lora: {max_step_kl: 0.01}, dota: }}"
-    of_one = load_entries(write(section, recipe=of_questions)).entries
-    assert [entry.rates for entry in of_one] == [(1e-2,), (3e-4, 1e-3, 3e-3)]
-    # A head that starts from noise hides what becomes of the model.
-    with_head = RECIPE + "max_step_kl: 0.01\n"
-    assert load_entries(write(recipe=with_head), "lora").entries[0].rates == (3e-4, 1e-3, 3e-3)
+    entries = {entry.key: entry for entry in load_entries(write(recipe=of_questions)).entries}
+    assert entries["dota"].rates == entries["lora"].rates == (1e-2,)
+    assert entries["lorta"].rates == (1e-1,)
+    assert entries["lora"].recipe.max_step_kl == 0.01
+    # A copy of all weights would be needed.
+    assert (entries["full"].rates, entries["full"].recipe.max_step_kl) == ((1e-5, 3e-5, 1e-4), None)
+
+    def lora(section: str, recipe: str = of_questions):
+        (entry,) = load_entries(write(section, recipe=recipe), "lora").entries
+        return entry.rates, entry.recipe.max_step_kl
+
+    grid = (3e-4, 1e-3, 3e-3)
+    assert lora("compare: {max_step_kl: 0.05}") == ((1e-2,), 0.05)
+    assert lora("compare: {methods: {lora: {max_step_kl: 0.05}}}") == ((1e-2,), 0.05)
+    assert lora("max_step_kl: 0.05") == ((1e-2,), 0.05)
+    assert lora("compare: {max_step_kl: null}") == (grid, None)
+    # Rates that are named are tried as they are.
+    assert lora("compare: {methods: {lora: {rates: [1e-3, 1e-2]}}}") == ((1e-3, 1e-2), None)
+    assert lora("max_step_kl: 0.05\ncompare: {methods: {lora: {rates: [1e-3, 1e-2]}}}") == ((1e-3, 1e-2), 0.05)
+    # A head that starts from noise hides what becomes of the model, and shards cannot be shortened.
+    assert lora("", RECIPE) == (grid, None)
+    assert lora("max_step_kl: 0.05", RECIPE) == (grid, 0.05)
+    assert lora("", of_questions.replace("max_steps: 5", "max_steps: 5, fsdp: true")) == (grid, None)
+    with pytest.raises(ValueError, match=r"compare.max_step_kl=-1: expected nats above 0"):
+        lora("compare: {max_step_kl: -1}")
 
 
 def test_a_variant_is_a_part_of_a_recipe_put_on_top(write):

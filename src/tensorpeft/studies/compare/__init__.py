@@ -1,1 +1,1 @@
-"""``tensorpeft compare``: several methods on one recipe, each at its own best learning rate."""
+"""``tensorpeft compare``: several methods on one recipe, with bounded steps or each at its own best learning rate."""

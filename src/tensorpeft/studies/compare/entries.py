@@ -11,15 +11,17 @@ from tensorpeft.studies.budget import parse_count
 from tensorpeft.studies.catalogue import DEFAULT_COMPARED, METHODS, Method, methods_by_key
 from tensorpeft.studies.rates import rate_grid
 from tensorpeft.tasks.registry import find_task
-from tensorpeft.tasks.task import LabelTask
+from tensorpeft.tasks.task import LabelTask, StructureTask
 from tensorpeft.training.recipe import Recipe, check_keys, load_comparison, load_recipe
 
 # What of the recipe's adapter every other method is given too: which weights are adapted, which modules are trained.
 _TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 _KEPT_MODULES = ("modules_to_save",)
-_SECTION = ("seeds", "methods", "rate_scale", "budget", "target_loss", "widenings", "output")
+_SECTION = ("seeds", "methods", "rate_scale", "max_step_kl", "budget", "target_loss", "widenings", "output")
 _ON_TOP = ("trainer", "quantize", "model_arguments", "max_step_kl", "head_learning_rate", "head")
-_ABOVE = 10  # times the usual rate: not too low where steps are bounded, and what is too high is scaled down
+# Where no rates are named, steps are bounded by so many nats, and the rate is so many times the usual one: what is too
+# high is scaled down.
+_MAX_STEP_KL, _ABOVE = 0.01, 10
 _ENTRY = ("label", "note", "rates", "knob", "adapter", "start_rows", *_ON_TOP)
 
 
@@ -87,12 +89,14 @@ def load_entries(
     """The comparison that a recipe and the command's options describe.
 
     The recipe's section ``compare`` may have ``methods`` ({key: null, or a part of a recipe with ``label``, ``rates``,
-    ``note``, ``knob`` and ``start_rows``}), ``seeds``, ``rate_scale``, ``budget`` (such as 50k), ``widenings``,
-    ``target_loss`` and
-    ``output``. A key of the catalogue begins with what is there; an adapter of the recipe's own method begins with the
-    recipe's; every adapter has the recipe's targets. Without ``rates``, an entry chooses among three: the recipe's
-    learning rate, times what its method wants of it, and √10 below and above. With ``max_step_kl`` it has one, ten
-    times that: one that is too high is scaled down, but where a new head hides it. Of one rate nothing is chosen.
+    ``note``, ``knob`` and ``start_rows``}), ``seeds``, ``rate_scale``, ``max_step_kl``, ``budget`` (such as 50k),
+    ``widenings``, ``target_loss`` and ``output``. A key of the catalogue begins with what is there; an adapter of the
+    recipe's own method begins with the recipe's; every adapter has the recipe's targets.
+
+    Without ``rates``, the steps of an entry are bounded (`tensorpeft.BoundedSteps`, ``max_step_kl``: 0.01), and it has
+    one rate, ten times what its method wants of the recipe's: one that is too high is scaled down. Where the model gets
+    a new head, all weights are trained or lie in shards, or with ``max_step_kl: null``, it chooses among three: what
+    its method wants, and √10 below and above. Of one rate nothing is chosen.
 
     Raises:
         FileNotFoundError: there is no such recipe.
@@ -118,8 +122,11 @@ def load_entries(
     base_rate = rate * float(section.get("rate_scale", 1)) / _most_like(recipe.adapter).rate
     if missing := [key for key in keys if key not in catalogue and described.get(key) is None]:
         raise ValueError(f"{path}: compare.methods.{missing[0]} is empty, and the catalogue has no such method.")
+    bound = section.get("max_step_kl", _MAX_STEP_KL)
+    if bound is not None and not _is_rate(bound):
+        raise ValueError(f"compare.max_step_kl={bound!r}: expected nats above 0, such as 0.01, or null.")
     read = partial(load_recipe, path, overrides, smoke)
-    entries = tuple(_make_entry(key, described.get(key) or {}, recipe, base_rate, read) for key in keys)
+    entries = tuple(_make_entry(key, described.get(key) or {}, recipe, base_rate, bound, read) for key in keys)
     wanted = seeds if seeds is not None else section.get("seeds", 3)
     for name, value, least in (("seeds", wanted, 1), ("widenings", section.get("widenings", 2), 0)):
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= 1000:
@@ -140,6 +147,7 @@ def _make_entry(
     described: Any,
     recipe: Recipe,
     base_rate: float,  # what suits LoRA
+    bound: float | None,  # on its steps, where it names no rates
     read: Callable[[Mapping[str, Any]], Recipe],  # the recipe with something on top
 ) -> Entry:
     if not isinstance(described, Mapping):
@@ -163,10 +171,12 @@ def _make_entry(
     if adapter is None:
         entry_recipe = replace(entry_recipe, head=None)  # all weights are trained
     like = _most_like(adapter)
-    usual = base_rate * like.rate
-    # With a head that starts from noise no divergence tells what becomes of the model.
-    is_bounded = entry_recipe.max_step_kl is not None and not isinstance(find_task(entry_recipe.task), LabelTask)
-    rates = described.get("rates") or (rate_grid(_ABOVE * usual, 1) if is_bounded else rate_grid(usual))
+    rates, usual = described.get("rates"), base_rate * like.rate
+    if not rates and entry_recipe.max_step_kl is None and bound is not None and _can_be_bounded(entry_recipe):
+        entry_recipe = replace(entry_recipe, max_step_kl=float(bound))
+    if not rates:
+        is_bounded = entry_recipe.max_step_kl is not None and _can_be_bounded(entry_recipe)
+        rates = rate_grid(_ABOVE * usual, 1) if is_bounded else rate_grid(usual)
     if not isinstance(rates, Sequence) or not all(_is_rate(rate) for rate in rates):
         raise ValueError(f"compare.methods.{key}.rates={rates!r}: expected a list of numbers above 0.")
     knob = described.get("knob", like.knob)
@@ -179,6 +189,13 @@ def _make_entry(
         note=str(described.get("note", method.note if method else "")),
         knob=knob,
     )
+
+
+def _can_be_bounded(recipe: Recipe) -> bool:
+    """Whether the divergence of a step tells what becomes of the model, at little cost."""
+    has_new_head = isinstance(find_task(recipe.task), LabelTask | StructureTask)
+    is_sharded = bool(recipe.trainer.get("fsdp") or recipe.trainer.get("deepspeed"))
+    return recipe.adapter is not None and not has_new_head and not is_sharded
 
 
 def _adapter(

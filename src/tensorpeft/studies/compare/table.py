@@ -76,6 +76,10 @@ def legend(comparison: Comparison, results: Sequence[EntryResult]) -> list[str]:
         lines.append("Rate: the learning rate, chosen on the first seed's validation loss from a grid of the method's.")
     else:
         lines.append("Rate: the learning rate, one per method: nothing was searched.")
+    bounds = {result.entry.recipe.max_step_kl for result in results} - {None}
+    if bounds:
+        names = ", ".join(sorted(map(str, bounds)))
+        lines.append(f"Steps are bounded (max_step_kl: {names}): a rate that is too high is scaled down.")
     if head:
         lines.append(f"Trained: every method also trains a new head of {head:,} parameters.")
     if comparison.budget is not None:
