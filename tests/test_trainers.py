@@ -290,6 +290,9 @@ def test_dpo_of_a_trained_adapter_starts_from_a_copy_of_it(case, tokenizer, tmp_
     assert_equal_tensors(get_peft_model_state_dict(trainer.model, adapter_name="ref"), copied)
 
 
+@pytest.mark.xfail(
+    strict=True, raises=AssertionError, reason="TRL copies parameters to its reference, not buffers: its start is ours"
+)
 def test_dpo_of_a_trained_adapter_copies_a_start_of_another_machine(tokenizer, tmp_path):
     adapted = adapt(LLAMA, CASES[0])
     starts = {name: buffer for name, buffer in adapted.named_buffers() if ".start_" in name}

@@ -16,7 +16,7 @@ from tensorpeft_cli.options import (
 )
 from tensorpeft_cli.package import import_package
 
-HELP = "several methods on one recipe: the same data, model and steps, each at its own best learning rate"
+HELP = "several methods on one recipe: the same data, model and number of steps, each at a learning rate of its own"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -22,9 +22,10 @@ from peft import (
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from cases import MODELS, logits, perturb, tiny_llama, tokens
+from cases import MODELS, Case, logits, over_cases, perturb, tiny_llama, tokens
 from tensorpeft import FactConfig, FloraConfig, LortaConfig, LotrConfig, initialize_from_gradients, save_frames
 from tensorpeft.export import to_lora
+from tensorpeft.plugin.layer import TensorLayer
 
 LLAMA = MODELS[0]
 FREEZING: list[tuple[type[PeftConfig], dict[str, Any]]] = [
@@ -175,7 +176,7 @@ def test_frames_that_adapters_refer_to_are_never_replaced(tmp_path):
         (lambda: LotrConfig(r=4, frames="x"), r"frames='x': this adapter trains its frames"),
         (lambda: LortaConfig(r=4, frames="x"), r"frames='x': this adapter trains its frames"),
         (lambda: LotrConfig(r=4, train="core", frames="x"), r"train='core': expected"),
-        (lambda: FloraConfig(r=4, train="cores", frames=[1]), r"frames=\[1\]: expected str | None"),
+        (lambda: FloraConfig(r=4, train="cores", frames=[1]), r"frames=\[1\]: expected str \| None"),
     ],
 )
 def test_a_configuration_that_cannot_share_frames(make: Callable[[], PeftConfig], message: str):
@@ -374,3 +375,75 @@ def test_an_adapter_made_on_the_meta_device_takes_its_frames_when_it_is_loaded(a
             module, _, key = name.rpartition(".")
             model.get_submodule(module).register_buffer(key, rotary[name], persistent=False)
     assert torch.equal(logits(model.eval()), logits(first))
+
+
+def test_a_model_with_an_injected_adapter_meets_no_other_frames_either(two, tmp_path):
+    def injected(frames: Path) -> Any:
+        return inject_adapter_in_model(config_of(LotrConfig, {"r": 4}, frames=str(frames)), LLAMA.fresh()).eval()
+
+    first = injected(tmp_path / "A")
+    perturb(first)
+    same, other = injected(tmp_path / "A"), injected(tmp_path / "B")
+    same.load_state_dict(first.state_dict())
+    assert torch.equal(logits(same), logits(first))
+    with pytest.raises(ValueError, match=r"shared_lotr.lotr_update.default: it was trained between other frames"):
+        other.load_state_dict(first.state_dict())
+    mixed = [
+        get_peft_model(LLAMA.fresh(), config_of(LotrConfig, {"r": 4}, frames=str(tmp_path / name)), mixed=True)
+        for name in "AB"
+    ]
+    with pytest.raises(ValueError, match="trained between other frames"):
+        mixed[1].load_state_dict(mixed[0].state_dict())
+
+
+def test_frames_are_not_rounded_to_the_dtype_of_the_base(two, tmp_path):
+    config = config_of(LotrConfig, {"r": 4}, frames=str(tmp_path / "A"))
+    base = LLAMA.fresh().bfloat16()
+    modules = [name for name, _ in base.named_modules()]
+    with pytest.raises(ValueError, match="autocast_adapter_dtype=False: in bfloat16"):
+        PeftModel.from_pretrained(base, tmp_path / "own", config=config, autocast_adapter_dtype=False)
+    assert [name for name, _ in base.named_modules()] == modules
+
+
+def test_a_disk_without_links_keeps_frames_too(monkeypatch, tmp_path):
+    def refuse(*args: Any) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr("os.link", refuse)
+    model = with_frames(LotrConfig, {"r": 4}, tmp_path)
+    with pytest.raises(FileExistsError, match="holds other frames"):
+        with_frames(LotrConfig, {"r": 4}, tmp_path, seed=8)
+    assert [path.name for path in tmp_path.iterdir()] == ["frames.safetensors"]
+    model.save_pretrained(tmp_path / "own")
+    assert torch.equal(logits(PeftModel.from_pretrained(LLAMA.fresh(), tmp_path / "own").eval()), logits(model))
+
+
+@over_cases
+def test_adapters_of_one_configuration_object_start_as_the_base(case: Case):
+    """Also where the first one is trained, and has changed the base in between."""
+    if not (case.starts_at_identity and case.merges):
+        pytest.skip("no such start")
+    config = case.make(target_modules=LLAMA.targets)
+    model = get_peft_model(LLAMA.fresh(), config).eval()
+    perturb(model)
+    model.merge_adapter()
+    model.add_adapter("second", config)
+    updates = [module.updates["second"] for module in model.modules() if isinstance(module, TensorLayer)]
+    with torch.no_grad():
+        assert updates
+        assert not any(update.matrix().any() for update in updates)
+
+
+def test_a_configuration_may_be_changed_between_the_adapters_it_makes():
+    config = config_of(LotrConfig, {"r": 4})
+    model = get_peft_model(LLAMA.fresh(), config)
+    for name, change in (
+        ("rank", {"r": 5}),
+        ("targets", {"target_modules": {"o_proj", "q_proj"}}),
+        ("all", {"train": "all"}),
+    ):
+        for field, value in change.items():
+            setattr(config, field, value)
+        model.add_adapter(name, config)
+        model.set_adapter(name)
+        assert torch.equal(logits(model), logits(LLAMA.fresh()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
-import tempfile
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from tensorpeft.plugin.layer import TensorLayer
 FRAMES_NAME = "frames.safetensors"
 # The buffer of what has frames that are kept elsewhere: the SHA-256 of their file. It is saved in their place.
 FRAMES_DIGEST = "frames_digest"
+# An attribute of what was made on the meta device: the folder of its frames, and their names there.
+_AWAITED = "_awaited_frames"
 # Frames of adapters in memory, by their file's SHA-256, name, device and dtype: for the next adapter.
 _in_memory: WeakValueDictionary[tuple[bytes, str, torch.device, torch.dtype], Tensor] = WeakValueDictionary()
 
@@ -97,6 +99,7 @@ def take_frames(
     if any(frame.is_meta for frame in expected.values()):
         for name, (module, key) in places.items():
             _put(module, key, expected[name], bytes(hashlib.sha256().digest_size))
+            vars(module).setdefault(_AWAITED, (config.frames, {}))[1][key] = name
         return
     first = next(iter(bases.values()))
     frames, digest = _read(config.frames or "")
@@ -110,22 +113,21 @@ def take_frames(
         _put(module, key, known, digest)
 
 
-def take_awaited_frames(model: nn.Module, config: FramedConfig, adapter_name: str) -> None:
-    """Take the frames of an adapter that was made on the meta device, where it is told by a digest of zeros."""
-    updates = _updates_of(model, adapter_name)
-    modules = [module for module, _ in _places(updates).values()]
-    if config.frames is not None and any(vars(module).get("awaits_frames") for module in modules):
-        for module, key in _places(updates).values():
-            if getattr(module, key).is_meta:
-                module.register_buffer(key, torch.empty_like(getattr(module, key), device="cpu"), persistent=False)
-        bases = {name: layer.get_base_layer() for name, layer in _layers_of(model, adapter_name)}
-        take_frames(updates, config, bases)
+def check_cast(module: nn.Module, dtype: torch.dtype) -> None:
+    """Raise a `ValueError` if a cast would round frames that the adapter's file does not hold."""
+    if FRAMES_DIGEST in module._buffers and dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"autocast_adapter_dtype=False: in {str(dtype).removeprefix('torch.')} the adapter would stand between "
+            "other frames than those that are kept for it. Leave it out (True, the default)."
+        )
 
 
 def other_frames(update: nn.Module, found: Mapping[str, Tensor]) -> str | None:
     """What is wrong with a checkpoint's part of an update, or of what updates share; None: its frames are the same."""
     own, digest = update._buffers.get(FRAMES_DIGEST), found.get(FRAMES_DIGEST)
-    if own is None or digest is None or own.is_meta or digest.is_meta or torch.equal(own.cpu(), digest.cpu()):
+    if own is None or digest is None or own.is_meta or digest.is_meta or _AWAITED in vars(update):
+        return None
+    if torch.equal(own.cpu(), digest.cpu()):
         return None
     return (
         f"it was trained between other frames: their SHA-256 is {_hex(digest)}…, that of the frames here {_hex(own)}…. "
@@ -155,10 +157,28 @@ def _places(updates: Mapping[str, AbstractUpdate]) -> dict[str, tuple[nn.Module,
 
 
 def _put(module: nn.Module, key: str, frame: Tensor, digest: bytes) -> None:
+    if FRAMES_DIGEST not in module._buffers:
+        module.register_load_state_dict_pre_hook(_check_digest)
     module.register_buffer(key, frame, persistent=False)
     device = "meta" if frame.is_meta else frame.device
     module.register_buffer(FRAMES_DIGEST, torch.frombuffer(bytearray(digest), dtype=torch.uint8).to(device))
-    vars(module)["awaits_frames"] = frame.is_meta
+
+
+def _check_digest(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
+    """Refuse a state dict from between other frames, in whatever model; of the meta device, take the frames first."""
+    digest = state_dict.get(f"{prefix}{FRAMES_DIGEST}")
+    if digest is None or digest.is_meta:
+        return
+    if _AWAITED in vars(module):
+        place, names = vars(module)[_AWAITED]
+        frames, found = _read(place)
+        awaited = {name: getattr(module, key) for key, name in names.items()}
+        _check({name: frame for name, frame in frames.items() if name in awaited}, awaited, place)
+        for key, name in names.items():
+            _put(module, key, _narrow(frames[name], True, f"frames={place!r}: {name}").to(digest.device), found)
+        del vars(module)[_AWAITED]
+    if problem := other_frames(module, {FRAMES_DIGEST: digest}):
+        raise ValueError(f"{prefix.rstrip('.')}: {problem}")
 
 
 def _home_of(base: Any) -> tuple[torch.device, bool]:
@@ -185,26 +205,30 @@ def _write(content: bytes, folder: Path) -> bytes:
     """Write the file, unless the same one is there; its SHA-256."""
     digest, path = hashlib.sha256(content).digest(), folder / FRAMES_NAME
     folder.mkdir(parents=True, exist_ok=True)
-    file, unfinished = tempfile.mkstemp(prefix=f".{FRAMES_NAME}.", dir=folder)
+    unfinished = folder / f".{FRAMES_NAME}.{uuid.uuid4().hex}"
     try:
-        with open(file, "wb") as stream:
-            stream.write(content)
-        os.chmod(unfinished, 0o644)
-        os.link(unfinished, path)  # whole, or not at all, and never over another one
+        unfinished.write_bytes(content)
+        try:
+            os.link(unfinished, path)  # whole, or not at all, and never over another one
+        except FileExistsError:
+            raise
+        except OSError:  # a disk without links
+            with open(path, "xb") as stream:
+                stream.write(content)
     except FileExistsError:
         if hashlib.sha256(path.read_bytes()).digest() != digest:
             raise FileExistsError(
                 f"{path} holds other frames, without which adapters that refer to it are lost. Name another folder."
             ) from None
     finally:
-        os.unlink(unfinished)
+        unfinished.unlink(missing_ok=True)
     return digest
 
 
 def _read(place: str) -> tuple[dict[str, Tensor], bytes]:
     """The frames of a folder or of a repository on the Hub, and their file's SHA-256."""
     path = Path(place, FRAMES_NAME)
-    if not Path(place).exists():
+    if not os.path.exists(place):  # also of what can be no path
         try:
             path = Path(hf_hub_download(place, FRAMES_NAME, **download_options()))
         except (OSError, HFValidationError) as error:

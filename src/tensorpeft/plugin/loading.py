@@ -18,7 +18,7 @@ from tensorpeft.plugin.base_weight import StackedWeight, as_matrix, as_stack
 from tensorpeft.plugin.checkpoint import reads_files, verifies_base
 from tensorpeft.plugin.config import FramedConfig, TensorConfig, own_fields
 from tensorpeft.plugin.holder import UpdateHolder
-from tensorpeft.plugin.kept_frames import other_frames, take_awaited_frames
+from tensorpeft.plugin.kept_frames import other_frames
 from tensorpeft.plugin.layer import TensorLayer
 
 # The 4-bit form of a weight moves the share by less than 0.01, a fully fine-tuned base by a few hundredths.
@@ -253,8 +253,6 @@ def check_state_dict(tuner: BaseTuner, state_dict: dict[str, Tensor], prefix: st
     """
     for adapter_name, config in tuner.peft_config.items():
         assert isinstance(config, TensorConfig)
-        if isinstance(config, FramedConfig):
-            take_awaited_frames(tuner, config, adapter_name)
         for name, layer in _holders_of(tuner, adapter_name):
             part = _part(state_dict, f"{prefix}{key_of(name)}.{layer.adapter_layer_names[0]}.{adapter_name}.")
             if not part:

@@ -23,7 +23,7 @@ from tensorpeft.plugin.checkpoint import shapes_to_load
 from tensorpeft.plugin.config import FramedConfig, TensorConfig
 from tensorpeft.plugin.experts import ExpertsLayer, target_stacks, warn_of_stacks
 from tensorpeft.plugin.holder import SharedHolder, UpdateHolder, home_of_shared
-from tensorpeft.plugin.kept_frames import take_frames
+from tensorpeft.plugin.kept_frames import check_cast, take_frames
 from tensorpeft.plugin.layer import TensorLayer, merging_in
 from tensorpeft.plugin.loading import (
     check_checkpoint,
@@ -136,6 +136,7 @@ class TensorModel(BaseTuner):
             if isinstance(module, UpdateHolder) and adapter_name in module.updates:
                 _, dtype = module._get_base_layer_device_and_dtype(module.get_base_layer())
                 if dtype is not None and dtype.is_floating_point:
+                    check_cast(module.updates[adapter_name], dtype)
                     module.updates[adapter_name].to(dtype)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
@@ -283,23 +284,23 @@ def _plan(
 def _freeze_alike(
     tuner: BaseTuner, config: TensorConfig, adapter_name: str, updates: Mapping[str, AbstractUpdate]
 ) -> None:
-    """Give an adapter that is made with the very configuration of another one what that has frozen: start, frames.
+    """Give an adapter that is made with the very configuration of another one the frozen frames of that.
 
     TRL makes the reference of a trained adapter so, and copies to it what is trained alone.
     """
+    if not isinstance(config, FramedConfig) or not config.freezes_frames() or config.frames is not None:
+        return
     others = {name for name, other in tuner.peft_config.items() if other is config} - {adapter_name}
     pairs: dict[int, tuple[nn.Module, Any]] = {}
-    for name, module in tuner.model.named_modules() if others else ():
-        if isinstance(module, TensorLayer) and (there := others & set(module.updates)):
-            own, other = updates[key_of(name)], cast(Any, module.updates[min(there)])
+    for layer in tuner.model.modules() if others else ():
+        if isinstance(layer, TensorLayer) and layer.name in updates and (there := others & set(layer.updates)):
+            own, other = updates[layer.name], cast(Any, layer.updates[min(there)])
             pairs |= {id(to): (to, from_) for to, from_ in ((own, other), (own.shared, other.shared)) if to is not None}
     for to, from_ in pairs.values():
-        own = to.state_dict(keep_vars=True)
         for key, buffer in to.named_buffers(recurse=False):
-            if key not in own:  # others have the same tensor, such as frames that are kept elsewhere
-                to.register_buffer(key, from_.get_buffer(key), persistent=False)
-            elif not buffer.is_meta:
-                buffer.copy_(from_.get_buffer(key))
+            found = from_._buffers.get(key)  # another one if the configuration has been changed in between
+            if found is not None and found.shape == buffer.shape and not buffer.is_meta:
+                buffer.copy_(found)
 
 
 def _check_shapes(tuner: BaseTuner, classes: MethodClasses, config: TensorConfig, shapes: dict[str, Tensor]) -> None:

@@ -140,8 +140,8 @@ def score_seed(
     trainer = make_trainer(dataclasses.replace(recipe, head=None), splits, tokenizer, arguments)  # saved folded
     saved = folder / kept_folder(recipe)
     trainer._load_from_checkpoint(str(saved))
-    _claim(folder.parent, recipe)  # its tests may have been added to it
     tests = _test(trainer, recipe, tokenizer, splits, options, saved, console)
+    _claim(folder.parent, recipe)  # its tests may have been added to it
     result = dataclasses.replace(result, tests=tests)
     result.write(folder / RESULTS)
     return result

@@ -75,6 +75,9 @@ def test_one_rate_is_all_that_a_method_needs_as_its_steps_are_bounded(write):
     assert lora("compare: {methods: {lora: {max_step_kl: 0.05}}}") == ((1e-2,), 0.05)
     assert lora("max_step_kl: 0.05") == ((1e-2,), 0.05)
     assert lora("compare: {max_step_kl: null}") == (grid, None)
+    assert lora("compare: {methods: {lora: {max_step_kl: null}}}") == (grid, None)
+    assert lora("max_step_kl: 0.05\ncompare: {methods: {lora: {max_step_kl: null}}}") == (grid, None)
+    assert lora("max_step_kl: 0.05\ncompare: {max_step_kl: null}") == (grid, 0.05)
     # Rates that are named are tried as they are.
     assert lora("compare: {methods: {lora: {rates: [1e-3, 1e-2]}}}") == ((1e-3, 1e-2), None)
     assert lora("max_step_kl: 0.05\ncompare: {methods: {lora: {rates: [1e-3, 1e-2]}}}") == ((1e-3, 1e-2), 0.05)

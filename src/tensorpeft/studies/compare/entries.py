@@ -172,11 +172,12 @@ def _make_entry(
         entry_recipe = replace(entry_recipe, head=None)  # all weights are trained
     like = _most_like(adapter)
     rates, usual = described.get("rates"), base_rate * like.rate
-    if not rates and entry_recipe.max_step_kl is None and bound is not None and _can_be_bounded(entry_recipe):
-        entry_recipe = replace(entry_recipe, max_step_kl=float(bound))
-    if not rates:
-        is_bounded = entry_recipe.max_step_kl is not None and _can_be_bounded(entry_recipe)
-        rates = rate_grid(_ABOVE * usual, 1) if is_bounded else rate_grid(usual)
+    if not rates and bound is not None and _can_be_bounded(entry_recipe):
+        if entry_recipe.max_step_kl is None and "max_step_kl" not in described:
+            entry_recipe = replace(entry_recipe, max_step_kl=float(bound))
+        if entry_recipe.max_step_kl is not None:
+            rates = rate_grid(_ABOVE * usual, 1)
+    rates = rates or rate_grid(usual)
     if not isinstance(rates, Sequence) or not all(_is_rate(rate) for rate in rates):
         raise ValueError(f"compare.methods.{key}.rates={rates!r}: expected a list of numbers above 0.")
     knob = described.get("knob", like.knob)

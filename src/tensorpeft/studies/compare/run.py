@@ -51,10 +51,10 @@ def run_compare(
 ) -> list[EntryResult]:
     """A result per entry, after printing the table and writing report.html, report.md, results.json and the plots.
 
-    All entries see the same rows, steps and evaluation. Each chooses its learning rate on the validation loss of the
-    first seed; only then are its final runs tested. Finished cells in the output folder are not run again; a cell that
-    fails keeps its traceback in its folder and is shown as failed, the others go on. Steps are timed in this process
-    when all cells are done.
+    All entries see the same rows, steps and evaluation. One with several learning rates chooses on the validation loss
+    of the first seed; only then are its final runs tested. Finished cells in the output folder are not run again; a
+    cell that fails keeps its traceback in its folder and is shown as failed, the others go on. Steps are timed in this
+    process when all cells are done.
 
     Raises:
         BlockingIOError: another comparison writes to the output folder.

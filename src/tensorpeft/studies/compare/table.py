@@ -72,14 +72,18 @@ def legend(comparison: Comparison, results: Sequence[EntryResult]) -> list[str]:
     head = next((result.costs.head_parameters for result in results if result.costs is not None), 0)
     loss = "in nats" if comparison.recipe.rewards is None else comparison.recipe.loss_unit
     lines = [f"Scores: test rows, scored once per final run, {spread}. Valid. loss: {loss}, of the kept checkpoint."]
-    if any(len(result.search) > 1 for result in results):
-        lines.append("Rate: the learning rate, chosen on the first seed's validation loss from a grid of the method's.")
+    searched = [result.entry.label for result in results if len(result.search) > 1]
+    fixed = [result.entry.label for result in results if len(result.search) == 1]
+    if searched:
+        whose = f", of {', '.join(searched)}; one for the others" if fixed else ""
+        lines.append(f"Rate: chosen on the first seed's validation loss from a grid of the method's{whose}.")
     else:
         lines.append("Rate: the learning rate, one per method: nothing was searched.")
-    bounds = {result.entry.recipe.max_step_kl for result in results} - {None}
-    if bounds:
-        names = ", ".join(sorted(map(str, bounds)))
-        lines.append(f"Steps are bounded (max_step_kl: {names}): a rate that is too high is scaled down.")
+    bounded = [result.entry for result in results if result.entry.recipe.max_step_kl is not None]
+    if bounded:
+        bounds = ", ".join(sorted({str(entry.recipe.max_step_kl) for entry in bounded}))
+        whose = "" if len(bounded) == len(searched) + len(fixed) else f" of {', '.join(e.label for e in bounded)}"
+        lines.append(f"Steps{whose} are bounded (max_step_kl: {bounds}): a rate that is too high is scaled down.")
     if head:
         lines.append(f"Trained: every method also trains a new head of {head:,} parameters.")
     if comparison.budget is not None:
@@ -89,6 +93,10 @@ def legend(comparison: Comparison, results: Sequence[EntryResult]) -> list[str]:
         of_lora = " of LoRA, times a method's ratio to it, measured in turns" if any(c.ratio for c in timed) else ""
         lines.append(f"Step: median time of forward, backward and update{of_lora}.")
         lines.append("Peak: memory of a step above weights and optimiser state. s to loss: of the mean curve.")
+        if bounded:
+            lines.append(
+                "What the bound looks at is in none of these: two forward passes and a copy, on a step of ten."
+            )
     if any(result.chose_the_edge for result in results):
         lines.append("*: the best rate is at the edge of its grid; a better one may lie outside.")
     for result in results:
