@@ -61,8 +61,8 @@ def save_frames(model: nn.Module, folder: str | os.PathLike[str], adapter_name: 
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save_frames(model, folder)
     ...     model.add_adapter("second", LotrConfig(**settings, frames=folder))
-    >>> [name for name in model.state_dict() if "update.second" in name]
-    ['base_model.model.shared_lotr.lotr_update.second.24x24_G']
+    >>> [name.rpartition(".")[2] for name in model.state_dict() if "update.second" in name]
+    ['24x24_G', 'frames_digest']
     """
     configs: dict[str, Any] = getattr(model, "peft_config", {})
     config = configs.get(adapter_name)
