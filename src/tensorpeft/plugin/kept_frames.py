@@ -14,13 +14,14 @@ from weakref import WeakValueDictionary
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError
+from peft.tuners.tuners_utils import BaseTuner
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from tensorpeft.networks.update import AbstractUpdate
 from tensorpeft.plugin.checkpoint import download_options
-from tensorpeft.plugin.config import FramedConfig
+from tensorpeft.plugin.config import FramedConfig, TensorConfig
 from tensorpeft.plugin.layer import TensorLayer
 
 FRAMES_NAME = "frames.safetensors"
@@ -84,16 +85,18 @@ def save_frames(model: nn.Module, folder: str | os.PathLike[str], adapter_name: 
 
 def take_frames(
     updates: Mapping[str, AbstractUpdate],  # by the names of their weights
-    config: FramedConfig,  # whose `frames` is given
+    config: TensorConfig,
     bases: Mapping[str, Any],  # the layers of these names
 ) -> None:
-    """Put the frames of a configuration's file into updates, whose own tensors they no longer are.
+    """Put the frames of a configuration's file, if it names one, into updates, whose own tensors they no longer are.
 
     Updates on the meta device wait for them until a checkpoint is loaded.
 
     Raises:
         ValueError: there is no such file, or it is damaged, or of another adapter's frames.
     """
+    if not isinstance(config, FramedConfig) or config.frames is None:
+        return
     places = _places(updates)
     expected: dict[str, Tensor] = {name: getattr(module, key) for name, (module, key) in places.items()}
     if any(frame.is_meta for frame in expected.values()):
@@ -102,7 +105,7 @@ def take_frames(
             vars(module).setdefault(_AWAITED, (config.frames, {}))[1][key] = name
         return
     first = next(iter(bases.values()))
-    frames, digest = _read(config.frames or "")
+    frames, digest = _read(config.frames)
     _check(frames, expected, config.frames)
     for name, (module, key) in places.items():
         device, is_double = _home_of(bases.get(name.rpartition(".")[0], first))
@@ -111,6 +114,30 @@ def take_frames(
         if known is None or (known.device, known.dtype) != (device, frame.dtype) or known.is_inference():
             _in_memory[digest, name, device, frame.dtype] = known = frame.to(device)
         _put(module, key, known, digest)
+
+
+@torch.no_grad()
+def copy_frames(
+    tuner: BaseTuner,
+    config: TensorConfig,
+    adapter_name: str,
+    updates: Mapping[str, AbstractUpdate],  # of that adapter, just built, by the names of their weights
+) -> None:
+    """Give an adapter that is made with the very configuration of another one the frozen frames of that.
+
+    TRL makes the reference of a trained adapter so, and copies to it what is trained alone.
+    """
+    if not isinstance(config, FramedConfig) or not config.freezes_frames() or config.frames is not None:
+        return
+    twins = (name for name, other in tuner.peft_config.items() if other is config and name != adapter_name)
+    if (twin := next(twins, None)) is None:
+        return
+    found = _places(_updates_of(tuner.model, twin))
+    for name, place in _places(updates).items():
+        frame: Tensor = getattr(*place)
+        # Where the configuration has been changed in between, there are others, or none.
+        if name in found and getattr(*found[name]).shape == frame.shape and not frame.is_meta:
+            frame.copy_(getattr(*found[name]))
 
 
 def check_cast(module: nn.Module, dtype: torch.dtype) -> None:

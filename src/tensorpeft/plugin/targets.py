@@ -24,7 +24,7 @@ from tensorpeft.plugin.base_weight import (
     restore_row_order,
     with_layer,
 )
-from tensorpeft.plugin.config import FramedConfig, TensorConfig
+from tensorpeft.plugin.config import TensorConfig
 from tensorpeft.plugin.experts import check_stacked_updates, target_stacks
 from tensorpeft.plugin.kept_frames import take_frames
 from tensorpeft.plugin.towers import find_tower
@@ -37,8 +37,7 @@ def build_updates(tuner: BaseTuner, config: TensorConfig) -> Mapping[str, Abstra
     config.settle(sites, bases)
     updates = config.build(sites, replace(bases, allocates_only=getattr(tuner, "_allocates_only", False)))
     check_stacked_updates(updates, bases.layers, config)
-    if isinstance(config, FramedConfig) and config.frames is not None:
-        take_frames(updates, config, {name: base for name, (base, _) in bases.layers.items()})
+    take_frames(updates, config, {name: base for name, (base, _) in bases.layers.items()})
     return updates
 
 

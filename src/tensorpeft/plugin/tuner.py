@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import LoraModel
@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from tensorpeft.networks.update import AbstractUpdate
 from tensorpeft.plugin.base_weight import find_backend, layer_shape, onloaded
 from tensorpeft.plugin.checkpoint import shapes_to_load
-from tensorpeft.plugin.config import FramedConfig, TensorConfig
+from tensorpeft.plugin.config import TensorConfig
 from tensorpeft.plugin.experts import ExpertsLayer, target_stacks, warn_of_stacks
 from tensorpeft.plugin.holder import SharedHolder, UpdateHolder, home_of_shared
-from tensorpeft.plugin.kept_frames import check_cast, take_frames
+from tensorpeft.plugin.kept_frames import check_cast, copy_frames, take_frames
 from tensorpeft.plugin.layer import TensorLayer, merging_in
 from tensorpeft.plugin.loading import (
     check_checkpoint,
@@ -275,32 +275,9 @@ def _plan(
             _check_shapes(tuner, classes, config, shapes)
         planned = (config, dict(build_updates(tuner, config)))
         if shapes is None:
-            _freeze_alike(tuner, config, adapter_name, planned[1])
+            copy_frames(tuner, config, adapter_name, planned[1])
         tuner._planned = planned  # type: ignore[assignment]
     return planned[1]
-
-
-@torch.no_grad()
-def _freeze_alike(
-    tuner: BaseTuner, config: TensorConfig, adapter_name: str, updates: Mapping[str, AbstractUpdate]
-) -> None:
-    """Give an adapter that is made with the very configuration of another one the frozen frames of that.
-
-    TRL makes the reference of a trained adapter so, and copies to it what is trained alone.
-    """
-    if not isinstance(config, FramedConfig) or not config.freezes_frames() or config.frames is not None:
-        return
-    others = {name for name, other in tuner.peft_config.items() if other is config} - {adapter_name}
-    pairs: dict[int, tuple[nn.Module, Any]] = {}
-    for layer in tuner.model.modules() if others else ():
-        if isinstance(layer, TensorLayer) and layer.name in updates and (there := others & set(layer.updates)):
-            own, other = updates[layer.name], cast(Any, layer.updates[min(there)])
-            pairs |= {id(to): (to, from_) for to, from_ in ((own, other), (own.shared, other.shared)) if to is not None}
-    for to, from_ in pairs.values():
-        for key, buffer in to.named_buffers(recurse=False):
-            found = from_._buffers.get(key)  # another one if the configuration has been changed in between
-            if found is not None and found.shape == buffer.shape and not buffer.is_meta:
-                buffer.copy_(found)
 
 
 def _check_shapes(tuner: BaseTuner, classes: MethodClasses, config: TensorConfig, shapes: dict[str, Tensor]) -> None:
@@ -309,8 +286,7 @@ def _check_shapes(tuner: BaseTuner, classes: MethodClasses, config: TensorConfig
     config.settle(sites, bases)
     with torch.device("meta"):
         updates = config.build(sites, replace(bases, allocates_only=True))
-        if isinstance(config, FramedConfig) and config.frames is not None:
-            take_frames(updates, config, {})
+        take_frames(updates, config, {})
     attribute = classes.layer.adapter_layer_names[0]
     modules: dict[str, nn.Module] = {f"{name}.{attribute}.": update for name, update in updates.items()}
     shared = [update.shared for update in updates.values() if update.shared is not None]
