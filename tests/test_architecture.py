@@ -41,7 +41,18 @@ ARROWS: dict[str, set[str]] = {
     "models": {"tasks"},
     "reports": set(),
     "evaluation": {"", "loading", "reports", "tasks"},
-    "training": {"", "evaluation", "loading", "models", "quantization", "recipes", "reports", "tasks"},
+    "training": {
+        "",
+        "evaluation",
+        "loading",
+        "models",
+        "modes",
+        "networks.tensor_train",  # a head's layer may be one
+        "quantization",
+        "recipes",
+        "reports",
+        "tasks",
+    },
     "studies": {
         "",
         "evaluation",

@@ -1,6 +1,7 @@
-"""A head that starts from noise and of which a LoRA is trained."""
+"""A head that starts from noise and of which a LoRA is trained, or a tensor train."""
 
 import json
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -24,6 +25,7 @@ from tensorpeft.training.seed import score_seed
 from tensorpeft.training.splits import load_splits
 
 LORA_HEAD = "head={target_modules: [classifier], r: 1}"
+TRAIN_HEAD = "head={target_modules: [classifier], tt_rank: 2}"
 
 
 @pytest.fixture
@@ -48,6 +50,50 @@ def test_a_lora_of_a_head_starts_as_the_head_and_trains_no_more_than_it_says(rob
     torch.testing.assert_close(roberta(ids).logits, after)
     expected = start + 3 * trained["dense.up"] @ trained["dense.down"]
     torch.testing.assert_close(roberta.classifier.dense.weight, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_of_the_head_that_is_a_tensor_train_has_its_entries(roberta, dtype):
+    """Against the sum over the bonds, written out; modes of 12 near 8 are 12 itself, so the train has two cores."""
+    roberta.to(dtype)
+    dense, ids = roberta.classifier.dense, torch.arange(5)[None]
+    nn.init.normal_(dense.bias)
+    bias, spread = dense.bias.detach().clone(), dense.weight.std().item()
+    restrict_head(roberta, HeadRecipe(["dense"], tt_rank=5))
+    trained = {name: p for name, p in roberta.classifier.named_parameters() if p.requires_grad}
+    assert {name: tuple(p.shape) for name, p in trained.items()} == {
+        "dense.cores.0": (1, 12, 5),
+        "dense.cores.1": (5, 12, 1),
+        "dense.bias": (12,),
+    }
+    first, second = (trained[f"dense.cores.{k}"].detach().double() for k in (0, 1))
+    weight = torch.tensor([[(first[0, o] * second[:, i, 0]).sum() for i in range(12)] for o in range(12)])
+    assert weight.std().item() == pytest.approx(spread, rel=0.5)  # 144 entries of rank 5
+    before = roberta(ids).logits
+    fold_head(roberta)
+    torch.testing.assert_close(roberta.classifier.dense.weight.double(), weight.to(dtype).double())
+    assert torch.equal(roberta.classifier.dense.bias, bias)
+    assert torch.equal(roberta(ids).logits, before)
+
+
+def test_a_tensor_train_learns_through_all_of_its_cores(roberta):
+    restrict_head(roberta, HeadRecipe(["dense"], tt_rank=5))
+    roberta(torch.arange(5)[None]).logits.square().sum().backward()
+    layer = roberta.classifier.dense
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in layer.parameters())
+    assert torch.autograd.gradcheck(
+        lambda x: layer.double()(x), torch.randn(2, 12, dtype=torch.double, requires_grad=True)
+    )
+
+
+@pytest.mark.parametrize("kind", [{"r": 2}, {"tt_rank": 2}])
+def test_the_other_layers_of_a_head_stay_or_are_trained_whole(roberta, kind):
+    frozen, trained = deepcopy(roberta), deepcopy(roberta)
+    restrict_head(frozen, HeadRecipe(["dense"], **kind))
+    restrict_head(trained, HeadRecipe(["dense"], train_others=True, **kind))
+    assert not list(frozen.classifier.out_proj.parameters())
+    assert type(trained.classifier.out_proj) is nn.Linear
+    assert torch.equal(frozen.classifier.out_proj.weight, trained.classifier.out_proj.weight)
 
 
 def test_a_layer_that_the_head_has_not_is_refused_by_its_names(roberta):
@@ -76,6 +122,27 @@ def test_a_run_trains_a_lora_of_the_head_and_saves_a_whole_one(place, tmp_path):
     assert again["metrics"] == pytest.approx(result.tests["sst2"])
 
 
+def test_a_run_trains_a_tensor_train_in_the_head_and_saves_a_whole_one(place, tmp_path):
+    recipe = load_recipe(place / "labels.yaml", [TRAIN_HEAD, f"output={tmp_path}", "trainer.learning_rate=1e-1"])
+    (result,) = run_training(recipe)
+    task, saved = find_task(recipe.task), tmp_path / "seed-0/adapter"
+    tensors = load_file(saved / "adapter_model.safetensors")
+    weight = tensors["base_model.model.classifier.weight"]
+    assert not any("cores" in name and "classifier" in name for name in tensors)
+    plain = replace(recipe, head=None)
+    whole = adapt(load_base(plain, task, load_tokenizer(recipe, task), seed=0), plain, task)
+    started = adapt(load_base(recipe, task, load_tokenizer(recipe, task), seed=0), recipe, task)
+    layer = started.base_model.model.classifier.modules_to_save["default"]
+    assert result.trained_parameters == sum(p.numel() for p in started.parameters() if p.requires_grad)
+    assert result.trained_parameters != sum(p.numel() for p in whole.parameters() if p.requires_grad)
+    assert (weight - layer.sum()).abs().max() > 1e-2  # six steps at a rate of 0.1
+    loaded = PeftModel.from_pretrained(load_base(plain, task, load_tokenizer(recipe, task), seed=1), saved)
+    assert torch.equal(loaded.base_model.model.classifier.modules_to_save["default"].weight, weight)
+    run_evaluate(recipe.model, saved, "sst2", recipe.data.test, EvaluationOptions(), tmp_path / "again", rows=6)
+    again = json.loads((tmp_path / "again/results.json").read_text(encoding="utf-8"))
+    assert again["metrics"] == pytest.approx(result.tests["sst2"])
+
+
 def test_modules_that_are_trained_beside_a_head_stay_what_the_recipe_says(place):
     recipe = load_recipe(place / "labels.yaml", ["adapter.modules_to_save=[LayerNorm]"])
     task = find_task(recipe.task)
@@ -88,8 +155,9 @@ def test_modules_that_are_trained_beside_a_head_stay_what_the_recipe_says(place)
 
 
 @pytest.mark.recipes
-def test_a_run_with_a_lora_of_the_head_goes_on_and_is_scored_later(place, tmp_path):
-    recipe = load_recipe(place / "labels.yaml", [LORA_HEAD, f"output={tmp_path}"])
+@pytest.mark.parametrize("head", [LORA_HEAD, TRAIN_HEAD])
+def test_a_run_with_a_part_of_the_head_goes_on_and_is_scored_later(place, tmp_path, head):
+    recipe = load_recipe(place / "labels.yaml", [head, f"output={tmp_path}"])
     file = tmp_path / "seed-0/results.json"
     (whole,) = run_training(recipe)
     file.unlink()

@@ -57,6 +57,9 @@ def refused(tmp_path):
         ("head: {target_modules: [dense], rank: 3}", r"head: unknown key 'rank'\."),
         ("head: {target_modules: [dense], r: 0}", r"head\.r=0: expected a whole number, at least 1"),
         ("head: {target_modules: [dense], alpha: 0}", r"head\.alpha=0: expected a number above 0"),
+        ("head: {target_modules: [dense], tt_rank: 0}", r"head\.tt_rank=0: expected a whole number, at least 1"),
+        ("head: {target_modules: [dense], tt_rank: 5, r: 2}", r"head: r=2, alpha=None and tt_rank=5: .* Take out r"),
+        ("head: {target_modules: [dense], train_others: 1}", r"head\.train_others=1: expected true or false"),
     ],
 )
 def test_a_wrong_recipe(refused, line, message):

@@ -1,4 +1,4 @@
-"""A new head: which parameters are its, and one of which no more than a LoRA of some layers is trained."""
+"""A new head: which parameters are its, and one of which less is trained than all of it."""
 
 import math
 from typing import Any
@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tensorpeft.modes import factor_modes
+from tensorpeft.networks.tensor_train import contract, random_train
 from tensorpeft.training.head_recipe import HeadRecipe
 
 # As PEFT and transformers call a layer that is new to a model.
@@ -21,57 +23,107 @@ def is_head(
 
 
 class HeadLayer(nn.Module):
-    """`y = x (W + (alpha / r) · up · down)ᵀ + b`, where up and down are trained and start at zero update.
+    """A linear layer of which nothing is trained.
 
     W and b are buffers, because PEFT trains every parameter of a head that it saves, and saves both.
 
     Args:
         linear: what the layer is at its start.
-        r: rank of the LoRA; None: nothing is trained.
-        alpha: the update is scaled by alpha / r.
     """
 
     weight: Tensor  # (out, in)
     bias: Tensor | None  # (out,)
 
-    def __init__(self, linear: nn.Linear, r: int | None, alpha: float = 16):
+    def __init__(self, linear: nn.Linear):
         super().__init__()
         self.register_buffer("weight", linear.weight.detach())
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
-        self.down = self.up = None
-        if r is not None:
-            self.scale = alpha / r
-            self.down = nn.Parameter(torch.empty(r, linear.in_features))  # float32, whatever the head is in
-            self.up = nn.Parameter(torch.zeros(linear.out_features, r))
-            nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))  # as LoRA
-            self.to(linear.weight.device)
 
     def sum(self) -> Tensor:  # (out, in)
-        """The weight with its update."""
-        if self.up is None or self.down is None:
-            return self.weight
-        return self.weight + (self.scale * self.up @ self.down).to(self.weight.dtype)
+        """The weight as it is now. Differentiable."""
+        return self.weight
 
     def forward(self, x: Tensor) -> Tensor:
         """(*batch, in) -> (*batch, out)."""
-        return F.linear(x, self.sum(), self.bias)
+        return F.linear(x, self.sum().to(x.dtype), self.bias)
 
     def folded(self) -> nn.Linear:
         """The linear layer that it is now."""
-        out, in_ = self.weight.shape
-        linear = nn.Linear(in_, out, self.bias is not None, self.weight.device, self.weight.dtype)
+        weight = self.sum().detach()
+        linear = nn.Linear(weight.shape[1], len(weight), self.bias is not None, weight.device, weight.dtype)
         with torch.no_grad():
-            linear.weight.copy_(self.sum())
+            linear.weight.copy_(weight)
             if self.bias is not None:
                 linear.bias.copy_(self.bias)
         return linear
+
+
+class LoraHeadLayer(HeadLayer):
+    """`y = x (W + (alpha / r) · up · down)ᵀ + b`, where up and down are trained and start at zero update.
+
+    Args:
+        linear: what the layer is at its start.
+        r: rank of the LoRA.
+        alpha: the update is scaled by alpha / r.
+    """
+
+    def __init__(self, linear: nn.Linear, r: int, alpha: float):
+        super().__init__(linear)
+        self.scale = alpha / r
+        self.down = nn.Parameter(torch.empty(r, linear.in_features))  # float32, whatever the head is in
+        self.up = nn.Parameter(torch.zeros(linear.out_features, r))
+        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))  # as LoRA
+        self.to(linear.weight.device)
+
+    def sum(self) -> Tensor:  # (out, in)
+        """The weight with its update."""
+        return self.weight + (self.scale * self.up @ self.down).to(self.weight.dtype)
+
+
+class TrainHeadLayer(HeadLayer):
+    """`y = x Wᵀ + b`, W a tensor train over modes near 8 of the outputs and then of the inputs; all of it is trained.
+
+    It starts from noise of the variance that the layer's own weight has.
+
+    Args:
+        linear: what it stands for.
+        tt_rank: bond dimension.
+
+    Source: LoRETTA (arXiv 2402.11417), "tensorized classifier".
+    """
+
+    def __init__(self, linear: nn.Linear, tt_rank: int):
+        super().__init__(linear)
+        weight = self.weight
+        del self.weight
+        if self.bias is not None:
+            bias = self.bias
+            del self.bias
+            self.bias = nn.Parameter(bias.clone())
+        self.shape, self.dtype = weight.shape, weight.dtype
+        modes = [mode for size in self.shape for mode in factor_modes(size, max(1, round(math.log(size, 8))))]
+        cores = random_train(modes, tt_rank, std=1.0)  # float32, whatever the head is in
+        cores[0] = cores[0].to(weight.device) * weight.float().std(correction=0)
+        self.cores = nn.ParameterList(cores)
+        self.to(weight.device)
+
+    def sum(self) -> Tensor:  # (out, in)
+        """The train's entries as a matrix."""
+        return contract(list(self.cores)).view(self.shape).to(self.dtype)
+
+
+def _head_layer(linear: nn.Linear, recipe: HeadRecipe) -> HeadLayer:
+    """What a chosen layer becomes."""
+    if recipe.tt_rank is not None:
+        return TrainHeadLayer(linear, recipe.tt_rank)
+    return LoraHeadLayer(linear, recipe.r or 8, recipe.alpha or 16)
 
 
 def restrict_head(
     model: nn.Module,  # before it has an adapter
     recipe: HeadRecipe,
 ) -> None:
-    """Replace the linear layers of the model's new head: of those that are named a LoRA is trained, of others nothing.
+    """Replace linear layers of the model's new head: those that are named, and the others where these are not trained.
 
     Raises:
         ValueError: no layer of the head has such a name.
@@ -85,7 +137,10 @@ def restrict_head(
         )
     for name in names:
         linear: Any = model.get_submodule(name)
-        model.set_submodule(name, HeadLayer(linear, recipe.r if name in chosen else None, recipe.alpha))
+        if name in chosen:
+            model.set_submodule(name, _head_layer(linear, recipe))
+        elif not recipe.train_others:
+            model.set_submodule(name, HeadLayer(linear))
 
 
 def fold_head(model: nn.Module) -> None:
