@@ -16,6 +16,7 @@ from tensorpeft.reports.terminal import print_table, say
 from tensorpeft.tasks.registry import find_task
 from tensorpeft.tasks.task import LabelTask, PreferenceTask, QuestionTask, StructureTask, Task
 from tensorpeft.training.arguments import make_arguments
+from tensorpeft.training.learning_rate import with_learning_rate
 from tensorpeft.training.models import adapter_config
 from tensorpeft.training.progress import ProgressTeller, steps_bar
 from tensorpeft.training.recipe import Recipe, check_keys
@@ -39,7 +40,7 @@ def run_training(
     """The results of every seed, after writing checkpoints, adapters, predictions and the report to the output folder.
 
     Args:
-        recipe: what is done.
+        recipe: what is done; a learning rate that it does not name is filled in (`with_learning_rate`).
         resume: go on with an interrupted run in the output folder: seeds that are finished are not run again, one that
             was interrupted goes on at its last whole checkpoint. Without such a run, start.
         command: what the report says made it.
@@ -51,6 +52,7 @@ def run_training(
         FileNotFoundError: a file is missing.
         ValueError: the recipe, a row or a value is wrong, or the folder's run has another recipe.
     """
+    given, recipe = recipe, with_learning_rate(recipe)
     task, output = find_task(recipe.task), Path(recipe.output)
     arguments = {
         seed: make_arguments(recipe.trainer, task, output / f"seed-{seed}", seed, recipe.rewards)
@@ -64,6 +66,11 @@ def run_training(
     with sole_writer(output) if is_main else contextlib.nullcontext():
         if is_main:
             check_output(output, recipe, resume)
+        if recipe != given:
+            rate, bound = recipe.trainer["learning_rate"], recipe.max_step_kl
+            say(
+                console, f"No trainer.learning_rate is given: {rate:g}, and steps are bounded (max_step_kl: {bound:g})."
+            )
         splits = load_splits(recipe)
         for test, examples in splits.test.values():
             check_mode(test, examples, options)

@@ -87,6 +87,15 @@ def test_one_rate_is_all_that_a_method_needs_as_its_steps_are_bounded(write):
     assert lora("", of_questions.replace("max_steps: 5", "max_steps: 5, fsdp: true")) == (grid, None)
     with pytest.raises(ValueError, match=r"compare.max_step_kl=-1: expected nats above 0"):
         lora("compare: {max_step_kl: -1}")
+    # Without a rate: that of `tensorpeft train` without one.
+    without = of_questions.replace("learning_rate: 1e-3, ", "")
+    assert lora("", without) == ((1e-1,), 0.01)
+    assert lora("compare: {max_step_kl: 0.05}", without) == ((1e-1,), 0.05)
+    assert load_entries(write(recipe=without), "dota,lorta,full").entries[1].rates == (1.0,)
+    with pytest.raises(ValueError, match="learning_rate=None: expected a number"):
+        lora("compare: {max_step_kl: null}", without)
+    with pytest.raises(ValueError, match="learning_rate=None: expected a number"):
+        lora("", RECIPE.replace("learning_rate: 1e-3, ", ""))
 
 
 def test_a_variant_is_a_part_of_a_recipe_put_on_top(write):

@@ -10,8 +10,7 @@ from typing import Any, TypeGuard
 from tensorpeft.studies.budget import parse_count
 from tensorpeft.studies.catalogue import DEFAULT_COMPARED, METHODS, Method, methods_by_key
 from tensorpeft.studies.rates import rate_grid
-from tensorpeft.tasks.registry import find_task
-from tensorpeft.tasks.task import LabelTask, StructureTask
+from tensorpeft.training.learning_rate import can_be_bounded, with_learning_rate
 from tensorpeft.training.recipe import Recipe, check_keys, load_comparison, load_recipe
 
 # What of the recipe's adapter every other method is given too: which weights are adapted, which modules are trained.
@@ -94,7 +93,8 @@ def load_entries(
     recipe's own method begins with the recipe's; every adapter has the recipe's targets.
 
     Without ``rates``, the steps of an entry are bounded (`tensorpeft.BoundedSteps`, ``max_step_kl``: 0.01), and it has
-    one rate, ten times what its method wants of the recipe's: one that is too high is scaled down. Where the model gets
+    one rate, ten times what its method wants of the recipe's, or of 0.01 where the recipe names none
+    (`with_learning_rate`): one that is too high is scaled down. Where the model gets
     a new head, all weights are trained or lie in shards, or with ``max_step_kl: null``, it chooses among three: what
     its method wants, and √10 below and above. Of one rate nothing is chosen.
 
@@ -116,15 +116,18 @@ def load_entries(
     check_keys(keys, {**described, **catalogue}, "methods")
     if len(set(keys)) < len(keys):
         raise ValueError(f"methods={','.join(keys)}: one is there twice. Give each once.")
-    rate = recipe.trainer.get("learning_rate")
-    if not _is_rate(rate):
-        raise ValueError(f"{path}: trainer.learning_rate={rate!r}: expected a number, for grids to begin from.")
-    base_rate = rate * float(section.get("rate_scale", 1)) / _most_like(recipe.adapter).rate
-    if missing := [key for key in keys if key not in catalogue and described.get(key) is None]:
-        raise ValueError(f"{path}: compare.methods.{missing[0]} is empty, and the catalogue has no such method.")
     bound = section.get("max_step_kl", _MAX_STEP_KL)
     if bound is not None and not _is_rate(bound):
         raise ValueError(f"compare.max_step_kl={bound!r}: expected nats above 0, such as 0.01, or null.")
+    filled = recipe if bound is None else with_learning_rate(recipe)
+    rate = filled.trainer.get("learning_rate")
+    if not _is_rate(rate):
+        raise ValueError(f"{path}: trainer.learning_rate={rate!r}: expected a number, for grids to begin from.")
+    if filled is not recipe:
+        rate = rate / _ABOVE  # what is filled in is above the usual one already
+    base_rate = rate * float(section.get("rate_scale", 1)) / _most_like(recipe.adapter).rate
+    if missing := [key for key in keys if key not in catalogue and described.get(key) is None]:
+        raise ValueError(f"{path}: compare.methods.{missing[0]} is empty, and the catalogue has no such method.")
     read = partial(load_recipe, path, overrides, smoke)
     entries = tuple(_make_entry(key, described.get(key) or {}, recipe, base_rate, bound, read) for key in keys)
     wanted = seeds if seeds is not None else section.get("seeds", 3)
@@ -172,7 +175,7 @@ def _make_entry(
         entry_recipe = replace(entry_recipe, head=None)  # all weights are trained
     like = _most_like(adapter)
     rates, usual = described.get("rates"), base_rate * like.rate
-    if not rates and bound is not None and _can_be_bounded(entry_recipe):
+    if not rates and bound is not None and can_be_bounded(entry_recipe):
         if entry_recipe.max_step_kl is None and "max_step_kl" not in described:
             entry_recipe = replace(entry_recipe, max_step_kl=float(bound))
         if entry_recipe.max_step_kl is not None:
@@ -190,13 +193,6 @@ def _make_entry(
         note=str(described.get("note", method.note if method else "")),
         knob=knob,
     )
-
-
-def _can_be_bounded(recipe: Recipe) -> bool:
-    """Whether the divergence of a step tells what becomes of the model, at little cost."""
-    has_new_head = isinstance(find_task(recipe.task), LabelTask | StructureTask)
-    is_sharded = bool(recipe.trainer.get("fsdp") or recipe.trainer.get("deepspeed"))
-    return recipe.adapter is not None and not has_new_head and not is_sharded
 
 
 def _adapter(
