@@ -9,7 +9,6 @@ from io import StringIO
 
 import pytest
 import torch
-from evaluated import CONFIGS, LLAMA, SPECIAL, word_tokenizer
 from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE, WordLevel
@@ -17,6 +16,7 @@ from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from cases import Model, perturb, tiny_llama
+from evaluation.evaluated import CONFIGS, LLAMA, SPECIAL, word_tokenizer
 from tensorpeft.evaluation.chat import run_chat
 from tensorpeft.evaluation.conversation import Conversation, _AnswerStreamer
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from evaluated import LLAMA, adapt, sentence, word_tokenizer
 from transformers import GenerationConfig
 
+from evaluation.evaluated import LLAMA, adapt, sentence, word_tokenizer
 from tensorpeft.evaluation import EvaluationOptions, evaluate_task
 from tensorpeft.evaluation.chat_template import as_chat, find_turn_end
 from tensorpeft.tasks.task import Generation, LabelTask, Question, QuestionTask, Scored

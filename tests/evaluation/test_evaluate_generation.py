@@ -2,10 +2,10 @@ import warnings
 
 import pytest
 import torch
-from evaluated import CONFIGS, GPT2, LLAMA, adapt, sentence, word_tokenizer
 from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
+from evaluation.evaluated import CONFIGS, GPT2, LLAMA, adapt, sentence, word_tokenizer
 from tensorpeft.evaluation import EvaluationOptions, evaluate_task
 from tensorpeft.tasks.task import Generation, Question, QuestionTask, Scored
 

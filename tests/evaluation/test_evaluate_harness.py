@@ -2,8 +2,8 @@ import json
 from io import StringIO
 
 import pytest
-from evaluated import LLAMA, adapt, sentence, word_tokenizer
 
+from evaluation.evaluated import LLAMA, adapt, sentence, word_tokenizer
 from tensorpeft.evaluation import EvaluationOptions, evaluate_task
 from tensorpeft.evaluation.harness import run_lm_eval, table_rows
 from tensorpeft.evaluation.run import run_lm_eval_command

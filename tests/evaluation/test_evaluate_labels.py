@@ -1,9 +1,9 @@
 import pytest
 import torch
-from evaluated import CONFIGS, sentence, tiny_bert, word_tokenizer
 from peft import get_peft_model
 
 from cases import Model, perturb
+from evaluation.evaluated import CONFIGS, sentence, tiny_bert, word_tokenizer
 from tensorpeft.evaluation import EvaluationOptions, evaluate_task
 from tensorpeft.tasks.task import LabelledText, LabelTask
 

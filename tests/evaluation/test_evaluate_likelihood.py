@@ -1,6 +1,6 @@
 import pytest
-from evaluated import GPT2, LLAMA, adapt, merging_tokenizer, sentence, token_log_probs, word_tokenizer
 
+from evaluation.evaluated import GPT2, LLAMA, adapt, merging_tokenizer, sentence, token_log_probs, word_tokenizer
 from tensorpeft.evaluation import EvaluationOptions, evaluate_task
 from tensorpeft.tasks.task import Question, QuestionTask
 

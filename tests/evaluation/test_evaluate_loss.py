@@ -2,9 +2,9 @@ import math
 
 import pytest
 import torch
-from evaluated import LLAMA, adapt, sentence, token_log_probs, word_tokenizer
 from peft import PromptTuningConfig, get_peft_model
 
+from evaluation.evaluated import LLAMA, adapt, sentence, token_log_probs, word_tokenizer
 from tensorpeft.evaluation import EvaluationOptions, evaluate_task
 from tensorpeft.tasks.task import Question, QuestionTask
 

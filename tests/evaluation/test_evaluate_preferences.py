@@ -2,8 +2,8 @@ import math
 
 import pytest
 import torch
-from evaluated import CONFIGS, LLAMA, adapt, sentence, token_log_probs, word_tokenizer
 
+from evaluation.evaluated import CONFIGS, LLAMA, adapt, sentence, token_log_probs, word_tokenizer
 from tensorpeft.evaluation import EvaluationOptions, evaluate_task
 from tensorpeft.tasks.task import Preference, PreferenceTask
 

@@ -5,10 +5,10 @@ from types import ModuleType
 
 import pytest
 import torch
-from evaluated import CONFIGS, LLAMA, adapt, sentence, tiny_bert, word_tokenizer
 from peft import get_peft_model
 
 from cases import Model, perturb
+from evaluation.evaluated import CONFIGS, LLAMA, adapt, sentence, tiny_bert, word_tokenizer
 from tensorpeft.evaluation import EvaluationOptions, evaluate_task
 from tensorpeft.evaluation.report import metrics_table
 from tensorpeft.evaluation.run import run_evaluate

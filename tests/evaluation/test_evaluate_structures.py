@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 import torch
-from evaluated import LLAMA
 from torch import nn
 
+from evaluation.evaluated import LLAMA
 from tensorpeft.evaluation import evaluate_task
 from tensorpeft.tasks.task import Structure, StructureTask
 

@@ -1,6 +1,6 @@
 import pytest
-from evaluated import LLAMA, adapt, word_tokenizer
 
+from evaluation.evaluated import LLAMA, adapt, word_tokenizer
 from tensorpeft.evaluation import EvaluationOptions, evaluate_task
 from tensorpeft.tasks.task import LabelTask, PreferenceTask, Question, QuestionTask, Scored
 

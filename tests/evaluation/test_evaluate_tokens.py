@@ -1,6 +1,6 @@
 import pytest
-from evaluated import GPT2, LLAMA, merging_tokenizer, word_tokenizer
 
+from evaluation.evaluated import GPT2, LLAMA, merging_tokenizer, word_tokenizer
 from tensorpeft.evaluation.tokens import (
     TokenRow,
     cut_end,
