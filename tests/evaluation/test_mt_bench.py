@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from test_evaluate_chat import chat_tokenizer
+from evaluation.test_evaluate_chat import chat_tokenizer
 from transformers import GenerationConfig
 
 from evaluation.evaluated import LLAMA, adapt, word_tokenizer
