@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from evaluation.test_evaluate_chat import chat_tokenizer
 from transformers import GenerationConfig
 
 from evaluation.evaluated import LLAMA, adapt, word_tokenizer
+from evaluation.test_evaluate_chat import chat_tokenizer
 from tensorpeft.evaluation import mt_bench
 from tensorpeft.evaluation.mt_bench import DialogueQuestion, answer_questions, read_questions
 from tensorpeft.evaluation.run import run_mt_bench

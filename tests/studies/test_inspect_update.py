@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tensorly.decomposition import partial_tucker
 from torch import Tensor
 
 from tensorpeft.networks.mpo import contract, decompose
@@ -47,6 +48,25 @@ def test_shares_are_of_all_weights_together():
     assert found["one pair of frames for all, r=24"].other == pytest.approx(1, rel=1e-4)
     assert found["best matrix of rank 2 of D (LoRA)"].update == pytest.approx(1, rel=1e-4)
     assert found["best matrix of rank 2 of D (LoRA)"].other is None
+
+
+def test_tensors_over_all_layers_hold_what_others_that_find_the_best_of_them_hold():
+    """Of noise against tensorly's Tucker2; of a CP tensor of rank 3, all."""
+    torch.manual_seed(0)
+    updates = torch.randn(4, 24, 24)
+    rows = {row.name: row for row in reaches([seen(updates[0], u) for u in updates], Sizes(4, 3, shared_frames=5))}
+    (_, _), errors = partial_tucker(updates.numpy(), [5, 5], modes=[1, 2], n_iter_max=50)
+    tucker = rows["best U G Vᵀ, one U and V, r=5 (LoTR, FacT, MetaTT)"]
+    assert tucker.trained == 25 + 5 * 48 // 4
+    assert tucker.other is None
+    assert tucker.update == pytest.approx(1 - float(errors[-1]) ** 2, abs=5e-3)
+
+    factors = [torch.randn(size, 3) for size in (4, 24, 24)]
+    updates = torch.einsum("lr,or,ir->loi", *factors)
+    rows = {row.name: row for row in reaches([seen(updates[0], u) for u in updates], Sizes(4, 3, shared_frames=3))}
+    known = rows["best CP of all, r=3 (LoRTA)"]
+    assert known.trained == 3 + 3 * 48 // 4
+    assert known.update == pytest.approx(1, abs=1e-2)
 
 
 def test_without_an_update_there_are_gradients_alone():

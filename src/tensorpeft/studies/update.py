@@ -17,12 +17,14 @@ from scipy.cluster.hierarchy import leaves_list, ward
 from torch import Tensor
 
 from tensorpeft.modes import bond_dimensions, factor_modes
+from tensorpeft.networks.cp import decompose as cp
 from tensorpeft.networks.mpo import decompose
-from tensorpeft.networks.sketch import Gradient, exact, leading_frames
+from tensorpeft.networks.sketch import Gradient, exact, leading_columns, leading_frames
 
 Share = Callable[[Tensor], float]  # of the energy of a matrix (out, in)
 _Modes = tuple[tuple[int, ...], tuple[int, ...]]  # of the output, of the input
 _CLUSTERED_BY = 8  # singular vectors
+_SWEEPS = 5
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Sizes:
         middle: the train's bond between its rows and its columns, where it is wider there than elsewhere.
         rank: of the low-rank matrix; beside it stands the one of the operator's size.
         frames: r of frames per weight.
-        shared_frames: r of frames that all weights of a kind share.
+        shared_frames: r of frames that all weights of a kind share, and of the other networks over all of them.
     """
 
     bond: int = 16
@@ -184,7 +186,30 @@ def _best(
     for rank in (sizes.rank, _rank_within(mpo, out, in_)):
         shares: list[Share] = [partial(_kept_by_rank, rank)] * len(weights)
         rows.append((f"best matrix of rank {rank} of D (LoRA)", rank * (out + in_), shares))
-    return rows
+    return rows + _best_of_all([weight.update for weight in weights if weight.update is not None], sizes.shared_frames)
+
+
+def _best_of_all(updates: Sequence[Tensor], rank: int) -> list[tuple[str, int, list[Share]]]:  # as `_spaces`
+    """What one tensor over all layers reaches of their updates; its shared factors count for each by their share."""
+    count, (out, in_) = len(updates), updates[0].shape
+    rank = min(rank, out, in_)
+    left, right = leading_frames([exact(update) for update in updates], rank)
+    for _ in range(_SWEEPS):  # higher-order orthogonal iteration (De Lathauwer et al., 2000)
+        left = leading_columns([update @ right for update in updates], rank)
+        right = leading_columns([update.t() @ left for update in updates], rank)
+    per_layer, rows, columns = cp(torch.stack(list(updates)), rank)
+    return [
+        (
+            f"best U G Vᵀ, one U and V, r={rank} (LoTR, FacT, MetaTT)",
+            rank**2 + round(rank * (out + in_) / count),
+            [partial(_share_between, left, right)] * count,
+        ),
+        (
+            f"best CP of all, r={rank} (LoRTA)",
+            rank + round(rank * (out + in_) / count),
+            [partial(_kept_by, rows * weights @ columns.t()) for weights in per_layer],
+        ),
+    ]
 
 
 class TangentSpace:
@@ -279,6 +304,10 @@ def _bound_of_mpos(out_modes: Sequence[int], in_modes: Sequence[int], bond: int,
 def _kept_by_train(modes: Sequence[int], bonds: Sequence[int], matrix: Tensor) -> float:
     """A tensor train is an operator with rows of size 1."""
     return _kept_by_mpo([1] * len(modes), modes, bonds, matrix.reshape(1, -1))
+
+
+def _kept_by(approximation: Tensor, matrix: Tensor) -> float:
+    return 1 - _energy(matrix - approximation) / _energy(matrix)
 
 
 def _kept_by_rank(rank: int, matrix: Tensor) -> float:
