@@ -84,7 +84,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     for name, default, text in (
         ("--bond", 16, "R of the matrix product operators and the train"),
         ("--frames", 8, "rank of frames per weight"),
-        ("--shared-frames", 16, "rank of frames that all weights of a kind share"),
+        ("--shared-frames", 16, "rank of frames that all weights of a kind share, and of CP"),
     ):
         update.add_argument(name, type=whole(1), default=default, metavar="R", help=f"{text} (default: %(default)s)")
     update.add_argument(

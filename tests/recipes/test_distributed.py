@@ -44,10 +44,17 @@ def free_port() -> str:
         return str(listener.getsockname()[1])
 
 
-def train(output: Path, batch_size: int, launcher: list[str], *overrides: str, program: str = "tensorpeft"):
-    """The result of a small SFT run, in one process or in those of a launcher."""
+def train(
+    output: Path,
+    batch_size: int,
+    launcher: list[str],
+    *overrides: str,
+    program: str = "tensorpeft",
+    recipe: str = "small/stories_sft",
+):
+    """The result of a small run, in one process or in those of a launcher."""
     command = [sys.executable, "-m", *launcher]
-    command += [program, "train", "small/stories_sft", "--smoke", f"output={output}"]
+    command += [program, "train", recipe, "--smoke", f"output={output}"]
     command += [f"trainer.per_device_train_batch_size={batch_size}", "trainer.max_steps=6", "trainer.eval_steps=3"]
     environment = os.environ | {"TENSORPEFT_DATA": str(DATA), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -77,6 +84,15 @@ def test_two_processes_are_one_with_the_doubled_batch(method, checkpointing, tmp
     one = train(tmp_path / "one", 8, [], *more)
     two = train(tmp_path / "two", 4, [*TORCHRUN, free_port(), "-m"], *more)
     assert_same(two, one)
+
+
+def test_two_processes_learn_labels_as_one_with_the_doubled_batch(tmp_path):
+    """The mean over all rows, not its double; what clips a gradient tells the two apart."""
+    more = ["model_arguments={hidden_dropout_prob: 0, attention_probs_dropout_prob: 0}", "trainer.max_grad_norm=1e-3"]
+    one = train(tmp_path / "one", 8, [], *more, recipe="small/minilm_glue")
+    two = train(tmp_path / "two", 4, [*TORCHRUN, free_port(), "-m"], *more, recipe="small/minilm_glue")
+    for curve in ("loss", "eval_loss", "grad_norm"):
+        assert dict(two.curve(curve)) == pytest.approx(dict(one.curve(curve)), rel=1e-3), curve
 
 
 def test_accelerate_launches_the_command(tmp_path):

@@ -50,23 +50,40 @@ def test_shares_are_of_all_weights_together():
     assert found["best matrix of rank 2 of D (LoRA)"].other is None
 
 
-def test_tensors_over_all_layers_hold_what_others_that_find_the_best_of_them_hold():
-    """Of noise against tensorly's Tucker2; of a CP tensor of rank 3, all."""
+def over_all(updates, rank):
+    """Tucker2 and CP over all weights."""
+    *_, tucker, cp = reaches([seen(updates[0], update) for update in updates], Sizes(4, 3, shared_frames=rank))
+    count = len(updates)
+    assert tucker.name == f"best U G Vᵀ, U and V of all {count}, r={rank} (LoTR, FacT, MetaTT)"
+    assert cp.name == f"CP of all {count}, r={rank} (LoRTA), found"
+    assert (tucker.trained, cp.trained) == (rank**2 + rank * 48 // count, rank + rank * 48 // count)
+    assert tucker.other is cp.other is None
+    return tucker.update, cp.update
+
+
+def test_frames_for_all_layers_hold_what_the_best_of_others_hold():
     torch.manual_seed(0)
     updates = torch.randn(4, 24, 24)
-    rows = {row.name: row for row in reaches([seen(updates[0], u) for u in updates], Sizes(4, 3, shared_frames=5))}
-    (_, _), errors = partial_tucker(updates.numpy(), [5, 5], modes=[1, 2], n_iter_max=50)
-    tucker = rows["best U G Vᵀ, one U and V, r=5 (LoTR, FacT, MetaTT)"]
-    assert tucker.trained == 25 + 5 * 48 // 4
-    assert tucker.other is None
-    assert tucker.update == pytest.approx(1 - float(errors[-1]) ** 2, abs=5e-3)
+    _, errors = partial_tucker(updates.numpy(), [5, 5], modes=[1, 2], n_iter_max=50)  # tensorly's
+    assert over_all(updates, 5)[0] == pytest.approx(1 - float(errors[-1]) ** 2, abs=5e-3)
 
-    factors = [torch.randn(size, 3) for size in (4, 24, 24)]
-    updates = torch.einsum("lr,or,ir->loi", *factors)
-    rows = {row.name: row for row in reaches([seen(updates[0], u) for u in updates], Sizes(4, 3, shared_frames=3))}
-    known = rows["best CP of all, r=3 (LoRTA)"]
-    assert known.trained == 3 + 3 * 48 // 4
-    assert known.update == pytest.approx(1, abs=1e-2)
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_cp_tensor_is_found(seed):
+    torch.manual_seed(seed)
+    updates = torch.einsum("lr,or,ir->loi", *(torch.randn(size, 3) for size in (4, 24, 24)))
+    assert over_all(updates, 3)[1] == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("decay", [0.0, 1.0, 1.5])
+def test_a_cp_tensor_holds_what_matrices_of_all_layers_side_by_side_hold(decay):
+    torch.manual_seed(0)
+    left, _, right = torch.linalg.svd(torch.randn(4, 24, 24))
+    values = torch.arange(1, 25) ** -decay
+    updates = left * values @ right
+    tucker, cp = over_all(updates, 8)
+    floor = values[:2].square().sum() / values.square().sum()  # two of each, of four
+    assert floor.item() - 1e-5 < cp <= tucker + 1e-5
 
 
 def test_without_an_update_there_are_gradients_alone():

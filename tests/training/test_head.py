@@ -10,14 +10,14 @@ from peft import PeftModel
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
-from transformers import RobertaConfig, RobertaForSequenceClassification
+from transformers import RobertaConfig, RobertaForSequenceClassification, set_seed
 
 pytest.importorskip("omegaconf")
 from tensorpeft.evaluation.options import EvaluationOptions
 from tensorpeft.evaluation.run import run_evaluate
 from tensorpeft.tasks.registry import find_task
 from tensorpeft.training.arguments import make_arguments
-from tensorpeft.training.head import fold_head, restrict_head
+from tensorpeft.training.head import TrainHeadLayer, fold_head, restrict_head
 from tensorpeft.training.models import adapt, load_base, load_tokenizer
 from tensorpeft.training.recipe import HeadRecipe, load_recipe
 from tensorpeft.training.run import run_training
@@ -66,6 +66,7 @@ def test_a_layer_of_the_head_that_is_a_tensor_train_has_its_entries(roberta, dty
         "dense.cores.1": (5, 12, 1),
         "dense.bias": (12,),
     }
+    assert {p.dtype for p in trained.values()} == {torch.float32}
     first, second = (trained[f"dense.cores.{k}"].detach().double() for k in (0, 1))
     weight = torch.tensor([[(first[0, o] * second[:, i, 0]).sum() for i in range(12)] for o in range(12)])
     assert weight.std().item() == pytest.approx(spread, rel=0.5)  # 144 entries of rank 5
@@ -74,6 +75,20 @@ def test_a_layer_of_the_head_that_is_a_tensor_train_has_its_entries(roberta, dty
     torch.testing.assert_close(roberta.classifier.dense.weight.double(), weight.to(dtype).double())
     assert torch.equal(roberta.classifier.dense.bias, bias)
     assert torch.equal(roberta(ids).logits, before)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_tensor_train_follows_the_model_to_another_dtype(bias):
+    torch.manual_seed(0)
+    layer = TrainHeadLayer(nn.Linear(24, 31, bias=bias, dtype=torch.bfloat16), tt_rank=3)  # 31 is a prime
+    assert [core.shape[1] for core in layer.cores] == [31, 4, 6]
+    assert {p.dtype for p in layer.parameters()} == {torch.float32}
+    x = torch.randn(2, 24)
+    assert layer(x).dtype == torch.float32
+    assert layer(x.bfloat16()).dtype == layer.folded().weight.dtype == torch.bfloat16
+    layer.float()
+    torch.testing.assert_close(layer.folded()(x), layer(x))
+    assert layer.folded().weight.dtype == torch.float32
 
 
 def test_a_tensor_train_learns_through_all_of_its_cores(roberta):
@@ -131,7 +146,9 @@ def test_a_run_trains_a_tensor_train_in_the_head_and_saves_a_whole_one(place, tm
     assert not any("cores" in name and "classifier" in name for name in tensors)
     plain = replace(recipe, head=None)
     whole = adapt(load_base(plain, task, load_tokenizer(recipe, task), seed=0), plain, task)
-    started = adapt(load_base(recipe, task, load_tokenizer(recipe, task), seed=0), recipe, task)
+    base = load_base(recipe, task, load_tokenizer(recipe, task), seed=0)
+    set_seed(0)  # as a run does
+    started = adapt(base, recipe, task)
     layer = started.base_model.model.classifier.modules_to_save["default"]
     assert result.trained_parameters == sum(p.numel() for p in started.parameters() if p.requires_grad)
     assert result.trained_parameters != sum(p.numel() for p in whole.parameters() if p.requires_grad)

@@ -40,6 +40,14 @@ def test_where_it_was_not_measured_the_libraries_rate_holds(name, override, plac
     assert with_learning_rate(recipe) is recipe
 
 
+@pytest.mark.parametrize("what", ["FSDP", "DEEPSPEED"])
+def test_what_accelerate_shards_has_the_libraries_rate(what, place, monkeypatch):
+    recipe = load_recipe(place / "sft.yaml")
+    assert with_learning_rate(recipe) is not recipe
+    monkeypatch.setenv(f"ACCELERATE_USE_{what}", "true")
+    assert with_learning_rate(recipe) is recipe
+
+
 def test_a_run_without_a_rate_says_which_it_took(place, tmp_path, capsys):
     recipe = load_recipe(place / "sft.yaml", [*EXACT, f"output={tmp_path / 'run'}"])
     (result,) = run_training(recipe)

@@ -106,6 +106,17 @@ def test_a_bounded_run_tells_its_scale_and_goes_on_with_it(place, tmp_path):
     assert losses(resumed) == pytest.approx(losses(whole), abs=1e-6)
 
 
+def test_labels_in_accumulated_batches_train_on_the_mean_of_all(place, tmp_path):
+    """A classifier's loss is a mean already, whatever transformers makes of its forward's **kwargs."""
+    same = ("model_arguments={hidden_dropout_prob: 0, attention_probs_dropout_prob: 0}", "trainer.max_grad_norm=1e-3")
+    (whole,) = train(place, "labels", tmp_path / "whole", *same)
+    halves = ("trainer.per_device_train_batch_size=2", "trainer.gradient_accumulation_steps=2")
+    (accumulated,) = train(place, "labels", tmp_path / "halves", *same, *halves)
+    assert losses(accumulated) == pytest.approx(losses(whole), abs=1e-5)
+    assert dict(accumulated.curve("grad_norm")) == pytest.approx(dict(whole.curve("grad_norm")), rel=1e-3)
+    assert dict(accumulated.curve("eval_loss")) == pytest.approx(dict(whole.curve("eval_loss")), abs=1e-5)
+
+
 @long
 def test_finished_seeds_are_not_run_again(place, tmp_path):
     first = train(place, "labels", tmp_path / "run", "seeds=[3]")

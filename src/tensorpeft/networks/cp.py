@@ -127,12 +127,16 @@ class CpUpdate(AbstractSliceUpdate):
 def decompose(
     tensor: Tensor,
     rank: int,
+    start: Sequence[Tensor] | None = None,  # as the result, the first mode is not looked at; None: noise
+    seed: int = 0,  # of the noise
+    sweeps: int = _SWEEPS,
 ) -> list[Tensor]:  # per mode (size, rank)
-    """A CP decomposition by alternating least squares, from a start of its own that is always the same."""
-    generator = torch.Generator().manual_seed(0)
-    factors = [torch.randn(size, rank, generator=generator).to(tensor) for size in tensor.shape]
+    """A CP decomposition by alternating least squares, the same at every call; near a best one, not always there."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = [torch.randn(size, rank, generator=generator).to(tensor) for size in tensor.shape]
+    factors = noise if start is None else list(start)
     letters = "abcdefgh"[: tensor.ndim]
-    for _ in range(_SWEEPS):
+    for _ in range(sweeps):
         for mode, letter in enumerate(letters):
             others = [k for k in range(tensor.ndim) if k != mode]
             inputs = ",".join(f"{letters[k]}r" for k in others)

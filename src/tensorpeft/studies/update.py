@@ -24,7 +24,7 @@ from tensorpeft.networks.sketch import Gradient, exact, leading_columns, leading
 Share = Callable[[Tensor], float]  # of the energy of a matrix (out, in)
 _Modes = tuple[tuple[int, ...], tuple[int, ...]]  # of the output, of the input
 _CLUSTERED_BY = 8  # singular vectors
-_SWEEPS = 5
+_SWEEPS, _CP_SWEEPS, _STARTS = 5, 50, 3
 
 
 @dataclass(frozen=True)
@@ -190,26 +190,45 @@ def _best(
 
 
 def _best_of_all(updates: Sequence[Tensor], rank: int) -> list[tuple[str, int, list[Share]]]:  # as `_spaces`
-    """What one tensor over all layers reaches of their updates; its shared factors count for each by their share."""
+    """What one tensor over all these weights reaches of their updates; what is shared counts for each by its part.
+
+    The Tucker2 tensor is near the best there is; the CP tensor is the best that was found from several starts.
+    """
     count, (out, in_) = len(updates), updates[0].shape
     rank = min(rank, out, in_)
     left, right = leading_frames([exact(update) for update in updates], rank)
     for _ in range(_SWEEPS):  # higher-order orthogonal iteration (De Lathauwer et al., 2000)
         left = leading_columns([update @ right for update in updates], rank)
         right = leading_columns([update.t() @ left for update in updates], rank)
-    per_layer, rows, columns = cp(torch.stack(list(updates)), rank)
+    per_layer, rows, columns = _best_cp(torch.stack(list(updates)), rank)
     return [
         (
-            f"best U G Vᵀ, one U and V, r={rank} (LoTR, FacT, MetaTT)",
+            f"best U G Vᵀ, U and V of all {count}, r={rank} (LoTR, FacT, MetaTT)",
             rank**2 + round(rank * (out + in_) / count),
             [partial(_share_between, left, right)] * count,
         ),
         (
-            f"best CP of all, r={rank} (LoRTA)",
+            f"CP of all {count}, r={rank} (LoRTA), found",
             rank + round(rank * (out + in_) / count),
             [partial(_kept_by, rows * weights @ columns.t()) for weights in per_layer],
         ),
     ]
+
+
+def _best_cp(updates: Tensor, rank: int) -> list[Tensor]:  # (count, out, in) -> as `cp`
+    """From noise, and from a low-rank matrix of every weight: side by side they are a CP tensor, too."""
+    count = len(updates)
+    starts: list[list[Tensor] | None] = [None] * _STARTS
+    if each := rank // count:
+        left, _, right = torch.linalg.svd(updates, full_matrices=False)
+        sides = (left[:, :, :each], right[:, :each].mT)
+        noise = torch.Generator().manual_seed(0)
+        factors = [torch.randn(size, rank, generator=noise).to(updates) for size in updates.shape]
+        for factor, side in zip(factors[1:], sides):
+            factor[:, : count * each] = side.transpose(0, 1).flatten(1)
+        starts.append(factors)
+    found = [cp(updates, rank, start, seed, _CP_SWEEPS) for seed, start in enumerate(starts)]
+    return min(found, key=lambda factors: _energy(updates - torch.einsum("ar,br,cr->abc", *factors)))
 
 
 class TangentSpace:

@@ -79,7 +79,12 @@ def _as_full(recipe: Recipe, steps: int) -> Recipe:
     assert recipe.adapter is not None
     catalogue = methods_by_key()
     own = next((m for m in catalogue.values() if m.adapter_method == recipe.adapter["method"]), None)
-    rate = recipe.trainer["learning_rate"] * catalogue["full"].rate / (own.rate if own else 1)
+    named = recipe.trainer.get("learning_rate")
+    if not isinstance(named, int | float) or isinstance(named, bool) or not named > 0:
+        raise ValueError(
+            f"trainer.learning_rate={named!r}: expected a number above 0, which the rate of all weights follows from."
+        )
+    rate = named * catalogue["full"].rate / (own.rate if own else 1)
     on_top = {"learning_rate": rate, "max_steps": max(steps, 1), "eval_strategy": "no", "save_strategy": "no"}
     given = {key: value for key, value in recipe.trainer.items() if not key.startswith(("eval_", "save_", "load_best"))}
     return replace(recipe, adapter=None, data=replace(recipe.data, start_rows=None), trainer={**given, **on_top})

@@ -1,6 +1,7 @@
 """A new head: which parameters are its, and one of which less is trained than all of it."""
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ class HeadLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(*batch, in) -> (*batch, out)."""
-        return F.linear(x, self.sum().to(x.dtype), self.bias)
+        return F.linear(x, self.sum().to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
     def folded(self) -> nn.Linear:
         """The linear layer that it is now."""
@@ -92,24 +93,35 @@ class TrainHeadLayer(HeadLayer):
     Source: LoRETTA (arXiv 2402.11417), "tensorized classifier".
     """
 
+    # A LoRA's layer has the frozen weight to tell it: what the model around is cast to.
+    dtype_of_model: Tensor
+
     def __init__(self, linear: nn.Linear, tt_rank: int):
         super().__init__(linear)
-        weight = self.weight
+        weight, bias = self.weight, self.bias
         del self.weight
-        if self.bias is not None:
-            bias = self.bias
+        if bias is not None:
             del self.bias
-            self.bias = nn.Parameter(bias.clone())
-        self.shape, self.dtype = weight.shape, weight.dtype
-        modes = [mode for size in self.shape for mode in factor_modes(size, max(1, round(math.log(size, 8))))]
-        cores = random_train(modes, tt_rank, std=1.0)  # float32, whatever the head is in
+            self.bias = nn.Parameter(bias.float())
+        self.shape = weight.shape
+        self.register_buffer("dtype_of_model", weight.new_empty(0), persistent=False)
+        modes = [mode for size in self.shape for mode in _modes(size)]
+        cores = random_train(modes, tt_rank, std=1.0)  # float32, whatever the head is in, as is the bias
         cores[0] = cores[0].to(weight.device) * weight.float().std(correction=0)
         self.cores = nn.ParameterList(cores)
         self.to(weight.device)
 
     def sum(self) -> Tensor:  # (out, in)
         """The train's entries as a matrix."""
-        return contract(list(self.cores)).view(self.shape).to(self.dtype)
+        return contract(list(self.cores)).view(self.shape).to(self.dtype_of_model.dtype)
+
+
+def _modes(size: int) -> list[int]:
+    """Near 8; a size with a large prime has a large mode."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a prime stays whole, and what a configuration of ours could say instead
+        modes = factor_modes(size, max(1, round(math.log(size, 8))))
+    return [mode for mode in modes if mode > 1] or [1]
 
 
 def _head_layer(linear: nn.Linear, recipe: HeadRecipe) -> HeadLayer:

@@ -62,15 +62,13 @@ def run_training(
     options = check_recipe(recipe, first)
     is_main = first.process_index == 0
     console = Console(file=terminal, quiet=not is_main)
+    if recipe != given:
+        rate, bound = recipe.trainer["learning_rate"], recipe.max_step_kl
+        say(console, f"No trainer.learning_rate is given: {rate:g}, and steps are bounded (max_step_kl: {bound:g}).")
     # The other processes of a launch write to the folder too; they are this one's.
     with sole_writer(output) if is_main else contextlib.nullcontext():
         if is_main:
             check_output(output, recipe, resume)
-        if recipe != given:
-            rate, bound = recipe.trainer["learning_rate"], recipe.max_step_kl
-            say(
-                console, f"No trainer.learning_rate is given: {rate:g}, and steps are bounded (max_step_kl: {bound:g})."
-            )
         splits = load_splits(recipe)
         for test, examples in splits.test.values():
             check_mode(test, examples, options)
@@ -135,8 +133,8 @@ def _check_fields(recipe: Recipe, task: Task) -> None:
         raise ValueError(f"head_learning_rate: a model for the task {task.name} gets no new head. Remove it.")
     if recipe.head is not None and (recipe.adapter is None or not isinstance(task, LabelTask)):
         raise ValueError(
-            "head: a LoRA of a new head stands beside an adapter of a model that gives labels. Leave it out where all "
-            f"weights are trained, and for {task.name} if it is no such task."
+            "head: what is trained of a new head stands beside an adapter of a model that gives labels. Leave it out "
+            f"where all weights are trained, and for {task.name} if it is no such task."
         )
     if recipe.data.chat and not isinstance(task, QuestionTask):
         raise ValueError(f"data.chat: only questions are asked in a chat, {task.name} has none. Remove it.")

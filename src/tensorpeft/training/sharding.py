@@ -26,7 +26,7 @@ def prepare_sharding(trainer: Trainer, recipe: Recipe, task: Task) -> None:
         ValueError: FSDP is asked for and cannot be had, in a form that loses the adapter, or for a model of which no
             whole copy could be loaded for the tests.
     """
-    is_wanted = bool(trainer.args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    is_wanted = bool(trainer.args.fsdp) or _accelerate_has("FSDP")
     if is_wanted and not is_sharded(trainer):
         raise ValueError(
             f"FSDP on {trainer.args.device.type}: accelerate shards on GPUs alone, and would train here "
@@ -67,6 +67,17 @@ def _check_dtype(trainer: Trainer) -> None:
             f"round the adapter. Pass model_arguments.dtype={str(wanted).removeprefix('torch.')}, or "
             f"trainer.{precision}=false."
         )
+
+
+def _accelerate_has(what: str) -> bool:
+    """Whether its configuration asks for it: `accelerate launch` says so to the processes that it starts."""
+    return os.environ.get(f"ACCELERATE_USE_{what}", "false").lower() == "true"
+
+
+def will_be_sharded(recipe: Recipe) -> bool:
+    """Whether the recipe, or accelerate's configuration, asks for FSDP or DeepSpeed."""
+    asked = any(recipe.trainer.get(name) for name in ("fsdp", "deepspeed"))
+    return asked or _accelerate_has("FSDP") or _accelerate_has("DEEPSPEED")
 
 
 def is_sharded(trainer: Trainer) -> bool:

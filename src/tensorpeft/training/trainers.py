@@ -29,7 +29,7 @@ from tensorpeft.training.splits import Splits
 
 
 class HeadRateTrainer(Trainer):
-    """A Trainer whose new head may have a learning rate of its own.
+    """A Trainer of a model whose loss is a mean, and whose new head may have a learning rate of its own.
 
     Args:
         head_learning_rate: of the parameters of the head; None: that of the others.
@@ -39,6 +39,9 @@ class HeadRateTrainer(Trainer):
     def __init__(self, head_learning_rate: float | None = None, **arguments: Any) -> None:
         self.head_learning_rate = head_learning_rate
         super().__init__(**arguments)
+        # It takes a forward with **kwargs for one that divides the sum by the rows of all processes and accumulated
+        # batches; a classifier's takes the mean over its own, and would train on so many times its loss.
+        self.model_accepts_loss_kwargs = False
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimiser of the arguments, the groups of its parameters split where the rates differ."""

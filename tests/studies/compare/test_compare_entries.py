@@ -87,15 +87,23 @@ def test_one_rate_is_all_that_a_method_needs_as_its_steps_are_bounded(write):
     assert lora("", of_questions.replace("max_steps: 5", "max_steps: 5, fsdp: true")) == (grid, None)
     with pytest.raises(ValueError, match=r"compare.max_step_kl=-1: expected nats above 0"):
         lora("compare: {max_step_kl: -1}")
-    # Without a rate: that of `tensorpeft train` without one.
+    # Without a rate: that of `tensorpeft train` without one, for all; what is searched must have one.
     without = of_questions.replace("learning_rate: 1e-3, ", "")
+    assert [entry.rates for entry in load_entries(write(recipe=without), "dota,lorta,lora").entries] == [(0.1,)] * 3
     assert lora("", without) == ((1e-1,), 0.01)
     assert lora("compare: {max_step_kl: 0.05}", without) == ((1e-1,), 0.05)
-    assert load_entries(write(recipe=without), "dota,lorta,full").entries[1].rates == (1.0,)
-    with pytest.raises(ValueError, match="learning_rate=None: expected a number"):
-        lora("compare: {max_step_kl: null}", without)
-    with pytest.raises(ValueError, match="learning_rate=None: expected a number"):
-        lora("", RECIPE.replace("learning_rate: 1e-3, ", ""))
+    labels = RECIPE.replace("learning_rate: 1e-3, ", "")
+    assert lora("compare: {methods: {lora: {rates: [1e-3]}}}", labels) == ((1e-3,), None)
+    for section, recipe in (
+        ("compare: {max_step_kl: null}", without),
+        ("compare: {methods: {lora: {max_step_kl: null}}}", without),
+        ("", without.replace("gsm8k", "preferences")),
+        ("", labels),
+    ):
+        with pytest.raises(ValueError, match=r"learning_rate=None: .* compare\.methods\.lora\.rates"):
+            lora(section, recipe)
+    with pytest.raises(ValueError, match=r"learning_rate=None: .* for the rates of full to begin from"):
+        load_entries(write(recipe=without), "dota,full")
 
 
 def test_a_variant_is_a_part_of_a_recipe_put_on_top(write):

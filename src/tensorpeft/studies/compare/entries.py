@@ -10,7 +10,7 @@ from typing import Any, TypeGuard
 from tensorpeft.studies.budget import parse_count
 from tensorpeft.studies.catalogue import DEFAULT_COMPARED, METHODS, Method, methods_by_key
 from tensorpeft.studies.rates import rate_grid
-from tensorpeft.training.learning_rate import can_be_bounded, with_learning_rate
+from tensorpeft.training.learning_rate import BOUNDED_RATE, MAX_STEP_KL, can_be_bounded, with_learning_rate
 from tensorpeft.training.recipe import Recipe, check_keys, load_comparison, load_recipe
 
 # What of the recipe's adapter every other method is given too: which weights are adapted, which modules are trained.
@@ -18,9 +18,9 @@ _TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_
 _KEPT_MODULES = ("modules_to_save",)
 _SECTION = ("seeds", "methods", "rate_scale", "max_step_kl", "budget", "target_loss", "widenings", "output")
 _ON_TOP = ("trainer", "quantize", "model_arguments", "max_step_kl", "head_learning_rate", "head")
-# Where no rates are named, steps are bounded by so many nats, and the rate is so many times the usual one: what is too
-# high is scaled down.
-_MAX_STEP_KL, _ABOVE = 0.01, 10
+# Where no rates are named and steps are bounded, the rate is so many times the usual one: what is too high is scaled
+# down.
+_ABOVE = 10
 _ENTRY = ("label", "note", "rates", "knob", "adapter", "start_rows", *_ON_TOP)
 
 
@@ -93,8 +93,8 @@ def load_entries(
     recipe's own method begins with the recipe's; every adapter has the recipe's targets.
 
     Without ``rates``, the steps of an entry are bounded (`tensorpeft.BoundedSteps`, ``max_step_kl``: 0.01), and it has
-    one rate, ten times what its method wants of the recipe's, or of 0.01 where the recipe names none
-    (`with_learning_rate`): one that is too high is scaled down. Where the model gets
+    one rate, ten times what its method wants of the recipe's (0.1 for all where the recipe names none and
+    `with_learning_rate` knows one): one that is too high is scaled down. Where the model gets
     a new head, all weights are trained or lie in shards, or with ``max_step_kl: null``, it chooses among three: what
     its method wants, and √10 below and above. Of one rate nothing is chosen.
 
@@ -116,16 +116,14 @@ def load_entries(
     check_keys(keys, {**described, **catalogue}, "methods")
     if len(set(keys)) < len(keys):
         raise ValueError(f"methods={','.join(keys)}: one is there twice. Give each once.")
-    bound = section.get("max_step_kl", _MAX_STEP_KL)
+    bound = section.get("max_step_kl", MAX_STEP_KL)
     if bound is not None and not _is_rate(bound):
         raise ValueError(f"compare.max_step_kl={bound!r}: expected nats above 0, such as 0.01, or null.")
-    filled = recipe if bound is None else with_learning_rate(recipe)
-    rate = filled.trainer.get("learning_rate")
-    if not _is_rate(rate):
-        raise ValueError(f"{path}: trainer.learning_rate={rate!r}: expected a number, for grids to begin from.")
-    if filled is not recipe:
-        rate = rate / _ABOVE  # what is filled in is above the usual one already
-    base_rate = rate * float(section.get("rate_scale", 1)) / _most_like(recipe.adapter).rate
+    rate = recipe.trainer.get("learning_rate")
+    if rate is not None and not _is_rate(rate):
+        raise ValueError(f"{path}: trainer.learning_rate={rate!r}: expected a number above 0, for grids to begin from.")
+    scale = float(section.get("rate_scale", 1)) / _most_like(recipe.adapter).rate
+    base_rate = None if rate is None else rate * scale
     if missing := [key for key in keys if key not in catalogue and described.get(key) is None]:
         raise ValueError(f"{path}: compare.methods.{missing[0]} is empty, and the catalogue has no such method.")
     read = partial(load_recipe, path, overrides, smoke)
@@ -149,7 +147,7 @@ def _make_entry(
     key: str,
     described: Any,
     recipe: Recipe,
-    base_rate: float,  # what suits LoRA
+    base_rate: float | None,  # what suits LoRA; None: the recipe names no rate
     bound: float | None,  # on its steps, where it names no rates
     read: Callable[[Mapping[str, Any]], Recipe],  # the recipe with something on top
 ) -> Entry:
@@ -174,13 +172,23 @@ def _make_entry(
     if adapter is None:
         entry_recipe = replace(entry_recipe, head=None)  # all weights are trained
     like = _most_like(adapter)
-    rates, usual = described.get("rates"), base_rate * like.rate
+    rates = described.get("rates")
+    usual = None if base_rate is None else base_rate * like.rate
     if not rates and bound is not None and can_be_bounded(entry_recipe):
         if entry_recipe.max_step_kl is None and "max_step_kl" not in described:
             entry_recipe = replace(entry_recipe, max_step_kl=float(bound))
         if entry_recipe.max_step_kl is not None:
-            rates = rate_grid(_ABOVE * usual, 1)
-    rates = rates or rate_grid(usual)
+            if usual is not None:
+                rates = rate_grid(_ABOVE * usual, 1)
+            elif with_learning_rate(entry_recipe) is not entry_recipe:
+                rates = (BOUNDED_RATE,)
+    if not rates:
+        if usual is None:
+            raise ValueError(
+                f"trainer.learning_rate=None: expected a number, for the rates of {key} to begin from. Name one, or "
+                f"compare.methods.{key}.rates."
+            )
+        rates = rate_grid(usual)
     if not isinstance(rates, Sequence) or not all(_is_rate(rate) for rate in rates):
         raise ValueError(f"compare.methods.{key}.rates={rates!r}: expected a list of numbers above 0.")
     knob = described.get("knob", like.knob)
