@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import log, sqrt
+from math import sqrt
 
 from torch import Tensor
 
-from tensorpeft.modes import factor_modes
+from tensorpeft.modes import modes_near_8
 from tensorpeft.networks.group import join
 from tensorpeft.networks.sketch import Gradient
 from tensorpeft.networks.tensor_train import TensorTrainUpdate, random_train
@@ -81,5 +81,5 @@ class LorettaConfig(FramedConfig):
 
     def _train(self, size: int, std: float) -> list[Tensor]:
         entries = self.r * size
-        modes = (self.modes or {}).get(entries) or factor_modes(entries, max(2, round(log(entries, 8))))
+        modes = (self.modes or {}).get(entries) or modes_near_8(entries, least=2)
         return random_train(modes, self.tt_rank, std)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import log, sqrt
+from math import sqrt
 from typing import ClassVar
 
 from torch import Tensor
 
-from tensorpeft.modes import factor_modes
+from tensorpeft.modes import modes_near_8
 from tensorpeft.networks.bottleneck import BottleneckUpdate
 from tensorpeft.networks.tensor_train import random_train
 from tensorpeft.plugin.config import Bases, TensorConfig, check_is_bool, check_modes, check_rank
@@ -91,4 +91,4 @@ class LorettaAdapterConfig(TensorConfig):
         return BottleneckUpdate(down, up, self.bottleneck, site.out)
 
     def _modes(self, size: int) -> Sequence[int]:
-        return (self.modes or {}).get(size) or factor_modes(size, max(1, round(log(size, 8))))
+        return (self.modes or {}).get(size) or modes_near_8(size)

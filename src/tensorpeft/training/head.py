@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tensorpeft.modes import factor_modes
+from tensorpeft.modes import modes_near_8
 from tensorpeft.networks.tensor_train import contract, random_train
 from tensorpeft.training.head_recipe import HeadRecipe
 
@@ -120,7 +120,7 @@ def _modes(size: int) -> list[int]:
     """Near 8; a size with a large prime has a large mode."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a prime stays whole, and what a configuration of ours could say instead
-        modes = factor_modes(size, max(1, round(math.log(size, 8))))
+        modes = modes_near_8(size)
     return [mode for mode in modes if mode > 1] or [1]
 
 
