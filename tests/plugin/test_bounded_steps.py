@@ -20,7 +20,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.modeling_outputs import SequenceClassifierOutput as Output
 
 from cases import MODELS, Case, over_cases, tokens
-from tensorpeft import BoundedSteps
+from tensorpeft import BoundedSteps, DotaConfig
+from tensorpeft.plugin.layer import TensorLayer
 
 LLAMA, CLASSIFIER = MODELS[0], next(model for model in MODELS if model.task_type == "SEQ_CLS")
 QUIET = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "logging_steps": 1, "seed": 5, "data_seed": 5}
@@ -189,6 +190,55 @@ def test_a_step_to_what_is_no_number_is_not_taken(tmp_path):
     assert all(tensor.isfinite().all() for tensor in after.values())
     assert watch.divergences[3] == 0
     assert any(not torch.equal(after[name], before[name]) for name in before)
+
+
+class Padded(nn.Module):
+    """A model whose vocabulary has entries that no text has: their logits are minus infinity."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **more: Any) -> Any:
+        found = self.model(input_ids=input_ids, labels=labels, **more)
+        absent = torch.arange(found.logits.shape[-1]) >= 90
+        found.logits = found.logits.masked_fill(absent, -math.inf)
+        return found
+
+
+def test_what_is_impossible_before_and_after_a_step_adds_nothing(tmp_path):
+    model = adapted()
+    before = trained(model)
+    bound = BoundedSteps(0.01)
+    arguments = TrainingArguments(output_dir=str(tmp_path), **{**QUIET, "max_steps": 12, "save_strategy": "no"})
+    Trainer(Padded(model), arguments, train_dataset=rows(), callbacks=[bound]).train()
+    assert all(math.isfinite(value) for value in bound.curvatures)
+    assert bound.scale == 1
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in trained(model).items())
+
+
+class Broken(TrainerCallback):
+    """At a step the gradients, or before it the parameters, are no numbers."""
+
+    def __init__(self, of: str) -> None:
+        self.of = of
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        parameter = next(p for p in kwargs["model"].parameters() if p.requires_grad)
+        (parameter.data if self.of == "predictions" else parameter.grad).fill_(math.nan)
+
+
+@pytest.mark.parametrize("of", ["predictions", "gradients"])
+def test_a_step_from_which_none_leads_out_is_refused(of: str, tmp_path):
+    with pytest.raises(ValueError, match=f"the {of} of this step are no finite numbers"):
+        train(adapted(), tmp_path, Broken(of), BoundedSteps(0.01))
+
+
+def test_no_weight_is_kept_after_a_step_that_was_looked_at(tmp_path):
+    model = get_peft_model(LLAMA.fresh(), DotaConfig(target_modules=LLAMA.targets, task_type=LLAMA.task_type, r=4))
+    train(model, tmp_path, BoundedSteps(0.01), max_steps=2)
+    assert all(m._cached._entry is None for m in model.modules() if isinstance(m, TensorLayer))
+    assert any(isinstance(m, TensorLayer) for m in model.modules())
 
 
 @over_cases

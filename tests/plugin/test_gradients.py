@@ -234,6 +234,15 @@ def test_frames_and_what_they_are_from_are_saved(kind: type[PeftConfig], fields:
         assert loaded.peft_config["default"].gradient_start == {"batches": 2, "rows": 6, "seed": 7}
 
 
+def test_rows_are_counted_by_what_has_rows():
+    _, model = fresh(LotrConfig, {"r": 2})
+    row = tokens()
+    initialize_from_gradients(
+        model, [{"use_cache": False, "num_items_in_batch": torch.tensor(6), "input_ids": row, "labels": row}]
+    )
+    assert model.peft_config["default"].gradient_start["rows"] == len(row)
+
+
 def test_gradient_checkpointing_gives_the_same_frames():
     _, plain = fresh(FloraConfig, {"r": 4})
     _, saving = fresh(FloraConfig, {"r": 4})

@@ -216,6 +216,19 @@ def test_a_frozen_layer_gets_no_gradient(case):
     assert all(parameter.grad is not None for parameter in trained(model).values())
 
 
+@over_own
+def test_a_layer_that_is_trained_from_the_middle_of_a_pass_on_gets_its_gradient(case):
+    model = adapted(case)
+    first, *others = updates(model)
+    last = next(update for update in others if update.place.group is first.place.group)
+    last.requires_grad_(False)
+    first.pair() if hasattr(first, "pair") else first.cut()
+    last.requires_grad_(True)
+    parts = last.pair() if hasattr(last, "pair") else last.cut().ready[0]
+    sum(part.sum() for part in parts).backward()
+    assert all(parameter.grad is not None for parameter in last.parameters())
+
+
 @over_grouped
 def test_two_active_adapters(case):
     model, plain = adapted(case), adapted(case)

@@ -1,5 +1,6 @@
 """PEFT's further fields and functions: as LoRA takes them, or refused with the name of what to use instead."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -159,6 +160,26 @@ def test_a_weighted_sum_of_adapters_is_exact(case: Case, tmp_path):
     torch.testing.assert_close(logits(model.merge_and_unload()), expected, rtol=1e-4, atol=1e-5)
 
 
+@over_summable
+def test_a_weighted_sum_of_adapters_in_half_precision_is_exact(case: Case):
+    torch.manual_seed(0)
+    model = get_peft_model(LLAMA.fresh(), case.make(target_modules=LLAMA.targets), "a")
+    perturb(model)
+    for update in (module for module in model.modules() if type(module).__name__.endswith("Update")):
+        (update.shared if update.shared is not None else update).bfloat16()
+    model.add_adapter("b", case.make(target_modules=LLAMA.targets))
+    model.set_adapter("b")
+    perturb(model, 3)
+    for names in (["a", "b"], ["b", "a"]):
+        exact = copy.deepcopy(model).double()
+        weights, parts = [0.3, -0.7], [deltas(exact, name) for name in names]
+        model.add_weighted_adapter(names, weights, "sum")
+        for key, found in deltas(model, "sum").items():
+            expected = sum(weight * part[key] for weight, part in zip(weights, parts, strict=True))
+            assert (found - expected).norm() <= 1e-5 * expected.norm()
+        model.delete_adapter("sum")
+
+
 @pytest.mark.parametrize(
     "case", [case for case in FIRST_OF_EACH if case.config not in {s.config for s in SUMMABLE}], ids=lambda c: c.name
 )
@@ -177,6 +198,8 @@ def test_where_a_sum_has_another_form_it_is_refused(case: Case):
     [
         ((["a", "c"], [1.0, 1.0], "sum"), "adapters of \\['a', 'b', 'fewer', 'head'\\]"),
         ((["a", "b"], [1.0], "sum"), "expected one weight for each"),
+        ((["a", "b"], [1.0, float("nan")], "sum"), r"weights=\[1.0, nan\]: expected finite numbers"),
+        ((["a", "b"], ["1", "2"], "sum"), "expected finite numbers"),
         ((["a", "b"], [1.0, 1.0], "b"), "adapter_name='b': there is an adapter"),
         ((["a", "b"], [1.0, 1.0], "sum", "svd"), "combination_type='svd': expected \"cat\""),
         ((["a", "fewer"], [1.0, 1.0], "sum"), "k_proj: only one of the adapters 'a' and 'fewer'"),

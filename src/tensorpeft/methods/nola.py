@@ -66,8 +66,8 @@ class NolaConfig(TensorConfig):
         largest = max((side for site in sites for side in (site.out, site.in_)), default=self.r)
         if self.r > largest:
             raise ValueError(
-                f"r={self.r} is more than the {largest} features of the largest adapted weight: expected a rank below "
-                "that, such as 8."
+                f"r={self.r} is more than the {largest} features of the largest adapted weight: expected a rank of at "
+                f"most {largest}."
             )
         shared = RandomBases(self.seed, self.num_bases, self.r, [(site.out, site.in_) for site in sites])
         updates = {}

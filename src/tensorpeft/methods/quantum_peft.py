@@ -24,13 +24,14 @@ class QuantumPeftConfig(TensorConfig):
     """`ΔW = alpha · U diag(λ) Vᵀ` per weight: U (out, r) and V (in, r) orthonormal, made of few angles each.
 
     The circuit of a side of size 2^q has q + 2 L (q − 1) angles for L layers; other sizes are cut from the next power
-    of two. Query and value of LLaMA-2-7B at r = 4, L = 1 have 4,608 parameters; LoRA's have 2,097,152.
+    of two, and their columns are shorter. Query and value of LLaMA-2-7B at r = 4, L = 1 have 4,608 parameters; LoRA's
+    have 2,097,152.
 
     Args:
         r: number of singular values λ, the rank; at most the smaller side of the weight, to which it is cut.
         num_layers: L, the layers of both circuits.
-        alpha: the updates are scaled by alpha. Columns of U and V having length one, λ wants a larger learning rate, or
-            alpha, than LoRA's factors do.
+        alpha: the updates are scaled by alpha. Columns of U and V having length one, or less, λ wants a larger learning
+            rate, or alpha, than LoRA's factors do.
         init_weights: True: λ starts at zero, so that the update does; the angles are uniform in (−π, π). False: λ is
             normal, which is *not* the identity.
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Literal, get_args
 
+import torch
 from torch import nn
 
 from tensorpeft.methods.common.tensor_places import Place, Places, place_heads, place_matrix
@@ -163,7 +164,8 @@ class TensLoraConfig(FramedConfig):
         )
         for key, tensor in shared.named_parameters():
             if not key.endswith("_G"):
-                nn.init.orthogonal_(tensor)
+                # In float32, whatever torch's default: LAPACK has no other QR.
+                tensor.data.copy_(nn.init.orthogonal_(torch.empty_like(tensor, dtype=torch.float32)))
             elif not self.init_weights:
                 nn.init.normal_(tensor)
         return TuckerSliceUpdate, shared

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 
+import torch
 from torch import Tensor
 
 
@@ -18,7 +20,7 @@ def on_diagonal(
     """
     widths = [block.shape[axes[0]] for block in blocks] if sizes is None else sizes
     shape = [sum(widths) if axis in axes else size for axis, size in enumerate(blocks[0].shape)]
-    result = blocks[0].new_zeros(shape)
+    result = blocks[0].new_zeros(shape, dtype=reduce(torch.promote_types, [block.dtype for block in blocks]))
     start = 0
     for block, width in zip(blocks, widths):
         ends = [start + size if axis in axes else size for axis, size in enumerate(block.shape)]

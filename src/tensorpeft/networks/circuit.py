@@ -139,7 +139,8 @@ def _run(rows: Tensor, *deviations: Tensor) -> Tensor:  # (rows, *in_axes) -> (r
     TF32 a product with the identity is not exact.
     """
     with without_autocast(rows.device):
-        start, order = at_least_float32(rows), list(range(rows.ndim - 1))  # of the axes in the state
+        dtype = torch.promote_types(at_least_float32(rows).dtype, at_least_float32(deviations[0]).dtype)
+        start, order = rows.to(dtype), list(range(rows.ndim - 1))  # of the axes in the state
         update: Tensor | None = None
         for pair, deviation in zip(axis_pairs(len(order)), deviations):
             out_a, out_b, in_a, in_b = deviation.shape
@@ -149,7 +150,7 @@ def _run(rows: Tensor, *deviations: Tensor) -> Tensor:  # (rows, *in_axes) -> (r
             update = None if update is None else update.permute(permutation)
             state = (start if update is None else start + update).reshape(-1, in_a * in_b)
             shape = (*start.shape[:-2], out_a, out_b)
-            matrix = at_least_float32(deviation).reshape(out_a * out_b, -1).t()
+            matrix = deviation.to(dtype).reshape(out_a * out_b, -1).t()
             if update is None:
                 update = (state @ matrix).view(shape)
             else:

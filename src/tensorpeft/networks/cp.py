@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from tensorpeft.networks.dtypes import widened
 from tensorpeft.networks.group import tensors_of
 from tensorpeft.networks.sketch import Gradient
 from tensorpeft.networks.slices import AbstractSliceFactors, AbstractSliceUpdate, fold_gradients, rows_of
@@ -110,7 +111,7 @@ class CpUpdate(AbstractSliceUpdate):
         forms = [(type(factors).__name__, factors.sizes) for factors in shared]
         if any(form != forms[0] for form in forms):
             raise ValueError(f"tensors of the modes {forms}: expected equal ones.")
-        parts = [tensors_of(factors) for factors in shared]
+        parts = [widened(tensors_of(factors)) for factors in shared]
         factors = [weight * update.scale for weight, update in zip(weights, updates)]
         return {
             key: torch.cat([part[key] * (k if key.endswith("_A") else 1) for part, k in zip(parts, factors)], dim=1)

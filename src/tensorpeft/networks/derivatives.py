@@ -24,6 +24,14 @@ def is_transformed() -> bool:
     return _torch._C._are_functorch_transforms_active() or _forward_ad._current_level >= 0
 
 
+def as_no_view(tensor: Tensor) -> Tensor:
+    """A tensor that nobody else holds, for a custom function to return: what is no view may be changed in place.
+
+    An activation with `inplace=True` does that to a layer's output.
+    """
+    return _torch.ops.aten._unsafe_view(tensor, tensor.shape)  # type: ignore[no-any-return]
+
+
 def gradients(
     plain: Callable[[Sequence[Any]], Sequence[Tensor]],
     inputs: Sequence[Any],

@@ -1,5 +1,6 @@
 """In which dtype something is computed."""
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -7,8 +8,9 @@ from torch import Tensor
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which a product with `x` runs: autocast's where it is on, otherwise x's own."""
-    return torch.get_autocast_dtype(x.device.type) if _autocasts(x.device) else x.dtype
+    """The dtype in which a product with `x` runs: autocast's where it is on, but for float64; otherwise x's own."""
+    casts = x.dtype != torch.float64 and _autocasts(x.device)
+    return torch.get_autocast_dtype(x.device.type) if casts else x.dtype
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
@@ -21,6 +23,11 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
 def at_least_float32(tensor: Tensor) -> Tensor:
     """The tensor itself if it is in float32 or float64, otherwise in float32."""
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+
+
+def widened(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each `at_least_float32`."""
+    return {name: at_least_float32(tensor) for name, tensor in tensors.items()}
 
 
 def _autocasts(device: torch.device) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from tensorpeft.networks.cut import Cut, Halves, Layout, Network, flattened, fold, plain_linear, plain_weight
-from tensorpeft.networks.derivatives import gradients, is_transformed, linear_gradients
+from tensorpeft.networks.derivatives import as_no_view, gradients, is_transformed, linear_gradients
 from tensorpeft.networks.dtypes import product_dtype, without_autocast
 from tensorpeft.networks.kernels import build, dither
 from tensorpeft.networks.kernels import fold as fold_gradient
@@ -68,7 +68,8 @@ def add_apart(
             grouped = rows.to(left.dtype).view(-1, left.shape[1], right.shape[2])
             inner = grouped @ right.permute(2, 0, 1).flatten(1)  # (rows, in_left, bond · out_right)
             inner = inner.view(len(rows), left.shape[1], -1, right.shape[1]).permute(0, 3, 1, 2).flatten(2)
-            sums.append((inner @ left.flatten(1).t()).transpose(1, 2).reshape(*x.shape[:-1], -1))
+            product = (inner @ left.flatten(1).t()).transpose(1, 2)  # (rows, out_left, out_right)
+            sums.append(product.reshape(*x.shape[:-1], len(left) * right.shape[1]))
     return torch.stack(sums).sum(0) if len(sums) > 1 else sums[0]
 
 
@@ -163,7 +164,7 @@ class _EffectiveLinear(torch.autograd.Function):
             updates = _updates(layout, tensors)
             ctx.save_for_backward(x, stored, *tensors)
             effective = _effective_weight(matrix, updates, x.dtype)
-            return F.linear(x, effective, None if bias is None else bias.to(x.dtype))
+            return as_no_view(F.linear(x, effective, None if bias is None else bias.to(x.dtype)))
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]

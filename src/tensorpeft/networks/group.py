@@ -84,7 +84,8 @@ class Group:
 
     A pass ends when a backward pass has come by, or a member asks again outside of one: what is kept is then made anew.
     So the parts are those of the tensors as they are, whoever has written to them and how; forward, backward and what
-    checkpointing computes again read the same ones.
+    checkpointing computes again read the same ones. (What is written through `.data` after a pass that no backward
+    followed is seen by members that it had not asked when one that it had is asked again.)
 
     Members know their group; it refers to them weakly. The members of a copied model have a group of their own.
 
@@ -205,8 +206,11 @@ def _all_tensors(member: Member) -> list[Tensor]:
 
 
 def _version(member: Member, dtype: torch.dtype | None) -> object | None:
-    version = version_of(_all_tensors(member))
-    return None if version is None else (version, dtype, torch.is_inference_mode_enabled())
+    tensors = _all_tensors(member)
+    version = version_of(tensors)
+    if version is None:
+        return None
+    return version, [tensor.requires_grad for tensor in tensors], dtype, torch.is_inference_mode_enabled()
 
 
 def _needs_grad(member: Member) -> bool:

@@ -50,7 +50,7 @@ def fold(
 
 
 def dither(
-    part: Tensor,  # (m, n), float32
+    part: Tensor,  # (m, n), float32, to which float64 is rounded
     dropped_bits: int,
     first_row: int,
     first_column: int,
@@ -65,7 +65,7 @@ def dither(
     column = _multiples(0x297A2D39, first_column, part.shape[1], part.device)
     noise = row[:, None] ^ column
     noise = ((noise ^ (noise >> 15)) * 0x1B873593) >> (32 - dropped_bits)
-    bits = part.contiguous().view(torch.int32) + (noise & ((1 << dropped_bits) - 1))
+    bits = part.float().contiguous().view(torch.int32) + (noise & ((1 << dropped_bits) - 1))
     return (bits & -(1 << dropped_bits)).view(torch.float32)
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tensorpeft.networks.cut import Halves, Network, plain_sum
-from tensorpeft.networks.derivatives import is_transformed, linear_gradients
+from tensorpeft.networks.derivatives import as_no_view, is_transformed, linear_gradients
 from tensorpeft.networks.dtypes import at_least_float32, product_dtype, without_autocast
 
 
@@ -79,7 +79,8 @@ def low_rank_linear(
     """
     x = x.to(product_dtype(x))
     tensors = [factor.to(device=x.device, dtype=x.dtype) for pair in pairs for factor in pair]
-    if is_transformed():
+    # A compiler that sees no gradient breaks the graph at a function of its own, and fuses plain operations.
+    if is_transformed() or (torch.compiler.is_compiling() and not torch.is_grad_enabled()):
         return _plain_linear(bias, x, weight, *tensors)
     return _LowRankLinear.apply(x, weight, bias, *tensors)  # type: ignore[no-any-return]
 
@@ -93,7 +94,7 @@ def low_rank_rows(
     down, core, up = (factor.to(device=x.device, dtype=x.dtype)[adapters] for factor in factors)
     hidden = x.reshape(len(x), -1, x.shape[-1]) @ down.mT
     hidden = hidden * core[:, None] if core.ndim == 2 else hidden @ core.mT
-    return (hidden @ up.mT).view(*x.shape[:-1], -1)
+    return (hidden @ up.mT).view(*x.shape[:-1], up.shape[-2])
 
 
 def _plain_linear(bias: Tensor | None, x: Tensor, weight: Tensor | None, *tensors: Tensor) -> Tensor:
@@ -109,13 +110,14 @@ class _LowRankLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, *tensors: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         with without_autocast(x.device):
-            result = _base(rows, weight, bias, tensors[1].shape[0])
+            result = _base(x, weight, bias, tensors[1].shape[0])
+            sums = result.view(-1, result.shape[-1])
             projected: list[Tensor] = []
             for down, up in _pairs(tensors):
                 projected.append(rows @ down.t())
-                result.addmm_(projected[-1], up.t())
+                sums.addmm_(projected[-1], up.t())
         ctx.save_for_backward(x, weight, *tensors, *projected)
-        return result.view(*x.shape[:-1], -1)
+        return as_no_view(result)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -146,10 +148,11 @@ class _LowRankLinear(torch.autograd.Function):
         return None if grad_x is None else grad_x.view_as(x), grad_weight, grad_bias, *grads
 
 
-def _base(rows: Tensor, weight: Tensor | None, bias: Tensor | None, out: int) -> Tensor:  # (tokens, out)
+def _base(x: Tensor, weight: Tensor | None, bias: Tensor | None, out: int) -> Tensor:  # (*batch, out), contiguous
     if weight is None:
-        return rows.new_zeros(len(rows), out)
-    return F.linear(rows, weight.to(rows.dtype), None if bias is None else bias.to(rows.dtype))
+        return x.new_zeros(*x.shape[:-1], out)
+    # Of x as it lies: of the same numbers in other strides torch's product may have other bits.
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)).contiguous()
 
 
 def _pairs(tensors: Sequence[Tensor]) -> list[Pair]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tensorpeft.networks.blocks import on_diagonal
+from tensorpeft.networks.dtypes import at_least_float32
 from tensorpeft.networks.sketch import Gradient, put_columns
 from tensorpeft.networks.slices import AbstractSliceFactors, AbstractSliceUpdate, fold_gradients, rows_of
 
@@ -132,7 +133,8 @@ class TrainSliceUpdate(AbstractSliceUpdate):
         ranks = [factors.rank for factors in shared]
         found = dict[str, Tensor]()
         for name in shared[0].sizes:
-            *cores, lasts = [list(same) for same in zip(*(factors.cores(name) for factors in shared))]
+            every = [map(at_least_float32, factors.cores(name)) for factors in shared]
+            *cores, lasts = [list(same) for same in zip(*every)]
             for k, same in enumerate(cores, 1):
                 found[f"{name}_G{k}"] = on_diagonal(same, [1] if k == 1 else [1, 2], ranks)
             scaled = [last * weight * update.scale for last, weight, update in zip(lasts, weights, updates)]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tensorpeft.networks.blocks import on_diagonal
+from tensorpeft.networks.dtypes import at_least_float32, widened
 from tensorpeft.networks.group import Parts, Tensors, tensors_of
 from tensorpeft.networks.low_rank import Factors, pairs_of
 from tensorpeft.networks.sketch import Gradient, leading_frames, put_columns
@@ -47,7 +48,7 @@ class TuckerFactors(SharedFactors):
                 shapes = {"U": (out, rank), "V": (in_, rank), "P": (count, rank), "C": (rank, rank, rank)}
             for factor, shape in shapes.items():
                 if factor in "UV" and not trains_frames:
-                    self.register_buffer(f"{name}_{factor}", torch.zeros(shape))
+                    self.register_buffer(f"{name}_{factor}", at_least_float32(torch.zeros(shape)))
                 else:
                     self.register_parameter(f"{name}_{factor}", nn.Parameter(torch.zeros(shape)))
 
@@ -102,7 +103,7 @@ class TuckerMatrixUpdate(AbstractLowRankUpdate):
             if trains_frames:
                 self.register_parameter(name, nn.Parameter(torch.zeros(size, rank)))
             else:
-                self.register_buffer(name, torch.zeros(size, rank))
+                self.register_buffer(name, at_least_float32(torch.zeros(size, rank)))
         self.G = nn.Parameter(torch.zeros(rank, rank))
 
     @torch.no_grad()
@@ -176,7 +177,7 @@ class TuckerUpdate(AbstractSummableUpdate):
         forms = [(factors.sizes, factors.has_small_core) for factors in shared]
         if any(form != forms[0] for form in forms):
             raise ValueError(f"tensors of the modes {forms} (with a small core or not): expected equal ones.")
-        parts = [tensors_of(factors) for factors in shared]
+        parts = [widened(tensors_of(factors)) for factors in shared]
         scales = [weight * update.scale for weight, update in zip(weights, updates)]
         found = dict[str, Tensor]()
         for key in parts[0]:

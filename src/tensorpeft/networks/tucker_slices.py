@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tensorpeft.networks.blocks import on_diagonal
+from tensorpeft.networks.dtypes import widened
 from tensorpeft.networks.sketch import Gradient, leading_columns, put_columns
 from tensorpeft.networks.slices import AbstractSliceFactors, AbstractSliceUpdate, fold_gradients, rows_of
 
@@ -111,10 +112,10 @@ class TuckerSliceUpdate(AbstractSliceUpdate):
         if any(form != forms[0] for form in forms):
             raise ValueError(f"tensors of the modes {forms}: expected equal ones.")
         ranks = [factors.rank for factors in shared]
-        parts = [dict(factors.named_parameters()) for factors in shared]
+        parts = [widened(dict(factors.named_parameters())) for factors in shared]
         found = dict[str, Tensor]()
         for key in parts[0]:
-            blocks: list[Tensor] = [part[key] for part in parts]
+            blocks = [part[key] for part in parts]
             if key.endswith("_G"):
                 blocks = [core * weight * update.scale for core, weight, update in zip(blocks, weights, updates)]
             found[key] = on_diagonal(blocks, range(blocks[0].ndim) if key.endswith("_G") else [1], ranks)

@@ -18,7 +18,7 @@ Value = TypeVar("Value")
 def version_of(tensors: Iterable[Tensor | None]) -> tuple[object, ...] | None:
     """A key that changes when any of the tensors is replaced or written in place; None where torch keeps no count.
 
-    It does not see what is written through `.data`.
+    It does not see what is written through `.data`, nor a tensor that has come to lie where a freed one lay.
     """
     tensors = tuple(tensors)
     if any(tensor is not None and tensor.is_inference() for tensor in tensors):
@@ -48,7 +48,7 @@ class Kept(Generic[Value]):
     """
 
     def __init__(self) -> None:
-        self._entry: tuple[object, Tensor, Value] | None = None
+        self._entry: tuple[object, list[Tensor], Value] | None = None
 
     @torch.no_grad()
     def get(self, make: Callable[[], Value], tensors: Sequence[Tensor], *more: object) -> Value:
@@ -57,13 +57,23 @@ class Kept(Generic[Value]):
             return make()
         form = [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
         key = (form, torch.is_inference_mode_enabled(), more)
-        numbers = torch.cat([at_least_float32(tensor).flatten() for tensor in tensors])
+        numbers = list(tensors)
+        if tensors[0].is_cuda:  # where every answer is waited for
+            numbers = [torch.cat([at_least_float32(tensor).flatten() for tensor in tensors])]
         entry = self._entry
-        if entry is None or entry[0] != key or not torch.equal(entry[1], numbers):
+        if entry is None or entry[0] != key or not all(map(torch.equal, entry[1], numbers)):
             self._entry = None  # free the old one first
-            entry = self._entry = (key, numbers, make())
+            entry = self._entry = (key, [tensor.clone() for tensor in numbers], make())
         return entry[2]
 
     def clear(self) -> None:
         """Keep nothing."""
+        self._entry = None
+
+    def __getstate__(self) -> dict[str, object]:
+        """What a copy, or a pickle, is made of: nothing that is kept."""
+        return {}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        """As new."""
         self._entry = None

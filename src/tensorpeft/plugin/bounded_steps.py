@@ -1,7 +1,7 @@
 """Training whose steps are bounded by what they do to the model's predictions, whatever the learning rate."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from statistics import median
 from typing import Any
@@ -55,7 +55,7 @@ class BoundedSteps(TrainerCallback, ExportableState):
     Raises:
         ValueError: a bound that is not above zero, fewer than 0 first steps, ``every`` below 1. When training begins:
             the model is in shards (FSDP, DeepSpeed). At a step: the model's output tells no probabilities, or it
-            was not called with arguments by name.
+            was not called with arguments by name; the predictions or the gradients are no numbers.
 
     >>> bound = BoundedSteps(max_kl=0.01)
     >>> bound.is_looked_at(3), bound.is_looked_at(33), bound.is_looked_at(40)
@@ -112,13 +112,15 @@ class BoundedSteps(TrainerCallback, ExportableState):
         """Set the rates of this step; where it is looked at, keep where it starts."""
         groups = kwargs["optimizer"].param_groups
         self._rates = [group["lr"] for group in groups]
+        if self.is_looked_at(state.global_step) and max(self._rates) > 0:
+            self._start = [(p, p.detach().clone()) for group in groups for p in group["params"]]
+            self._before = self._predictions(kwargs["model"])
+            if not args.fp16:  # whose scaler leaves such a step out
+                _check_numbers(self._before, [p.grad for p, _ in self._start if p.grad is not None])
         self.peak = max(self.peak, *map(float, self._rates))
         self.scale = self._scale()
         for group in groups:
             group["lr"] = group["lr"] * self.scale
-        if self.is_looked_at(state.global_step) and max(self._rates) > 0:
-            self._start = [(p, p.detach().clone()) for group in groups for p in group["params"]]
-            self._before = self._predictions(kwargs["model"])
 
     @torch.no_grad()
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -228,7 +230,9 @@ def _predicts_next(model: Any) -> bool:
 
 def _divergence(before: Tensor, after: Tensor) -> float | None:
     """KL(before ‖ after) of log-probabilities (predictions, classes) in nats, the mean over those of all processes."""
-    found = ((before.exp() * (before - after)).sum().item(), len(before))
+    # What is impossible before the step adds nothing, though it be impossible after it, too.
+    terms = torch.where(before.isneginf(), 0.0, before.exp() * (before - after))
+    found = (terms.sum().item(), len(before))
     of_all: list[Any] = [found]
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         of_all = [None] * torch.distributed.get_world_size()
@@ -237,13 +241,28 @@ def _divergence(before: Tensor, after: Tensor) -> float | None:
     return total / predictions if predictions else None
 
 
+def _check_numbers(predictions: Tensor, gradients: Iterable[Tensor]) -> None:
+    """Refuse to go on from where no step leads out."""
+    found = "predictions" if predictions.isnan().any() else ""
+    if not found and any(not gradient.isfinite().all() for gradient in gradients):
+        found = "gradients"
+    if found:
+        raise ValueError(
+            f"BoundedSteps: the {found} of this step are no finite numbers: no step can be bounded, and an optimiser "
+            "with moments never forgets them. Look for what makes them so: a base in float16, a batch without a label, "
+            "a loss that rose in the steps before."
+        )
+
+
 @contextmanager
 def _evaluated(model: nn.Module) -> Iterator[None]:
     """No dropout within, each module as it was after."""
-    trained = [module for module in model.modules() if module.training]
+    training = {module: module.training for module in model.modules()}
     model.eval()
     try:
         yield
     finally:
-        for module in trained:
-            module.training = True
+        # By train(), in which our layers free what they kept; then, for a model that is trained in part, one by one.
+        model.train(training[model])
+        for module, was_training in training.items():
+            module.training = was_training

@@ -78,7 +78,7 @@ def initialize_from_gradients(
             loss = model(**batch).loss if loss_of is None else loss_of(model, batch)
             loss.backward()
             num_batches += 1
-            num_rows += len(next(iter(batch.values())))
+            num_rows += next((len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim), 0)
     counts = torch.tensor([num_batches, num_rows, *(reached[name] for name in layers)])
     if _is_distributed():
         counts = _sum_over_processes(counts, sketches)

@@ -19,6 +19,9 @@ class UpdateHolder(nn.Module, BaseTunerLayer):
     PEFT's checkpoint keys name (`dota_update`): a `ModuleDict` by adapter.
     """
 
+    # What `peft.helpers.disable_input_dtype_casting` turns off: we cast an adapter's numbers to x's dtype, never x.
+    cast_input_dtype_enabled = True
+
     def __init__(self) -> None:
         super().__init__()
         self.merged_adapters: list[str] = []
@@ -104,6 +107,8 @@ def home_of_shared(model: nn.Module) -> str:
     weight, so that no adapter takes its place. Without such a module it is the container. The adapters that are there
     make no difference: checkpoints name it.
     """
+    if isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
+        return f"_orig_mod.{home_of_shared(compiled)}".removesuffix(".")
     if not _is_container(model):
         return ""
     wrapped: tuple[str, ...] = ()

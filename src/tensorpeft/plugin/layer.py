@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -84,9 +84,9 @@ class TensorLayer(UpdateHolder):
         self._cached: Kept[Tensor] = Kept()  # the effective weight
         # What a model, or another adapter, reads of a convolution.
         if is_convolution(base := self.get_base_layer()):
-            for name in base.__constants__:  # type: ignore[union-attr]
-                if hasattr(base, name) and not hasattr(self, name):
-                    setattr(self, name, getattr(base, name))
+            for constant in base.__constants__:  # type: ignore[union-attr]
+                if hasattr(base, constant) and not hasattr(self, constant):
+                    setattr(self, constant, getattr(base, constant))
 
     @property
     def weight(self) -> Tensor:
@@ -130,7 +130,8 @@ class TensorLayer(UpdateHolder):
             result = self.base_layer.forward_with(x, [update.cut() for update in fused])  # type: ignore[operator]
         elif route is Route.KEPT_SUM:
             assert weight is not None
-            result = F.linear(x, self._cached_weight(weight, fused, product_dtype(x)), bias)
+            dtype = product_dtype(x)
+            result = F.linear(x, self._cached_weight(weight, fused, dtype), None if bias is None else bias.to(dtype))
         elif route is Route.SUM:
             result = effective_linear(x, weight, bias, [update.cut() for update in fused])
         elif route is Route.LOW_RANK:
@@ -166,6 +167,15 @@ class TensorLayer(UpdateHolder):
         numbers = [t for update in updates for t in (*update.parameters(), *update.buffers()) if t.is_floating_point()]
         shared = [update.shared.numbers() for update in updates if update.shared is not None]
         return self._cached.get(make, [*diagonals(weight), *numbers], version, dtype, shared)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TensorLayer:
+        """As torch's; what merging has put aside moves, and is cast, with the rest."""
+        super()._apply(fn, recurse)
+        if isinstance(self._unmerged, Tensor):
+            self._unmerged = fn(self._unmerged)
+        elif self._unmerged is not None:
+            self._unmerged._apply(fn)
+        return self
 
     def train(self, mode: bool = True) -> TensorLayer:
         """As torch's; the cached weight goes, so that training and a new evaluation start from what is there."""

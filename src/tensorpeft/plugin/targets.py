@@ -45,10 +45,13 @@ def bases_of(tuner: BaseTuner, config: TensorConfig) -> tuple[list[Site], _Bases
     """All targets of a config, and what the model has there."""
     quantization = get_quantization_kwargs(tuner.model)
     layers: dict[str, tuple[nn.Module, Any]] = {}
+    put_aside = dict[str, Tensor]()
     shapes = []
     for name in _target_names(tuner, config):
         parent, target, _ = _get_submodules(tuner.model, name)
         base = innermost(target)
+        if isinstance(unmerged := getattr(target, "_unmerged", None), Tensor):
+            put_aside[name] = unmerged
         backend = find_backend(base, **quantization)
         out, in_ = layer_shape(base, name, parent, backend, config.adapts_convolutions)
         check_reachable(base, name, tuner.model)
@@ -63,7 +66,7 @@ def bases_of(tuner: BaseTuner, config: TensorConfig) -> tuple[list[Site], _Bases
         tower, own_config = find_tower(tuner.model, name)
         (site,) = find_sites([(name, out, in_)], own_config, tower)
         sites.append(with_layer(site, layers[name][0]))
-    return sites, _Bases(layers)
+    return sites, _Bases(layers, put_aside)
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ class _Bases:
     """What `TensorConfig.build` reads of the model. Layers by name, with PEFT's quantisation backend."""
 
     layers: Mapping[str, tuple[nn.Module, Any]]
+    put_aside: Mapping[str, Tensor]  # the weights of those in which adapters are merged
     allocates_only: bool = False
 
     def read_weight(self, site: Site) -> Tensor:
@@ -80,6 +84,7 @@ class _Bases:
         with present(base):
             restore_row_order(base)
             weight = base.weight.data if backend is None else backend.get_base_weight(base)
+            weight = self.put_aside.get(site.name, weight)
             return as_matrix(base, weight)  # type: ignore[arg-type]
 
     def start(self, site: Site) -> nn.Module | None:

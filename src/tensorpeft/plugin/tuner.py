@@ -240,7 +240,7 @@ def wrap_layer(
     Raises:
         ValueError: the method cannot adapt a target, or serve it.
     """
-    key = key.removeprefix("base_model.model.")  # PeftMixedModel adds its second adapter from its own root
+    key = _own_key_of(tuner.model, key)
     update = _plan(tuner, classes, config, adapter_name, key).pop(key)
     parent, target, target_name = _get_submodules(tuner.model, key)
     with onloaded(base := innermost(target)):  # the update goes to where the layer computes
@@ -263,6 +263,15 @@ def wrap_layer(
         if adapter_name not in owner.updates or owner.updates[adapter_name] is not update.shared:
             owner.hold(adapter_name, update.shared, config.inference_mode)
             update.shared.requires_grad_(is_active and not config.inference_mode)
+
+
+def _own_key_of(model: nn.Module, key: str) -> str:
+    """The name of a layer in the model: PeftMixedModel adds its second adapter from its own root."""
+    try:
+        model.get_submodule(key)
+    except AttributeError:
+        return key.removeprefix("base_model.model.")
+    return key
 
 
 def _plan(

@@ -63,6 +63,7 @@ def _check_mergeable(model: nn.Module, adapter_names: Iterable[str] | None) -> N
 
     One that is active and not to be merged counts too: what it adds depends on what the others have added before.
     """
+    owners = dict[nn.Parameter, str]()
     for layer in _layers(model):
         check_whole(layer.get_base_layer(), layer.name)
         names = {*(adapter_names or ()), *layer.active_adapters} & set(layer.updates)
@@ -71,6 +72,14 @@ def _check_mergeable(model: nn.Module, adapter_names: Iterable[str] | None) -> N
         backend = layer.quantization_backend
         if names and backend is not None and not backend.supports_merge:
             raise ValueError(f"{layer.name}: {cannot_merge(backend.backend_name)}")
+        weight = getattr(layer.get_base_layer(), "weight", None)
+        other = owners.setdefault(weight, layer.name) if names and isinstance(weight, nn.Parameter) else layer.name
+        if other != layer.name:
+            raise ValueError(
+                f"{other} and {layer.name} are one weight, and have updates of their own: merged, each would have the "
+                "other's, too. Keep the adapter beside the model, or give the layers weights of their own before it is "
+                "added."
+            )
 
 
 def _check_merged_weights(model: nn.Module, adapter_names: Iterable[str] | None, safe_merge: bool) -> None:

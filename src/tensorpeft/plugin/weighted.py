@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -19,11 +21,14 @@ from tensorpeft.plugin.rollback import unchanged_on_error
 def add_weighted_adapter(
     tuner: BaseTuner, adapters: Sequence[str], weights: Sequence[float], adapter_name: str
 ) -> None:
-    """Add the adapter whose updates are `Σ_k weights[k] · ΔW_k`, exactly: its rank is the sum of theirs. It is frozen.
+    """Add the adapter whose updates are `Σ_k weights[k] · ΔW_k`: its rank is the sum of theirs. It is frozen.
+
+    Exactly, in float32 (or float64): an adapter in half precision is widened first.
 
     Raises:
         ValueError: an adapter is unknown, adapts other layers, or trains modules in full; a name that is taken; numbers
-            that do not match; a method whose adapters have no sum of their own form. Nothing has been changed.
+            that do not match, or are not finite; a method whose adapters have no sum of their own form. Nothing has
+            been changed.
     """
     names = list(adapters)
     _check_request(tuner.peft_config, names, weights, adapter_name)  # type: ignore[arg-type]
@@ -64,6 +69,8 @@ def _check_request(
             f"adapters={list(names)}, weights={list(weights)}: expected one weight for each, and adapters of "
             f"{sorted(configs)}."
         )
+    if not all(isinstance(weight, Real) and math.isfinite(weight) for weight in weights):
+        raise ValueError(f"weights={list(weights)}: expected finite numbers.")
     if adapter_name in configs:
         raise ValueError(
             f"adapter_name={adapter_name!r}: there is an adapter of this name. Delete it, or pass another."

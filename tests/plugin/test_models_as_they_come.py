@@ -1,0 +1,110 @@
+"""Models that are built, named, compiled or merged in ways of their own."""
+
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from peft.helpers import disable_input_dtype_casting
+from torch import Tensor, nn
+
+from cases import CASES, MODELS, Case, logits, over_cases, over_identity_cases, over_merging_cases, perturb, tokens
+
+LLAMA = MODELS[0]
+
+
+class Wrapped(nn.Module):
+    """A user's reward model: its own child has the name that PEFT's wrappers have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base_model = LLAMA.fresh()
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.base_model(input_ids=input_ids).logits
+
+
+class Tied(nn.Module):
+    """Two layers of one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(24, 24), nn.Linear(24, 24)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).tanh())
+
+
+@over_cases
+def test_layers_may_be_named_as_peft_s_wrappers_are(case: Case, tmp_path):
+    model = get_peft_model(Wrapped(), case.make(target_modules=LLAMA.targets))
+    perturb(model)
+    model.eval().save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(Wrapped(), tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=tokens()), model(input_ids=tokens()))
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.name in ("dota", "lorta", "lotr", "nola", "lora-pt")], ids=lambda c: c.name
+)
+def test_a_base_may_be_compiled_before_it_is_adapted(case: Case, tmp_path):
+    def compiled() -> Any:
+        return torch.compile(LLAMA.fresh(), backend="eager")
+
+    model = get_peft_model(compiled(), case.make(target_modules=LLAMA.targets))
+    perturb(model)
+    expected = logits(model.eval())
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(compiled(), tmp_path).eval()), expected)
+
+
+@over_merging_cases
+def test_a_weight_of_two_adapted_layers_is_not_merged(case: Case):
+    torch.manual_seed(0)
+    model = get_peft_model(Tied(), case.make(target_modules=["first", "second"])).eval()
+    perturb(model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match="first and second are one weight, and have updates of their own"):
+            merge()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@over_merging_cases
+def test_an_adapter_that_is_added_while_another_is_merged_is_the_base_s(case: Case, tmp_path):
+    model = get_peft_model(LLAMA.fresh(), case.make(target_modules=LLAMA.targets))
+    perturb(model, scale=2)
+    model.merge_adapter()
+    model.add_adapter("second", case.make(target_modules=LLAMA.targets))
+    model.unmerge_adapter()
+    model.set_adapter("second")
+    perturb(model)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(LLAMA.fresh(), tmp_path / "second").eval()
+    assert torch.equal(logits(loaded), logits(model.eval()))
+
+
+@over_identity_cases
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_torch_s_default_may_be_half_precision(case: Case, dtype: torch.dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        base = LLAMA.fresh()
+        expected = logits(base)
+        model = get_peft_model(base, case.make(target_modules=LLAMA.targets)).eval()
+        trained = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+        assert trained == {torch.float32}
+        assert torch.equal(logits(model), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@over_cases
+def test_peft_s_switch_for_casting_the_input_is_there(case: Case):
+    model = get_peft_model(LLAMA.fresh(), case.make(target_modules=LLAMA.targets)).eval()
+    perturb(model)
+    expected = logits(model)
+    with disable_input_dtype_casting(model):
+        assert torch.equal(logits(model), expected)
