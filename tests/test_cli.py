@@ -33,6 +33,19 @@ LINES = {
 }
 
 
+@pytest.mark.parametrize("form", ["lora", "delta", "dense"])
+@pytest.mark.parametrize(("method", "is_same"), [("LORTA", True), ("LORTA", False), ("LORA", True)])
+def test_an_export_is_not_written_over_an_adapter(form, method, is_same, tmp_path, capsys):
+    adapter, out = tmp_path / "adapter", tmp_path / "out"
+    for folder in (adapter, out):
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text(f'{{"peft_type": "{method}"}}')
+    out = adapter if is_same else out
+    assert main(["export", form, str(adapter), str(out)]) == 2
+    assert f"holds an adapter ({method}), which would be written over" in capsys.readouterr().err
+    assert [file.name for file in out.iterdir()] == ["adapter_config.json"]
+
+
 class StoppedError(Exception):
     """Where a command would begin to import."""
 

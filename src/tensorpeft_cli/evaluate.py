@@ -106,7 +106,8 @@ def _check(arguments: argparse.Namespace) -> object:
         raise ValueError(f"{option} changes nothing with {way}. Leave it out.")
     if arguments.task is not None and arguments.data is None:
         raise ValueError(
-            f"--task {arguments.task}: the data is not in the package. Pass a published file as --data FILE."
+            f"--task {arguments.task}: on which rows? Pass a published file as --data FILE, the Hub's as --data "
+            "hub:NAME:SPLIT, or what a task makes itself, such as --data sums:test."
         )
     return None if arguments.data is None else _source(arguments.data)
 

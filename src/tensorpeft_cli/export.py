@@ -1,6 +1,7 @@
 """``tensorpeft export``: its forms and their options."""
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,26 @@ def _add_folders(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
 
 
+def _check_out(arguments: argparse.Namespace) -> None:
+    """Refuse to write an export over an adapter that it may be of.
+
+    Raises:
+        ValueError: OUT is the adapter's own folder, or holds one that is no plain LoRA.
+    """
+    file = arguments.out / "adapter_config.json"
+    if not file.is_file():
+        return
+    try:
+        method = json.loads(file.read_text(encoding="utf-8")).get("peft_type")
+    except (AttributeError, OSError, ValueError):
+        method = None
+    if method != "LORA" or arguments.out.samefile(arguments.adapter):
+        raise ValueError(
+            f"{one_line(arguments.out)} holds an adapter ({method}), which would be written over. Name another folder, "
+            "or remove it first."
+        )
+
+
 def _add_size(parser: argparse.ArgumentParser) -> None:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--rank", type=whole(1), metavar="R", help="for an update of high rank: what it is cut to")
@@ -100,6 +121,7 @@ def _add_base(parser: argparse.ArgumentParser) -> None:
 
 def _lora(arguments: argparse.Namespace, command: str) -> int:
     is_cut = arguments.rank is not None or arguments.energy is not None
+    _check_out(arguments)
     _check_check(arguments)
     if arguments.distil is not None and not is_cut:
         raise ValueError("--distil: only what is cut has something to learn. Pass --rank or --energy, too.")
@@ -151,6 +173,7 @@ def _lora(arguments: argparse.Namespace, command: str) -> int:
 
 
 def _delta(arguments: argparse.Namespace, command: str) -> int:
+    _check_out(arguments)
     _check_check(arguments)
     import_package()
     from tensorpeft.export import to_delta
@@ -234,6 +257,7 @@ def _print_check(check: Any) -> None:
 
 
 def _dense(arguments: argparse.Namespace, command: str) -> None:
+    _check_out(arguments)
     import_package()
     import torch
 

@@ -113,6 +113,9 @@ METHODS = (
         note="the residuals of the adapted weights, and the other weights, in 4 bits (NF4), 5 rounds.",
     ),
 )
+# Methods of adapters, as PEFT calls them, whose update is no product of two thin factors; of the last it is no matrix.
+OF_HIGH_RANK = ("dota", "lorapt", "quanta", "superlora", "tcurlora")
+NOT_LINEAR = ("lorettaadapter",)
 DEFAULT_COMPARED = ("full", REFERENCE, "dota", "dota-random", "lorta", "lotr")
 DEFAULT_PLANNED = tuple(method.key for method in METHODS if method.is_planned)
 

@@ -130,7 +130,10 @@ def read_text(
         ValueError: it cannot be decompressed, or is no UTF-8.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"no file {path}. Pass the path of a published file of this task.")
+        raise FileNotFoundError(
+            f"no file {path}. Pass the path of a published file of this task; packaged recipes read theirs from the "
+            "folder that the variable TENSORPEFT_DATA names (data.train=FILE for another)."
+        )
     try:
         with _OPEN.get(path.suffix, open)(path, "rt", encoding="utf-8-sig", newline="") as file:
             return file.read()

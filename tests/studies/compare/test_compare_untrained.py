@@ -4,11 +4,16 @@ import io
 import json
 
 import pytest
+from peft import get_peft_model
+
+from cases import CASES, MODELS
 
 pytest.importorskip("omegaconf")
 pytest.importorskip("trl")
 from tensorpeft.evaluation import EvaluationOptions, evaluate_task
 from tensorpeft.loading.adapters import load_model
+from tensorpeft.networks.update import AbstractFactoredUpdate, AbstractOutputUpdate, AbstractUpdate
+from tensorpeft.studies.catalogue import NOT_LINEAR, OF_HIGH_RANK
 from tensorpeft.studies.compare.entries import load_entries
 from tensorpeft.studies.compare.run import run_compare
 from tensorpeft.tasks.registry import find_task
@@ -69,6 +74,18 @@ def test_the_next_commands_name_the_adapter_of_the_lowest_loss(finished):
     is_lora = best.entry.key == "lora"  # PEFT's own is one already
     for command in ("chat", "export lora", "export gguf", "export dense"):
         assert (f"tensorpeft {command} {adapter}" in printed) != (is_lora and command in ("export lora", "export gguf"))
+
+
+def test_what_is_suggested_of_an_adapter_is_what_its_updates_can_be():
+    by_key = {case.make(target_modules=["x"]).peft_type.value.lower(): case for case in CASES}
+    for method, case in by_key.items():
+        model = get_peft_model(MODELS[0].fresh(), case.make(target_modules=MODELS[0].targets))
+        kinds = {module for module in model.modules() if isinstance(module, AbstractUpdate)}
+        assert kinds
+        assert all(isinstance(kind, AbstractFactoredUpdate) for kind in kinds) == (
+            method not in (*OF_HIGH_RANK, *NOT_LINEAR)
+        )
+        assert all(isinstance(kind, AbstractOutputUpdate) for kind in kinds) == (method in NOT_LINEAR)
 
 
 def test_called_again_it_is_not_tested_again(finished, asked, monkeypatch):

@@ -112,6 +112,8 @@ def load_entries(
     if wrong := [key for key in described if not re.fullmatch(r"[\w+-][\w.+-]*", str(key))]:
         raise ValueError(f"{path}: compare.methods.{wrong[0]}: expected a name of letters, digits and - . _ +.")
     keys = [key.strip() for key in methods.split(",")] if methods is not None else list(described or DEFAULT_COMPARED)
+    if methods is None and not described and recipe.trainer.get("learning_rate") is None:
+        keys.remove("full")  # whose steps are not bounded, and whose rate nothing tells
     catalogue = methods_by_key()
     check_keys(keys, {**described, **catalogue}, "methods")
     if len(set(keys)) < len(keys):

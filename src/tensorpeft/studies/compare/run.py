@@ -17,6 +17,7 @@ from tensorpeft.reports.files import to_json, write_json, write_lines
 from tensorpeft.reports.folders import sole_writer
 from tensorpeft.reports.terminal import print_table, say
 from tensorpeft.reports.versions import find_versions
+from tensorpeft.studies.catalogue import NOT_LINEAR, OF_HIGH_RANK
 from tensorpeft.studies.compare.answers import AnsweredQuestion, answer_lines, read_answers
 from tensorpeft.studies.compare.cells import load_rows, run_cell
 from tensorpeft.studies.compare.costs import CostMeter, saved_bytes
@@ -128,10 +129,14 @@ def _next_commands(results: Sequence[EntryResult], folders: Mapping[str, Path]) 
     best = min(adapted, key=lambda result: min(result.losses()))
     adapter = shlex.quote(str(folders[best.entry.key] / kept_folder(best.entry.recipe)))
     commands = {f"chat {adapter}": "talk to it and to its base, side by side"}
-    if best.entry.recipe.adapter is not None and is_ours(best.entry.recipe.adapter):
+    recipe = best.entry.recipe
+    assert recipe.adapter is not None
+    method = str(recipe.adapter["method"]).lower()
+    if is_ours(recipe.adapter) and method not in (*OF_HIGH_RANK, *NOT_LINEAR) and recipe.quantize is None:
         commands[f"export lora {adapter} OUT"] = "as a plain LoRA, for vLLM and PEFT"
         commands[f"export gguf {adapter} OUT"] = "as a GGUF LoRA, for llama.cpp"
-    commands[f"export dense {adapter} OUT"] = "merged into its base"
+    if method not in NOT_LINEAR:
+        commands[f"export dense {adapter} OUT"] = "merged into its base"
     width = max(map(len, commands))
     lines = [f"  tensorpeft {command:{width}s}  {purpose}" for command, purpose in commands.items()]
     return ["", f"Next, with {best.entry.label}:", *lines]
