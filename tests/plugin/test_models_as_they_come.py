@@ -46,9 +46,7 @@ def test_layers_may_be_named_as_peft_s_wrappers_are(case: Case, tmp_path):
         assert torch.equal(loaded(input_ids=tokens()), model(input_ids=tokens()))
 
 
-@pytest.mark.parametrize(
-    "case", [case for case in CASES if case.name in ("dota", "lorta", "lotr", "nola", "lora-pt")], ids=lambda c: c.name
-)
+@pytest.mark.parametrize("case", [case for case in CASES if case.name in ("dota", "lorta")], ids=lambda c: c.name)
 def test_a_base_may_be_compiled_before_it_is_adapted(case: Case, tmp_path):
     def compiled() -> Any:
         return torch.compile(LLAMA.fresh(), backend="eager")

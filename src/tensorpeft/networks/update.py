@@ -14,7 +14,7 @@ from tensorpeft.networks.dtypes import product_dtype
 from tensorpeft.networks.group import Parts, Place, Tensors, parts_of, tensors_of
 from tensorpeft.networks.low_rank import MATRIX_PRODUCT, PAIR_PRODUCT, Factors, Pair, low_rank_linear
 from tensorpeft.networks.nested import GradientsOnce
-from tensorpeft.networks.versions import Kept, version_of
+from tensorpeft.networks.versions import Kept
 
 # The buffer that an update has where a part of it is stored in the base layer: which base that must be.
 BASE_DIGEST = "base_digest"
@@ -162,16 +162,8 @@ class SharedFactors(nn.Module):
         return tensors if torch.compiler.is_compiling() else self.gradients.tensors(tensors)
 
     def numbers(self) -> object:
-        """The same object for as long as its tensors hold the same numbers.
-
-        Every layer asks, so of frozen ones, which may be large, torch's count of writes tells.
-        """
-        trained = list(self.parameters())
-        frozen = [tensor for tensor in self.buffers() if tensor.is_floating_point()]
-        version = version_of(frozen)
-        if version is None or not trained:
-            trained += frozen
-        return self._numbers.get(object, trained, version)
+        """The same object for as long as its tensors hold the same numbers."""
+        return self._numbers.get(object, list(tensors_of(self).values()))
 
 
 class AbstractFusedUpdate(AbstractWeightUpdate):
