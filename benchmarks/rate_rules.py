@@ -242,7 +242,7 @@ def main() -> None:
             best = min(loss for _, loss in losses)
             told = ", ".join(f"{rate:g} {loss:.3f}" for rate, loss in losses)
             is_open = window is not None and (window.low_is_open or window.high_is_open)
-            factor = "" if window is None else f"{'≥ ' * is_open}{window.factor:.2g}"
+            factor = "" if window is None else f"{'≥ ' * is_open}{float(f'{window.factor:.2g}'):g}"
             rows.append((entry.label, rule, f"{best:.3f}", told, factor))
     progress.close()
     headers = ("method", "rule", "best loss", "loss by rate", "window")
