@@ -40,7 +40,7 @@ ARROWS: dict[str, set[str]] = {
     "tasks": set(),
     "models": {"tasks"},
     "reports": set(),
-    "evaluation": {"", "loading", "reports", "tasks"},
+    "evaluation": {"", "loading", "plugin.evaluation_mode", "reports", "tasks"},
     "training": {
         "",
         "evaluation",

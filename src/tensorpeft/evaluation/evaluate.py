@@ -1,7 +1,6 @@
 """A model evaluated on a task, whatever its kind."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,7 @@ from tensorpeft.evaluation.loss import evaluate_loss
 from tensorpeft.evaluation.options import EvaluationOptions
 from tensorpeft.evaluation.preferences import evaluate_preferences
 from tensorpeft.evaluation.structures import evaluate_structures
+from tensorpeft.plugin.evaluation_mode import evaluation_mode
 from tensorpeft.tasks.task import Example, LabelTask, PreferenceTask, QuestionTask, StructureTask, Task
 
 _DEFAULTS = EvaluationOptions()
@@ -72,7 +72,7 @@ def evaluate_task(
     report = on_row or (lambda number: None)
     rows: Any = examples
     words: Any = tokenizer
-    with _evaluation_mode(model):
+    with evaluation_mode(model):
         match task:
             case LabelTask():
                 metrics, described = evaluate_labels(model, words, task, rows, options, report)
@@ -115,18 +115,3 @@ def check_mode(task: Task, examples: Sequence[Example], options: EvaluationOptio
     if find_mode(task, options) == "likelihood":
         for example in examples:
             check_choices(task, example)  # pyright: ignore[reportArgumentType]  # of a question task
-
-
-@contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """The model without dropout; afterwards every module is as it was."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        # By train(), in which our layers free the weights that they kept for inference; then, for a model that was
-        # trained in part, module by module.
-        model.train(training[model])
-        for module, was_training in training.items():
-            module.training = was_training

@@ -1,8 +1,7 @@
 """Training whose steps are bounded by what they do to the model's predictions, whatever the learning rate."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from statistics import median
 from typing import Any
 
@@ -12,6 +11,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
+
+from tensorpeft.plugin.evaluation_mode import evaluation_mode
 
 # Of a batch: so many rows are looked at, and so many of their predictions.
 _ROWS, _PREDICTIONS = 4, 256
@@ -171,7 +172,7 @@ class BoundedSteps(TrainerCallback, ExportableState):
                 "calls it. Call it so, or train without the bound."
             )
         arguments = {name: value for name, value in self._inputs.items() if name not in _OF_LOSS}
-        with _evaluated(model):
+        with evaluation_mode(model):
             logits = getattr(model(**arguments), "logits", None)
         if logits is None or logits.shape[-1] < 2:
             found = "no logits" if logits is None else "one logit, no probabilities"
@@ -252,17 +253,3 @@ def _check_numbers(predictions: Tensor, gradients: Iterable[Tensor]) -> None:
             "with moments never forgets them. Look for what makes them so: a base in float16, a batch without a label, "
             "a loss that rose in the steps before."
         )
-
-
-@contextmanager
-def _evaluated(model: nn.Module) -> Iterator[None]:
-    """No dropout within, each module as it was after."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        # By train(), in which our layers free what they kept; then, for a model that is trained in part, one by one.
-        model.train(training[model])
-        for module, was_training in training.items():
-            module.training = was_training
