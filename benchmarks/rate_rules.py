@@ -31,8 +31,8 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import PrinterCallback
 
+from step_divergence import make_run
 from tensorpeft import BoundedSteps
 from tensorpeft.loading.quiet import quiet
 from tensorpeft.networks.mpo import MpoUpdate
@@ -41,10 +41,6 @@ from tensorpeft.reports.tables import Table
 from tensorpeft.reports.terminal import print_table
 from tensorpeft.studies.compare.entries import Entry, load_entries
 from tensorpeft.studies.rates import rate_grid, rate_window
-from tensorpeft.training.arguments import make_arguments
-from tensorpeft.training.models import load_tokenizer
-from tensorpeft.training.splits import load_splits
-from tensorpeft.training.trainers import make_trainer
 
 _RATIO = 16.0  # LoRA+, as in its examples
 _DAMPING = 1e-6  # of a Gram matrix's mean eigenvalue
@@ -160,13 +156,8 @@ RULES = ("one rate", "fan-in", "LoRA+", "scaled", "bounded")
 @quiet()
 def train(entry: Entry, rule: str, rate: float, seed: int) -> float:
     """The validation loss after a run; infinite where it is lost."""
-    recipe = entry.recipe
-    splits = load_splits(recipe)
     with TemporaryDirectory() as folder:
-        section = {**recipe.trainer, "learning_rate": rate, "save_strategy": "no", "eval_strategy": "no"}
-        arguments = make_arguments(section, splits.task, folder, seed)  # pyright: ignore[reportArgumentType]
-        trainer = make_trainer(recipe, splits, load_tokenizer(recipe, splits.task), arguments)
-        trainer.remove_callback(PrinterCallback)
+        trainer = make_run(entry, rate, seed, folder)
         model: Any = trainer.model
         chains = find_chains(model)
         if not chains:

@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PrinterCallback
+from transformers import PrinterCallback, Trainer
 
 from tensorpeft import BoundedSteps
 from tensorpeft.loading.quiet import quiet
@@ -67,21 +67,27 @@ def _ratios(steps: Sequence[Tensor], weights: Sequence[Tensor], order: Any) -> l
     return [(norm(step, order) / norm(weight, order)).item() for step, weight in zip(steps, weights, strict=True)]
 
 
+def make_run(entry: Entry, rate: float, seed: int, folder: str) -> Trainer:
+    """The trainer of an entry of a comparison that says, saves and evaluates nothing by itself."""
+    recipe = entry.recipe
+    splits = load_splits(recipe)
+    section = {**recipe.trainer, "learning_rate": rate, "save_strategy": "no", "eval_strategy": "no"}
+    arguments = make_arguments(section, splits.task, folder, seed)  # pyright: ignore[reportArgumentType]
+    trainer = make_trainer(recipe, splits, load_tokenizer(recipe, splits.task), arguments)
+    if recipe.data.start_rows is not None:
+        start_from_gradients(trainer, recipe.data.start_rows)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
 @quiet()
 def watch(entry: Entry, rate: float, seed: int) -> tuple[float, ...]:
     """The medians of the last steps of a run."""
-    recipe = entry.recipe
-    splits = load_splits(recipe)
     with TemporaryDirectory() as folder:
-        trainer_section = {**recipe.trainer, "learning_rate": rate, "save_strategy": "no", "eval_strategy": "no"}
-        arguments = make_arguments(trainer_section, splits.task, folder, seed)  # pyright: ignore[reportArgumentType]
-        trainer = make_trainer(recipe, splits, load_tokenizer(recipe, splits.task), arguments)
-        if recipe.data.start_rows is not None:
-            start_from_gradients(trainer, recipe.data.start_rows)
+        trainer = make_run(entry, rate, seed, folder)
         model: Any = trainer.model
         layers = [module for module in model.modules() if hasattr(module, "get_delta_weight")]
         watcher = Watch(layers[:: max(1, len(layers) // _WEIGHTS)])
-        trainer.remove_callback(PrinterCallback)
         trainer.add_callback(watcher)
         trainer.train()
     return tuple(median(column) for column in zip(*watcher.found[-_LAST:], strict=True))
