@@ -16,7 +16,7 @@ from tensorpeft.studies.budget import parse_count
 from tensorpeft.studies.catalogue import DEFAULT_PLANNED, choose_methods
 from tensorpeft.studies.measure import peak_memory
 from tensorpeft.studies.plan import enable_checkpointing, plan_model
-from tensorpeft.studies.plan_report import legend, plan_table
+from tensorpeft.studies.plan_report import legend, plan_table, to_tree
 from tensorpeft_cli import main
 from tensorpeft_cli.plan import parse_size
 
@@ -179,13 +179,25 @@ def test_a_start_from_gradients_has_its_sketches_where_training_has_its_moments(
     assert any("FLoRA, cores 0 MiB" in line for line in legend(plan))
 
 
+def test_a_method_that_quantises_its_base_has_no_other_form_of_it(small):
+    """QDoTA's start lies in its base: the file holds the trained cores alone."""
+    plan = plan_model(str(small), choose_methods("dota,qlora,qdota"), length=8)
+    dota, qlora, qdota = plan.methods
+    assert (dota.saved, qdota.saved) == (8 * dota.trained, 4 * qdota.trained)
+    assert qlora.saved == 4 * qlora.trained
+    assert qdota.frozen == dota.frozen
+    on_bf16 = {method: row[6] for method, row in zip(("dota", "qlora", "qdota"), plan_table(plan).rows)}
+    assert [cell == "–" for cell in on_bf16.values()] == [False, True, True]
+    assert list(to_tree(plan)["methods"]["qdota"]["training_bytes"]) == ["NF4"]
+
+
 def test_the_command_prints_a_table_that_fits_and_writes_its_figures(small, tmp_path, capsys):
     command = ["plan", str(small), "--gpu", "24GB", "--rank", "4", "--length", "16", "--maps"]
     assert main([*command, "--methods", "lora,dota,lorta", "--json", str(tmp_path / "plan.json")]) == 0
     out = capsys.readouterr().out
-    assert max(map(len, out.splitlines())) <= 110
+    assert max(map(len, out.splitlines())) <= 80
     assert "…" not in out.split("step:")[0]
-    assert "bf16, NF4" in out
+    assert "both" in out
     assert "LORTA: 1 tensor, 12 weights" in out
     figures = json.loads((tmp_path / "plan.json").read_text())
     assert list(figures["methods"]) == ["lora", "dota", "lorta"]

@@ -34,12 +34,18 @@ def print_table(console: Console, table: Table) -> None:
             drawn.add_column(plain(header), justify="right", no_wrap=True)
     for row in table.rows:
         drawn.add_row(*map(plain, row))
-    natural = console.measure(drawn, options=console.options.update(width=10_000)).maximum
+    if (natural := _natural_width(console, drawn)) > console.width:
+        drawn.padding = 0  # one space between columns, not two
+        natural = _natural_width(console, drawn)
     # Not the table's own title and caption, which would be as narrow as its columns.
     say(console, table.title)
     Console(file=console.file, quiet=console.quiet, width=max(console.width, natural)).print(drawn)
     for note in table.notes:
         console.print(plain(note))
+
+
+def _natural_width(console: Console, drawn: RichTable) -> int:
+    return console.measure(drawn, options=console.options.update(width=10_000)).maximum
 
 
 class _Description(progress.ProgressColumn):

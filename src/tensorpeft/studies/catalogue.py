@@ -43,6 +43,11 @@ class Method:
         """Of its adapter, as PEFT calls it."""
         return None if self.adapter is None else self.adapter["method"]
 
+    @property
+    def starts_in_base(self) -> bool:
+        """Whether its quantised base keeps the start, so that the adapter's file has none."""
+        return self.quantize is not None and self.quantize.get("residual", True)
+
 
 REFERENCE = "lora"  # what others are measured against
 _START_ROWS = 64

@@ -164,12 +164,14 @@ class _AdapterSizes(NamedTuple):
     start: int
 
     @classmethod
-    def of(cls, model: PeftModel, from_gradients: bool) -> _AdapterSizes:
+    def of(cls, model: PeftModel, method: Method) -> _AdapterSizes:
         """Those of the adapter that the model has."""
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        saved = (tensor for key, tensor in model.state_dict().items() if "_update." in key or "lora_" in key)
-        frozen = (tensor for key, tensor in model.named_buffers() if "_update." in key)
-        return cls(trained, _num_bytes(saved), _num_bytes(frozen), start_bytes(model) if from_gradients else 0)
+        saved = _num_bytes(tensor for key, tensor in model.state_dict().items() if "_update." in key or "lora_" in key)
+        frozen = _num_bytes(tensor for key, tensor in model.named_buffers() if "_update." in key)
+        if method.starts_in_base:
+            saved -= frozen
+        return cls(trained, saved, frozen, start_bytes(model) if method.start_rows is not None else 0)
 
 
 @dataclass(frozen=True)
@@ -251,10 +253,9 @@ class _Planner:
     def measure_adapter(self, plan: MethodPlan) -> _AdapterSizes:
         """At the full depth."""
         is_extrapolated = self._grows_by_layers(plan) and self.has_equal_layers
-        from_gradients = plan.method.start_rows is not None
 
         def measure(depth: int | None) -> _AdapterSizes:
-            return _AdapterSizes.of(self.adapt(plan, depth), from_gradients)
+            return _AdapterSizes.of(self.adapt(plan, depth), plan.method)
 
         return _AdapterSizes(*self._at_full_depth(measure, is_extrapolated))
 

@@ -45,8 +45,8 @@ def run_plan(
 def plan_table(plan: ModelPlan, gpu: int | None = None) -> Table:
     """A row per method; with a GPU's bytes also which base it fits beside."""
     step = f"a step of {plan.batch} x {plan.length} tokens{', checkpointed' if plan.gradient_checkpointing else ''}"
-    on = [f"on {form}" for form in plan.base_bytes]
-    headers = ["method", "size", "trained", "% of base", "file, MB", "step, GiB", *on, "FLOPs"]
+    on = [f"on\n{form}" for form in plan.base_bytes]
+    headers = ["method", "size", "trained", "% of\nbase", "file,\nMB", "step,\nGiB", *on, "FLOPs,\n× LoRA"]
     headers += [] if gpu is None else ["fits"]
     rows = [_cells(plan, method, gpu) for method in plan.methods if not method.problem]
     title = f"{plan.name}: {plan.num_parameters:,} parameters; {step}"
@@ -54,8 +54,9 @@ def plan_table(plan: ModelPlan, gpu: int | None = None) -> Table:
 
 
 def _cells(plan: ModelPlan, method: MethodPlan, gpu: int | None) -> list[str]:
-    totals = {form: method.total(base) for form, base in plan.base_bytes.items()}
+    totals = _totals(plan, method)
     fits = [form for form, total in totals.items() if gpu is not None and total <= (1 - _HEADROOM) * gpu]
+    fit = "both" if len(fits) == len(plan.base_bytes) else ", ".join(fits) or "no"
     return [
         method.method.label,
         f"{method.knob}={method.value}" if method.knob else "",
@@ -63,10 +64,16 @@ def _cells(plan: ModelPlan, method: MethodPlan, gpu: int | None) -> list[str]:
         f"{method.trained / plan.num_parameters:.3%}".rstrip("%"),
         f"{method.saved / 1e6:.2f}",
         f"{method.step.peak_bytes / 2**30:.2f}",
-        *(f"{total / 2**30:.2f}" for total in totals.values()),
-        f"{method.flops_ratio:.2f} x",
-        *([] if gpu is None else [", ".join(fits) or "no"]),
+        *(f"{totals[form] / 2**30:.2f}" if form in totals else "–" for form in plan.base_bytes),
+        f"{method.flops_ratio:.2f}",
+        *([] if gpu is None else [fit]),
     ]
+
+
+def _totals(plan: ModelPlan, method: MethodPlan) -> dict[str, int]:
+    """The memory of training by the base's form; a method that quantises its base has that one alone."""
+    forms = plan.base_bytes if method.method.quantize is None else ["NF4"]
+    return {form: method.total(plan.base_bytes[form]) for form in forms}
 
 
 def legend(plan: ModelPlan, gpu: int | None = None) -> list[str]:
@@ -74,7 +81,7 @@ def legend(plan: ModelPlan, gpu: int | None = None) -> list[str]:
     lines = [
         "step: the most that a forward and backward allocate. on bf16, on NF4: the memory of training: the base's "
         "weights in that form (NF4: the linear layers but the head), adapter, gradients, AdamW's moments, and step. "
-        "FLOPs: of a step, to LoRA's on the same weights.",
+        "FLOPs: of a step.",
     ]
     if starts := [f"{method.method.label} {method.start / 2**20:,.0f} MiB" for method in plan.methods if method.start]:
         lines.append(f"A start from gradients holds sketches, before there are moments: {', '.join(starts)}.")
@@ -105,7 +112,7 @@ def to_tree(plan: ModelPlan) -> dict[str, Any]:
                 "step_bytes": method.step.peak_bytes,
                 "step_flops": method.step.flops,
                 "flops_to_lora": method.flops_ratio,
-                "training_bytes": {form: method.total(base) for form, base in plan.base_bytes.items()},
+                "training_bytes": _totals(plan, method),
             }
             for method in plan.methods
         },

@@ -6,6 +6,7 @@ pytest.importorskip("omegaconf")
 pytest.importorskip("trl")
 from tensorpeft.studies.catalogue import DEFAULT_COMPARED, METHODS
 from tensorpeft.studies.compare.entries import load_entries
+from tensorpeft.studies.compare.table import legend
 from tensorpeft.studies.rates import rate_grid, rates_beyond
 
 RECIPE = """
@@ -104,14 +105,11 @@ def test_one_rate_is_all_that_a_method_needs_as_its_steps_are_bounded(write):
             lora(section, recipe)
     with pytest.raises(ValueError, match=r"learning_rate=None: .* for the rates of full to begin from"):
         load_entries(write(recipe=without), "dota,full")
-    # Where no methods are named either, all weights, whose rate nothing tells, are left out.
-    assert [entry.key for entry in load_entries(write(recipe=without)).entries] == [
-        "lora",
-        "dota",
-        "dota-random",
-        "lorta",
-        "lotr",
-    ]
+    # Where no methods are named either, all weights, whose rate nothing tells, are left out, and the table says so.
+    by_default = load_entries(write(recipe=without))
+    assert [entry.key for entry in by_default.entries] == ["lora", "dota", "dota-random", "lorta", "lotr"]
+    assert any("Full fine-tuning is left out" in line for line in legend(by_default, []))
+    assert not load_entries(write(recipe=of_questions)).note
 
 
 def test_a_variant_is_a_part_of_a_recipe_put_on_top(write):

@@ -21,6 +21,10 @@ _ON_TOP = ("trainer", "quantize", "model_arguments", "max_step_kl", "head_learni
 # Where no rates are named and steps are bounded, the rate is so many times the usual one: what is too high is scaled
 # down.
 _ABOVE = 10
+_WITHOUT_FULL = (
+    "Full fine-tuning is left out: its steps are not bounded, so it needs a rate that is searched "
+    "(trainer.learning_rate=…)."
+)
 _ENTRY = ("label", "note", "rates", "knob", "adapter", "start_rows", *_ON_TOP)
 
 
@@ -57,6 +61,7 @@ class Comparison:
         target_loss: the loss for "time to a loss"; None: the lowest one that every entry reaches.
         output: folder.
         budget: trained parameters that the entries' knobs are set to come closest to; None: they stand as they are.
+        note: what a reader of the table must know of the choice of entries.
     """
 
     recipe: Recipe
@@ -66,6 +71,7 @@ class Comparison:
     target_loss: float | None
     output: Path
     budget: int | None = None
+    note: str = ""
 
 
 def with_untrained(comparison: Comparison) -> Comparison:
@@ -112,8 +118,9 @@ def load_entries(
     if wrong := [key for key in described if not re.fullmatch(r"[\w+-][\w.+-]*", str(key))]:
         raise ValueError(f"{path}: compare.methods.{wrong[0]}: expected a name of letters, digits and - . _ +.")
     keys = [key.strip() for key in methods.split(",")] if methods is not None else list(described or DEFAULT_COMPARED)
-    if methods is None and not described and recipe.trainer.get("learning_rate") is None:
-        keys.remove("full")  # whose steps are not bounded, and whose rate nothing tells
+    without_full = methods is None and not described and recipe.trainer.get("learning_rate") is None
+    if without_full:
+        keys.remove("full")
     catalogue = methods_by_key()
     check_keys(keys, {**described, **catalogue}, "methods")
     if len(set(keys)) < len(keys):
@@ -142,6 +149,7 @@ def load_entries(
         target_loss=target_loss if target_loss is not None else section.get("target_loss"),
         budget=budget if budget is not None or "budget" not in section else parse_count(str(section["budget"])),
         output=output or Path(section.get("output") or f"runs/compare/{Path(path).stem}"),
+        note=_WITHOUT_FULL if without_full else "",
     )
 
 

@@ -137,8 +137,8 @@ def _next_commands(results: Sequence[EntryResult], folders: Mapping[str, Path]) 
         commands[f"export gguf {adapter} OUT"] = "as a GGUF LoRA, for llama.cpp"
     if method not in NOT_LINEAR:
         commands[f"export dense {adapter} OUT"] = "merged into its base"
-    width = max(map(len, commands))
-    lines = [f"  tensorpeft {command:{width}s}  {purpose}" for command, purpose in commands.items()]
+    # A purpose has its own line, as a shell's comment: a path alone may be as wide as a terminal.
+    lines = [line for command, purpose in commands.items() for line in (f"  # {purpose}", f"  tensorpeft {command}")]
     return ["", f"Next, with {best.entry.label}:", *lines]
 
 

@@ -108,7 +108,7 @@ def legend(comparison: Comparison, results: Sequence[EntryResult]) -> list[str]:
             lines.append(f"{result.entry.label}: {wanted - done} of {wanted} final runs failed: {problem}")
         if result.entry.note:
             lines.append(f"{result.entry.label}: {result.entry.note}")
-    return lines
+    return lines + ([comparison.note] if comparison.note else [])
 
 
 def detail_tables(results: Sequence[EntryResult], answers: Sequence[AnsweredQuestion]) -> list[Table]:
