@@ -18,9 +18,14 @@ _forward_ad: Any = forward_ad
 
 
 def is_transformed() -> bool:
-    """Whether a transform of `torch.func` (grad, vmap, jvp, …) or forward mode is at work: plain operations only."""
+    """Whether only plain operations are understood: by a transform of `torch.func` (grad, vmap, jvp, …), forward mode,
+    `torch.jit.trace`, `torch.export`.
+    """
+    if torch.jit.is_tracing():
+        return True
     if torch.compiler.is_compiling():
-        return False
+        # Export runs this very code on tensors that record what is done; dynamo, which reads it, knows custom functions.
+        return not torch.compiler.is_dynamo_compiling()
     return _torch._C._are_functorch_transforms_active() or _forward_ad._current_level >= 0
 
 

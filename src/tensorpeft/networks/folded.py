@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from tensorpeft.networks.cut import Cut, Halves, Network
 from tensorpeft.networks.dtypes import at_least_float32, without_autocast
-from tensorpeft.networks.effective import effective_linear
 from tensorpeft.networks.update import AbstractFusedUpdate, SharedFactors
 
 
@@ -84,14 +83,6 @@ class FoldedUpdate(AbstractFusedUpdate):
         """The whole ΔW as the left half: the weight's shape and the tensor's have nothing to do with each other."""
         tensors = cast(FoldedFactors, self.shared).tensors()
         return Cut(self.network, tuple(tensors[name] for names in self.names for name in names))
-
-    def is_cheaper_apart(self, rows: int) -> bool:
-        """Never: there is no other way than to make it."""
-        return False
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`x ΔWᵀ` through the fused map, for a base whose weight cannot be added to."""
-        return effective_linear(x, None, None, [self.cut()])
 
     def tensor_name(self) -> str:
         """The group and its tensor's modes."""

@@ -25,7 +25,6 @@ from tensorpeft.networks.chains import (
 from tensorpeft.networks.cut import Cut, Halves, Ready, fold
 from tensorpeft.networks.derivatives import is_transformed
 from tensorpeft.networks.dtypes import at_least_float32
-from tensorpeft.networks.effective import effective_linear
 from tensorpeft.networks.group import Parts, Tensors, parts_of
 from tensorpeft.networks.subspace import Steps, run_together, subspace_steps
 from tensorpeft.networks.update import BASE_DIGEST, AbstractFusedUpdate, keeping_dtype
@@ -157,14 +156,6 @@ class MpoUpdate(AbstractFusedUpdate):
             start = flat_cores([tensor.to(own[0]["core_1"].dtype) for tensor in start], len(own))
             parts = halves_of_difference(cores, start, shapes)
         return list(zip(*(part.unbind() for part in parts)))
-
-    def is_cheaper_apart(self, rows: int) -> bool:
-        """Never: core by core, the activations cost several times the sum."""
-        return False
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`x ΔWᵀ` through the fused map, for a base whose weight cannot be added to."""
-        return effective_linear(x, None, None, [self.cut()])
 
     def tensor_name(self) -> str:
         """An operator of its own for every weight, told by its modes and bonds."""

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from tensorpeft.networks.cut import Cut, Halves, Network, fold
 from tensorpeft.networks.dtypes import at_least_float32, without_autocast
-from tensorpeft.networks.effective import effective_linear
 from tensorpeft.networks.update import AbstractFusedUpdate, SharedFactors
 
 _linalg: Any = torch.linalg  # has no types
@@ -100,14 +99,6 @@ class StackUpdate(AbstractFusedUpdate):
         """That of the frozen factors."""
         cut = self.cut()
         return fold(cut.network.halves(cut.start)) if cut.start else None
-
-    def is_cheaper_apart(self, rows: int) -> bool:
-        """Never: the bond is of all weights of the stack."""
-        return False
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`x ΔWᵀ` through the fused map, for a base whose weight cannot be added to."""
-        return effective_linear(x, None, None, [self.cut()])
 
     def tensor_name(self) -> str:
         """The stack and its modes."""

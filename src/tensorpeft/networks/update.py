@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tensorpeft.networks.cut import Cut, fold
 from tensorpeft.networks.dtypes import product_dtype
+from tensorpeft.networks.effective import effective_linear
 from tensorpeft.networks.group import Parts, Place, Tensors, parts_of, tensors_of
 from tensorpeft.networks.low_rank import MATRIX_PRODUCT, PAIR_PRODUCT, Factors, Pair, low_rank_linear
 from tensorpeft.networks.nested import GradientsOnce
@@ -169,9 +170,16 @@ class SharedFactors(nn.Module):
 class AbstractFusedUpdate(AbstractWeightUpdate):
     """An update of high rank: a layer adds it to the base weight and multiplies once (`networks.effective`)."""
 
-    @abstractmethod
     def is_cheaper_apart(self, rows: int) -> bool:
-        """Whether so many rows are faster with `forward` beside the base than with a sum made for them alone."""
+        """Whether so many rows are faster with `forward` beside the base than with a sum made for them alone.
+
+        Never, unless an update says else: most have no way to their product but the matrix.
+        """
+        return False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x ΔWᵀ` through the fused map, for a base whose weight cannot be added to."""
+        return effective_linear(x, None, None, [self.cut()])
 
 
 class AbstractFactoredUpdate(AbstractWeightUpdate):
