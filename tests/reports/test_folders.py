@@ -45,6 +45,15 @@ def test_a_writer_that_wrote_nothing_leaves_no_folder(tmp_path):
     assert not os.listdir(tmp_path)
 
 
+@pytest.mark.parametrize("parts", [("file",), ("file", "run")], ids="/".join)
+def test_a_file_in_the_folder_s_place(parts, tmp_path):
+    (tmp_path / "file").touch()
+    message = r"file is a file; expected a folder, or a name that is free"
+    with pytest.raises(FileExistsError, match=message), sole_writer(tmp_path.joinpath(*parts)):
+        pass
+    assert os.listdir(tmp_path) == ["file"]
+
+
 def test_files_of_a_result_replace_those_of_another_together_or_not_at_all(tmp_path):
     for name in ("config.json", "model-1.safetensors", "model-2.safetensors", "notes.txt"):
         (tmp_path / name).write_text("old")

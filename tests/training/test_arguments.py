@@ -183,6 +183,7 @@ def test_unknown_names_and_wrong_values(tmp_path, task, trainer, message):
         ({"method": 3}, r"adapter\.method: unknown key '3'\. Known are"),
         ({"method": "dota", "num_core": 3}, r"adapter, method dota: unknown key 'num_core'\. Did you mean num_cores\?"),
         ({"method": "lora", "rank": 3}, "adapter, method lora: unknown key 'rank'"),
+        ({"method": "prompt_tuning"}, "adapter, method prompt_tuning: num_virtual_tokens is missing"),
     ],
 )
 def test_a_wrong_adapter(adapter, message):

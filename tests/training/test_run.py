@@ -274,6 +274,7 @@ def test_rows_whose_prompts_fill_the_length_are_left_out_and_said(place, tmp_pat
         (["task=stsb", "max_step_kl=0.01"], "max_step_kl: a model for the task stsb tells no probabilities"),
         (["task=folding", "max_step_kl=0.01"], "max_step_kl: a model for the task folding tells no probabilities"),
         (["model_arguments.atn_implementation=eager"], "atn_implementation"),
+        (["model_arguments.dtype=bf16"], "model_arguments.dtype='bf16': expected auto, float32, bfloat16 or float16"),
     ],
 )
 def test_user_errors_are_one_line_and_leave_nothing(overrides, message, place, tmp_path, capsys):

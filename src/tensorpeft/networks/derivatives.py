@@ -24,7 +24,7 @@ def is_transformed() -> bool:
     if torch.jit.is_tracing():
         return True
     if torch.compiler.is_compiling():
-        # Export runs this very code on tensors that record what is done; dynamo, which reads it, knows custom functions.
+        # Export runs this code on tensors that record what is done; dynamo, which reads it, knows custom functions.
         return not torch.compiler.is_dynamo_compiling()
     return _torch._C._are_functorch_transforms_active() or _forward_ad._current_level >= 0
 

@@ -25,7 +25,10 @@ def sole_writer(
 
     Raises:
         BlockingIOError: another process, or another call of this one, writes to the folder, or this file in it.
+        FileExistsError: it, or a folder that it would lie in, is a file.
     """
+    if files := [path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()]:
+        raise FileExistsError(f"{folder}: {files[0]} is a file; expected a folder, or a name that is free.")
     held = folder / (f".{file}{LOCK}" if file else LOCK)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)

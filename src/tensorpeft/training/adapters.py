@@ -36,9 +36,12 @@ def make_config(
     whole = {k: int(v) if isinstance(v, float) and math.isfinite(v) else v for k, v in arguments.items()}
     check_types(whole, config_class, "adapter")
     try:
-        return config_class(**arguments)
+        config = config_class(**arguments)
     except TypeError as error:
         raise ValueError(f"adapter, method {name}: {error}") from None
+    if config.is_prompt_learning and getattr(config, "num_virtual_tokens", 0) is None:
+        raise ValueError(f"adapter, method {name}: num_virtual_tokens is missing, how many it puts before a text.")
+    return config
 
 
 def is_ours(adapter: Mapping[str, Any]) -> bool:  # as `make_config` takes it

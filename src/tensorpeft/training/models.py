@@ -1,8 +1,10 @@
 """The model of a recipe, with its adapter, and its tokenizer."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
@@ -128,12 +130,20 @@ def _keep_base(model: Any, tokenizer: PreTrainedTokenizerBase | None, folder: Pa
 
 
 def _load(auto: Any, name: str, arguments: dict[str, Any]) -> Any:
+    _check_dtype(arguments)
     try:
         return loading.load_pretrained(auto, name, **arguments)
     except ValueError as error:
         if isinstance(error.__cause__, TypeError):  # an argument that neither transformers nor the model knows
             raise ValueError(f"{name}: model_arguments {sorted(arguments)}: {error.__cause__}") from error.__cause__
         raise
+
+
+def _check_dtype(arguments: Mapping[str, Any]) -> None:
+    for key in ("dtype", "torch_dtype"):
+        name = arguments.get(key, "auto")
+        if name != "auto" and not isinstance(getattr(torch, str(name), None), torch.dtype):
+            raise ValueError(f"model_arguments.{key}={name!r}: expected auto, float32, bfloat16 or float16.")
 
 
 def _load_classifier(name: str, arguments: dict[str, Any]) -> PreTrainedModel:
