@@ -48,7 +48,17 @@ def effective_linear(
     layout, tensors = flattened(cuts)
     if is_transformed():
         return plain_linear(layout, bias, x, weight() if callable(weight) else weight, *tensors)
+    # A compiler that sees no gradient stumbles over a function of its own.
+    if torch.compiler.is_compiling() and not torch.is_grad_enabled():
+        return _linear(x, weight() if callable(weight) else weight, bias, layout, tensors)
     return _EffectiveLinear.apply(x, weight, bias, layout, *tensors)  # type: ignore[no-any-return]
+
+
+def _linear(x: Tensor, weight: Tensor | None, bias: Tensor | None, layout: Layout, tensors: Sequence[Tensor]) -> Tensor:
+    """`effective_linear` without its gradients."""
+    with without_autocast(x.device):
+        effective = _effective_weight(weight, _updates(layout, tensors), x.dtype)
+        return F.linear(x, effective, None if bias is None else bias.to(x.dtype))
 
 
 @torch.no_grad()
@@ -159,12 +169,8 @@ class _EffectiveLinear(torch.autograd.Function):
     ) -> Tensor:
         stored, ctx.make_weight = (None, weight) if callable(weight) else (weight, None)
         ctx.layout = layout
-        matrix = weight() if callable(weight) else weight
-        with without_autocast(x.device):
-            updates = _updates(layout, tensors)
-            ctx.save_for_backward(x, stored, *tensors)
-            effective = _effective_weight(matrix, updates, x.dtype)
-            return as_no_view(F.linear(x, effective, None if bias is None else bias.to(x.dtype)))
+        ctx.save_for_backward(x, stored, *tensors)
+        return as_no_view(_linear(x, weight() if callable(weight) else weight, bias, layout, tensors))
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
