@@ -36,6 +36,41 @@ class Tied(nn.Module):
         return self.second(self.first(x).tanh())
 
 
+class Twice(nn.Module):
+    """One layer with two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = self.second = nn.Linear(24, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).tanh())
+
+
+class TiedHead(nn.Module):
+    """A head that has the embeddings' weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embeddings, self.head = nn.Embedding(30, 24), nn.Linear(24, 30, bias=False)
+        self.head.weight = self.embeddings.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.embeddings(tokens))
+
+
+class TwoNames(nn.Module):
+    """A block that is a child of the model twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.Linear(24, 24), nn.Tanh())
+        self.again = self.block
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.again(self.block(x))
+
+
 @over_cases
 def test_layers_may_be_named_as_peft_s_wrappers_are(case: Case, tmp_path):
     model = get_peft_model(Wrapped(), case.make(target_modules=LLAMA.targets))
@@ -59,15 +94,35 @@ def test_a_base_may_be_compiled_before_it_is_adapted(case: Case, tmp_path):
 
 
 @over_merging_cases
-def test_a_weight_of_two_adapted_layers_is_not_merged(case: Case):
+@pytest.mark.parametrize(
+    ("make", "targets", "names"),
+    [
+        (Tied, ["first", "second"], "(first and second|second and first)"),
+        (Tied, ["second"], "first and second"),  # the other one has no adapter
+        (Twice, ["first"], "second and first"),
+        (TiedHead, ["head"], "embeddings and head"),
+    ],
+    ids=["both", "one", "one layer under two names", "head"],
+)
+def test_a_weight_that_another_layer_has_is_not_merged(case: Case, make: Any, targets: list[str], names: str):
     torch.manual_seed(0)
-    model = get_peft_model(Tied(), case.make(target_modules=["first", "second"])).eval()
+    model = get_peft_model(make(), case.make(target_modules=targets)).eval()
     perturb(model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(ValueError, match="first and second are one weight, and have updates of their own"):
+        with pytest.raises(ValueError, match=f"{names} are one weight"):
             merge()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@over_merging_cases
+def test_a_block_that_is_reached_by_two_names_is_merged(case: Case):
+    torch.manual_seed(0)
+    model = get_peft_model(TwoNames(), case.make(target_modules=["0"])).eval()
+    perturb(model)
+    x = torch.randn(5, 24)
+    expected = model(x)
+    torch.testing.assert_close(model.merge_and_unload()(x), expected, atol=1e-5, rtol=1e-5)
 
 
 @over_merging_cases

@@ -63,7 +63,7 @@ def _check_mergeable(model: nn.Module, adapter_names: Iterable[str] | None) -> N
 
     One that is active and not to be merged counts too: what it adds depends on what the others have added before.
     """
-    owners = dict[nn.Parameter, str]()
+    readers = _readers(model)
     for layer in _layers(model):
         check_whole(layer.get_base_layer(), layer.name)
         names = {*(adapter_names or ()), *layer.active_adapters} & set(layer.updates)
@@ -72,14 +72,25 @@ def _check_mergeable(model: nn.Module, adapter_names: Iterable[str] | None) -> N
         backend = layer.quantization_backend
         if names and backend is not None and not backend.supports_merge:
             raise ValueError(f"{layer.name}: {cannot_merge(backend.backend_name)}")
-        weight = getattr(layer.get_base_layer(), "weight", None)
-        other = owners.setdefault(weight, layer.name) if names and isinstance(weight, nn.Parameter) else layer.name
-        if other != layer.name:
+        names_of_readers = readers.get(getattr(layer.get_base_layer(), "weight", None), []) if names else []
+        if others := [name for name in names_of_readers if name != layer.name]:
             raise ValueError(
-                f"{other} and {layer.name} are one weight, and have updates of their own: merged, each would have the "
-                "other's, too. Keep the adapter beside the model, or give the layers weights of their own before it is "
-                "added."
+                f"{others[0]} and {layer.name} are one weight: merged, the update of {layer.name} would be one of "
+                f"{others[0]}, too. Keep the adapter beside the model, or give the layers weights of their own before "
+                "it is added (a language model's head and its embeddings: tie_word_embeddings=False)."
             )
+
+
+def _readers(model: nn.Module) -> dict[object, list[str]]:
+    """The modules that have each weight, by name; what has two names within its parents is there twice."""
+    readers = dict[object, list[str]]()
+    for parent_name, parent in model.named_modules():
+        for name, module in parent._modules.items():
+            known = parent.name if isinstance(parent, TensorLayer) else f"{parent_name}.{name}".removeprefix(".")
+            for parameter in () if module is None else module._parameters.values():
+                if parameter is not None:
+                    readers.setdefault(parameter, []).append(known)
+    return readers
 
 
 def _check_merged_weights(model: nn.Module, adapter_names: Iterable[str] | None, safe_merge: bool) -> None:
