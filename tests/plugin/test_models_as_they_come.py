@@ -36,6 +36,20 @@ class Tied(nn.Module):
         return self.second(self.first(x).tanh())
 
 
+class Scaled(nn.Linear):
+    """It multiplies by twice its weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Residual(nn.Linear):
+    """It multiplies by its weight, and adds what it was given."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
 class Twice(nn.Module):
     """One layer with two names."""
 
@@ -91,6 +105,15 @@ def test_a_base_may_be_compiled_before_it_is_adapted(case: Case, tmp_path):
     expected = logits(model.eval())
     model.save_pretrained(tmp_path)
     torch.testing.assert_close(logits(PeftModel.from_pretrained(compiled(), tmp_path).eval()), expected)
+
+
+@over_cases
+def test_a_layer_without_a_weight_yet_is_refused_until_the_model_has_run(case: Case):
+    model = nn.Sequential(nn.LazyLinear(24))
+    with pytest.raises(ValueError, match=r"^0: a LazyLinear has no weight yet\. Run the model once"):
+        get_peft_model(model, case.make(target_modules=["0"]))
+    model(torch.zeros(2, 24))
+    get_peft_model(model, case.make(target_modules=["0"]))
 
 
 @over_merging_cases
@@ -161,3 +184,24 @@ def test_peft_s_switch_for_casting_the_input_is_there(case: Case):
     expected = logits(model)
     with disable_input_dtype_casting(model):
         assert torch.equal(logits(model), expected)
+
+
+@over_merging_cases
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_multiplies_by_something_else_than_its_weight_is_not_merged(case: Case, dtype: torch.dtype):
+    def adapted(layer: nn.Module) -> PeftModel:
+        torch.manual_seed(0)
+        model = get_peft_model(nn.Sequential(layer.to(dtype)), case.make(target_modules=["0"])).eval()
+        perturb(model, scale=4)
+        return model
+
+    x = torch.randn(5, 24, dtype=dtype)
+    model = adapted(Scaled(24, 24))
+    expected = model(x)
+    with pytest.raises(ValueError, match=r"^0: a Scaled does not multiply by its weight"):
+        model.merge_and_unload()
+    assert torch.equal(model(x), expected)
+    model = adapted(Residual(24, 24))
+    expected = model(x)
+    error = (model.merge_and_unload()(x) - expected).float().norm() / expected.float().norm()
+    assert error < (1e-5 if dtype == torch.float32 else 2e-2)

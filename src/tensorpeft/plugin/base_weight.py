@@ -201,7 +201,8 @@ def layer_shape(
     Or the channels of a convolution, for a method that adapts them.
 
     Raises:
-        ValueError: any other layer, or one whose weight the module around it reads without calling it.
+        ValueError: any other layer, one without a weight yet, or one whose weight the module around it reads without
+            calling it.
     """
     if reads_weight_itself(parent, name.rpartition(".")[2]):
         raise ValueError(
@@ -210,6 +211,8 @@ def layer_shape(
         )
     if isinstance(base, Conv1D):
         return base.nf, base.nx  # the weight may be partitioned
+    if isinstance(base, nn.LazyLinear):
+        raise ValueError(f"{name}: a {type(base).__name__} has no weight yet. Run the model once before it is adapted.")
     if isinstance(base, (nn.Linear, StackedWeight)) or (backend is not None and hasattr(base, "in_features")):
         return int(base.out_features), int(base.in_features)  # type: ignore[arg-type]
     if may_be_convolution and is_convolution(base):

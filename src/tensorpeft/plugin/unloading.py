@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
-from torch import nn
+from torch import Tensor, nn
 
 from tensorpeft.plugin.base_weight import cannot_merge, check_whole
 from tensorpeft.plugin.holder import SharedHolder
@@ -100,8 +102,28 @@ def _check_merged_weights(model: nn.Module, adapter_names: Iterable[str] | None,
         names = [name for name in names if name not in layer.merged_adapters]
         if names and not any(tensor.is_meta for tensor in layer.get_base_layer().parameters()):  # offloaded
             weight = layer.merged_weight(names)
+            _check_own_forward(layer, weight, names)
             if safe_merge:
                 check_finite(weight, names)
+
+
+@torch.no_grad()
+def _check_own_forward(layer: TensorLayer, merged: Tensor, adapter_names: Iterable[str]) -> None:
+    """Raise a `ValueError` if a class of linear layers multiplies by something else than its weight, on one input."""
+    base: Any = layer.get_base_layer()
+    if not isinstance(base, nn.Linear) or type(base) is nn.Linear or layer.quantization_backend is not None:
+        return
+    x = torch.linspace(-1, 1, base.in_features, dtype=merged.dtype, device=merged.device)[None]
+    before = base(x)
+    added = torch.stack([layer.updates[name](x).to(before.dtype) for name in adapter_names]).sum(0)
+    error = (torch.func.functional_call(base, {"weight": merged}, (x,)) - (before + added)).abs().max()
+    rounding = 4 * torch.finfo(merged.dtype).eps * (x.abs() @ merged.abs().t()).max()
+    if error > 0.05 * added.abs().max() + rounding:
+        raise ValueError(
+            f"{layer.name}: a {type(base).__name__} does not multiply by its weight as a linear layer does, so that an "
+            "update that is merged into it would be another one. Keep the adapter beside the model, or name the layer "
+            "in exclude_modules."
+        )
 
 
 def _layers(model: nn.Module) -> list[TensorLayer]:
