@@ -19,7 +19,7 @@ _forward_ad: Any = forward_ad
 
 def is_transformed() -> bool:
     """Whether only plain operations are understood: by a transform of `torch.func` (grad, vmap, jvp, …), forward mode,
-    `torch.jit.trace`, `torch.export`.
+    `torch.jit.trace`, `torch.export` (but where it is strict: then dynamo reads the code).
     """
     if torch.jit.is_tracing():
         return True

@@ -48,7 +48,7 @@ def effective_linear(
     layout, tensors = flattened(cuts)
     if is_transformed():
         return plain_linear(layout, bias, x, weight() if callable(weight) else weight, *tensors)
-    # A compiler that sees no gradient stumbles over a function of its own.
+    # A compiler that sees no gradient stumbles over custom functions.
     if torch.compiler.is_compiling() and not torch.is_grad_enabled():
         return _linear(x, weight() if callable(weight) else weight, bias, layout, tensors)
     return _EffectiveLinear.apply(x, weight, bias, layout, *tensors)  # type: ignore[no-any-return]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tensorpeft.networks.cut import Cut, Halves, Network
 from tensorpeft.networks.dtypes import at_least_float32, without_autocast
-from tensorpeft.networks.update import AbstractFusedUpdate, SharedFactors
+from tensorpeft.networks.update import AbstractSummedUpdate, SharedFactors
 
 
 class Form(NamedTuple):
@@ -57,7 +57,7 @@ class FoldedFactors(SharedFactors):
         return "; ".join(f"{name}: {_described(forms)}" for name, forms in self.forms.items())
 
 
-class FoldedUpdate(AbstractFusedUpdate):
+class FoldedUpdate(AbstractSummedUpdate):
     """One weight of a group.
 
     Args:

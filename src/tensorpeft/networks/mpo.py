@@ -27,7 +27,7 @@ from tensorpeft.networks.derivatives import is_transformed
 from tensorpeft.networks.dtypes import at_least_float32
 from tensorpeft.networks.group import Parts, Tensors, parts_of
 from tensorpeft.networks.subspace import Steps, run_together, subspace_steps
-from tensorpeft.networks.update import BASE_DIGEST, AbstractFusedUpdate, keeping_dtype
+from tensorpeft.networks.update import BASE_DIGEST, AbstractSummedUpdate, keeping_dtype
 from tensorpeft.networks.versions import Kept
 
 
@@ -67,7 +67,7 @@ class FrozenCores(nn.Module):
         return self._kept.get(lambda: contract_to_halves(cores), cores)
 
 
-class MpoUpdate(AbstractFusedUpdate):
+class MpoUpdate(AbstractSummedUpdate):
     """`ΔW = MPO(cores) − MPO(start)`: zero, exactly, while the cores are their start.
 
     Args:

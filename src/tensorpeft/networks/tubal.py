@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from tensorpeft.networks.cut import Cut, Halves, Network, fold
 from tensorpeft.networks.dtypes import at_least_float32, without_autocast
-from tensorpeft.networks.update import AbstractFusedUpdate, SharedFactors
+from tensorpeft.networks.update import AbstractSummedUpdate, SharedFactors
 
 _linalg: Any = torch.linalg  # has no types
 _fft: Any = torch.fft  # likewise
@@ -71,7 +71,7 @@ class StackFactors(SharedFactors):
         return "; ".join(f"{name}: {text}" for name, text in self.described.items())
 
 
-class StackUpdate(AbstractFusedUpdate):
+class StackUpdate(AbstractSummedUpdate):
     """One weight of a stack.
 
     Args:

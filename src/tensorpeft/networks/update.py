@@ -170,11 +170,16 @@ class SharedFactors(nn.Module):
 class AbstractFusedUpdate(AbstractWeightUpdate):
     """An update of high rank: a layer adds it to the base weight and multiplies once (`networks.effective`)."""
 
+    @abstractmethod
     def is_cheaper_apart(self, rows: int) -> bool:
-        """Whether so many rows are faster with `forward` beside the base than with a sum made for them alone.
+        """Whether so many rows are faster with `forward` beside the base than with a sum made for them alone."""
 
-        Never, unless an update says else: most have no way to their product but the matrix.
-        """
+
+class AbstractSummedUpdate(AbstractFusedUpdate):
+    """One that is worth nothing but the sum: to take x through its tensors costs more, or is not possible."""
+
+    def is_cheaper_apart(self, rows: int) -> bool:
+        """Never."""
         return False
 
     def forward(self, x: Tensor) -> Tensor:

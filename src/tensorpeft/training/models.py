@@ -141,8 +141,8 @@ def _load(auto: Any, name: str, arguments: dict[str, Any]) -> Any:
 
 def _check_dtype(arguments: Mapping[str, Any]) -> None:
     for key in ("dtype", "torch_dtype"):
-        name = arguments.get(key, "auto")
-        if name != "auto" and not isinstance(getattr(torch, str(name), None), torch.dtype):
+        name = arguments.get(key)
+        if isinstance(name, str) and name != "auto" and not isinstance(getattr(torch, name, None), torch.dtype):
             raise ValueError(f"model_arguments.{key}={name!r}: expected auto, float32, bfloat16 or float16.")
 
 
