@@ -21,7 +21,7 @@ def is_transformed() -> bool:
     """Whether only plain operations are understood: by a transform of `torch.func` (grad, vmap, jvp, …), forward mode,
     `torch.jit.trace`, `torch.export` (but where it is strict: then dynamo reads the code).
     """
-    if torch.jit.is_tracing():
+    if _torch.jit.is_tracing():
         return True
     if torch.compiler.is_compiling():
         # Export runs this code on tensors that record what is done; dynamo, which reads it, knows custom functions.

@@ -63,7 +63,7 @@ def _readers(model: nn.Module) -> dict[object, list[str]]:
     Adapted ones are called as without their adapters. What PEFT keeps of a module that it trains a copy of is left out.
     """
     readers = dict[object, list[str]]()
-    for parameter in filter(_is_there, model._parameters.values()):
+    for parameter in _parameters_of(model):
         readers.setdefault(parameter, []).append("the model itself")
     for parent_name, parent in model.named_modules():
         if isinstance(parent, BaseTunerLayer):
@@ -73,13 +73,13 @@ def _readers(model: nn.Module) -> dict[object, list[str]]:
                 module = getattr(module, "base_layer", None)  # a holder of shared factors has none
             if module is None or (name == "original_module" and _is_replaced(parent)):
                 continue
-            for parameter in filter(_is_there, module._parameters.values()):
+            for parameter in _parameters_of(module):
                 readers.setdefault(parameter, []).append(f"{parent_name}.{name}".removeprefix("."))
     return readers
 
 
-def _is_there(parameter: object) -> bool:
-    return parameter is not None
+def _parameters_of(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module._parameters.values() if parameter is not None]
 
 
 def _is_replaced(parent: nn.Module) -> bool:
@@ -100,7 +100,8 @@ def check_own_forward(layer: TensorLayer, adapter_names: Sequence[str]) -> None:
         return
     tensors = {name: parameter.float() for name, parameter in base.named_parameters()}
     weight = tensors["weight"]
-    update = torch.stack([layer.updates[name].matrix().to(weight) for name in adapter_names]).sum(0)
+    updates: list[Any] = [layer.updates[name] for name in adapter_names]
+    delta = torch.stack([update.matrix().to(weight) for update in updates]).sum(0)
     # Irregular, and with a mean: one that an input or a weight is centred by would be seen.
     x = torch.arange(base.in_features, dtype=torch.float32, device=weight.device).cos().add(0.3).view(1, 1, -1)
 
@@ -109,10 +110,10 @@ def check_own_forward(layer: TensorLayer, adapter_names: Sequence[str]) -> None:
 
     try:
         with evaluation_mode(base):
-            before, after = output(weight), output(weight + update)
+            before, after = output(weight), output(weight + delta)
     except Exception:  # of whoever wrote the class
         return
-    expected = torch.nn.functional.linear(x, update)
+    expected = torch.nn.functional.linear(x, delta)
     eps = max(torch.finfo(after.dtype).eps, 1e-3 if after.is_cuda else 0)  # a GPU may multiply in TF32
     rounding = 4 * eps * (x.abs() @ weight.abs().t()).max()
     if (after - before - expected).abs().max() > 0.05 * expected.abs().max() + rounding:
