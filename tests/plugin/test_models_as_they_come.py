@@ -72,6 +72,16 @@ class Dropping(nn.Linear):
         return nn.functional.dropout(super().forward(x), 0.5, self.training)
 
 
+class Buffered(nn.Linear):
+    """Its weight is a buffer."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        weight = self.weight.detach()
+        del self.weight
+        self.register_buffer("weight", weight)
+
+
 class OfThreeAxes(nn.Linear):
     """It takes nothing else."""
 
@@ -275,7 +285,7 @@ def test_what_multiplies_by_something_else_than_its_weight_is_not_merged(case: C
 
 
 @over_some_cases
-@pytest.mark.parametrize("make", [Residual, Dropping, OfThreeAxes], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", [Residual, Dropping, Buffered, OfThreeAxes], ids=lambda make: make.__name__)
 def test_a_class_that_multiplies_by_its_weight_is_merged(case: Case, make: Any):
     torch.manual_seed(0)
     model = get_peft_model(nn.Sequential(make(24, 24)), case.make(target_modules=["0"])).train()

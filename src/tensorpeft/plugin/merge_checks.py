@@ -98,7 +98,10 @@ def check_own_forward(layer: TensorLayer, adapter_names: Sequence[str]) -> None:
     base: Any = layer.get_base_layer()
     if not isinstance(base, nn.Linear) or type(base) is nn.Linear or layer.quantization_backend is not None:
         return
-    tensors = {name: parameter.float() for name, parameter in base.named_parameters()}
+    # Of buffers, too: a frozen weight may be one.
+    tensors = {name: tensor.float() for name, tensor in base.state_dict(keep_vars=True).items()}
+    if "weight" not in tensors:
+        return
     weight = tensors["weight"]
     updates: list[Any] = [layer.updates[name] for name in adapter_names]
     delta = torch.stack([update.matrix().to(weight) for update in updates]).sum(0)
