@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -84,6 +86,21 @@ def test_the_class_is_one_that_transformers_registers(saved):
             find_class(LlamaConfig(architectures=[name]), "a")
     with pytest.raises(ValueError, match=r"a: transformers has no class \['LlamaForCausalLM'\]"):
         find_class(LlamaConfig(architectures=[["LlamaForCausalLM"]]), "a")
+
+
+OF_ONE_MODEL = """
+import sys
+from transformers import LlamaConfig
+from tensorpeft.loading.architectures import find_class
+before = set(sys.modules)
+find_class(LlamaConfig(architectures=["LlamaForCausalLM"]), "a")
+print(*sorted(name for name in set(sys.modules) - before if ".modeling_" in name and ".models." in name))
+"""
+
+
+def test_only_the_model_that_is_asked_for_is_imported():
+    done = subprocess.run([sys.executable, "-c", OF_ONE_MODEL], capture_output=True, text=True, timeout=300)
+    assert done.stdout.split() == ["transformers.models.llama.modeling_llama"], done.stderr
 
 
 def test_an_adapter_names_its_class_but_no_module_to_import(saved):

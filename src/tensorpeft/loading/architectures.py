@@ -49,7 +49,7 @@ def find_class(
     if name is None:
         return transformers.AutoModel
     # A file must not choose among all that transformers has, nor name a module to import.
-    if not isinstance(name, str) or name not in _registered():
+    if not isinstance(name, str) or name not in _registered() or not hasattr(transformers, name):
         raise ValueError(
             f"{model}: transformers has no class {name!r}. Load the model with its own code, and pass it, or its "
             "PeftModel, to the function that this command calls."
@@ -74,7 +74,7 @@ def build_empty(
 
 @cache
 def _registered() -> frozenset[str]:
-    """Names of the model classes in transformers' own mappings."""
+    """Names of the model classes in transformers' own mappings; to ask it for one imports that model's module."""
     mappings = [
         mapping
         for name, mapping in vars(modeling_auto).items()
@@ -82,4 +82,4 @@ def _registered() -> frozenset[str]:
     ]
     values = [value for mapping in mappings for value in mapping.values()]
     names = {name for value in values for name in ([value] if isinstance(value, str) else value)}
-    return frozenset(name for name in names if name and hasattr(transformers, name))
+    return frozenset(name for name in names if name)
