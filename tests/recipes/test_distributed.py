@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from forked import Command
 from tensorpeft.recipes import FOLDER
 from tensorpeft.training.results import read_result
 
@@ -38,6 +39,11 @@ SHARDED = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def _data(monkeypatch):
+    monkeypatch.setenv("TENSORPEFT_DATA", str(DATA))  # recipes name the folder
+
+
 def free_port() -> str:
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
@@ -53,21 +59,20 @@ def train(
     recipe: str = "small/stories_sft",
 ):
     """The result of a small run, in one process or in those of a launcher."""
-    command = [sys.executable, "-m", *launcher]
-    command += [program, "train", recipe, "--smoke", f"output={output}"]
-    command += [f"trainer.per_device_train_batch_size={batch_size}", "trainer.max_steps=6", "trainer.eval_steps=3"]
-    environment = os.environ | {"TENSORPEFT_DATA": str(DATA), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, *overrides],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout
-    assert done.stdout.count("Report, curves, adapters") == 1  # the main process alone speaks
+    words = ["train", recipe, "--smoke", f"output={output}", *overrides]
+    words += [f"trainer.per_device_train_batch_size={batch_size}", "trainer.max_steps=6", "trainer.eval_steps=3"]
+    printed = launch(*launcher, program, *words) if launcher else Command(output.with_suffix(".txt"), *words).finish()
+    assert printed.count("Report, curves, adapters") == 1  # the main process alone speaks
     return read_result(output / "seed-0" / "results.json")
+
+
+def launch(*words: str) -> str:
+    """What a launcher and its processes print."""
+    command, environment = [sys.executable, "-m", *words], os.environ | {"OMP_NUM_THREADS": "1"}
+    pipe, errors = subprocess.PIPE, subprocess.STDOUT
+    done = subprocess.run(command, env=environment, stdout=pipe, stderr=errors, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
 
 
 def assert_same(two, one):
@@ -128,7 +133,7 @@ def test_without_a_gpu_sharding_is_refused(tmp_path):
     """Accelerate would train with a whole model in each process, and not say so."""
     command = [sys.executable, "-m", *TORCHRUN, free_port(), "-m", "tensorpeft", "train"]
     command += ["small/stories_sft", "--smoke", f"output={tmp_path}", "trainer.fsdp=true"]
-    environment = os.environ | {"TENSORPEFT_DATA": str(DATA), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode != 0
     assert "accelerate shards on GPUs alone" in done.stderr

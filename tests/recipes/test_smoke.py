@@ -4,15 +4,14 @@ import json
 import math
 import os
 import random
-import signal
-import subprocess
-import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import yaml
 
+from forked import Command, kill
 from tensorpeft.recipes import FOLDER
 from tensorpeft.training.recipe import load_recipe
 from tensorpeft.training.results import SeedResult, read_result
@@ -41,27 +40,17 @@ pytestmark = [
 over_recipes = pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 
 
-def start(recipe: Path, output: Path, *more: str) -> subprocess.Popen[str]:
-    """The command of a recipe's small version, in a process of its own, as a person types it."""
-    command = [sys.executable, "-m", "tensorpeft", "train", str(recipe), "--smoke", f"output={output}", *more]
-    environment = os.environ | {"TENSORPEFT_DATA": str(DATA), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def start(recipe: Path, output: Path, *more: str) -> Command:
+    """The command of a recipe's small version, in a process of its own; what it prints stands beside the output."""
+    return Command(output.with_suffix(".txt"), "train", recipe, "--smoke", f"output={output}", *more)
 
 
-def finish(process: subprocess.Popen[str]) -> str:
-    """What a command printed; it must have succeeded."""
-    printed, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, printed
-    return printed
-
-
-def kill_after_a_checkpoint(process: subprocess.Popen[str], folder: Path) -> None:
+def kill_after_a_checkpoint(process: BaseProcess, folder: Path) -> None:
     """SIGKILL at a random moment after the first checkpoint has begun to be written."""
-    while process.poll() is None and not list(folder.glob("checkpoint-*")):
+    while process.exitcode is None and not list(folder.glob("checkpoint-*")):
         time.sleep(0.02)
     time.sleep(random.uniform(0, 2))
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill(process)
 
 
 def curve(result: SeedResult) -> dict[int, float]:
@@ -70,8 +59,8 @@ def curve(result: SeedResult) -> dict[int, float]:
 
 @over_recipes
 def test_a_recipe_runs_and_goes_on_where_it_was_killed(recipe, tmp_path, monkeypatch):
-    monkeypatch.setenv("TENSORPEFT_DATA", str(DATA))  # as in the command's process: recipes name the folder
-    printed = finish(start(recipe, tmp_path / "whole"))
+    monkeypatch.setenv("TENSORPEFT_DATA", str(DATA))  # recipes name the folder
+    printed = start(recipe, tmp_path / "whole").finish()
     whole = read_result(tmp_path / "whole" / "seed-0" / "results.json")
     assert "Report, curves, adapters" in printed
     assert all(math.isfinite(loss) for loss in curve(whole).values())
@@ -84,8 +73,8 @@ def test_a_recipe_runs_and_goes_on_where_it_was_killed(recipe, tmp_path, monkeyp
     assert wanted.to_yaml().strip() in report
     assert (tmp_path / "whole" / "curves.png").stat().st_size > 10_000
 
-    kill_after_a_checkpoint(start(recipe, tmp_path / "killed"), tmp_path / "killed" / "seed-0")
-    finish(start(recipe, tmp_path / "killed", "--resume"))
+    kill_after_a_checkpoint(start(recipe, tmp_path / "killed").process, tmp_path / "killed" / "seed-0")
+    start(recipe, tmp_path / "killed", "--resume").finish()
     resumed = read_result(tmp_path / "killed" / "seed-0" / "results.json")
     assert curve(resumed) == pytest.approx(curve(whole), abs=1e-4)
     assert resumed.validation["loss"] == pytest.approx(whole.validation["loss"], abs=1e-4)

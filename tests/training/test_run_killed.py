@@ -1,6 +1,5 @@
 """`tensorpeft train` with several seeds, killed at every phase: resumed, it leaves what an uninterrupted run leaves."""
 
-import multiprocessing
 import os
 import pkgutil
 import signal
@@ -11,6 +10,7 @@ import pytest
 
 pytest.importorskip("omegaconf")
 pytest.importorskip("trl")
+import forked
 from tensorpeft.training.recipe import load_recipe
 from tensorpeft.training.results import read_result
 from tensorpeft.training.run import run_training
@@ -50,10 +50,7 @@ def train(place, output, resume=False):
 
 def kill_at(name, number, place, output):
     """Train in a process that kills itself at a call of a function."""
-    context = multiprocessing.get_context("forkserver")  # this process has threads, and cannot be forked
-    context.set_forkserver_preload(["tensorpeft.training.run"])
-    process = context.Process(target=_train_until, args=(name, number, place, output))
-    process.start()
+    process = forked.start(_train_until, name, number, place, output)
     process.join(120)
     assert process.exitcode == -signal.SIGKILL, f"it ended before call {number} of {name}"
 
