@@ -1,6 +1,7 @@
 """Figures of a comparison from its runs: curves, the time to a loss, the front."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -10,6 +11,7 @@ pytest.importorskip("trl")
 from tensorpeft.studies.compare.entries import Entry
 from tensorpeft.studies.compare.plots import _front
 from tensorpeft.studies.compare.results import EntryResult, Run, common_loss, find_metrics, is_loss, steps_to
+from tensorpeft.studies.compare.table import _gain_tables
 from tensorpeft.training.recipe import DataRecipe, Recipe
 from tensorpeft.training.results import SeedResult
 
@@ -50,6 +52,25 @@ def test_the_main_metric_of_a_test_is_its_first_and_a_loss_is_better_lower():
     assert find_metrics([entry_result([1.0])]) == [("sst2", "accuracy")]
     assert is_loss("loss")
     assert not is_loss("accuracy")
+
+
+def test_what_a_method_gains_is_told_beside_lora_seed_by_seed():
+    untrained = EntryResult(
+        Entry("untrained", "before training", ENTRY.recipe, ()), (), entry_result([3.0]).final, None
+    )
+    lora, other = entry_result([2.0], [1.8]), entry_result([2.3], [2.0])
+    other = replace(other, entry=replace(ENTRY, key="lotr", label="LoTR"))
+    (table,) = _gain_tables([untrained, lora, other])
+    assert table.title == "Beside LoRA"
+    assert table.rows == [
+        ["LoRA", "1.100", "100.0%", "0.000 ± 0.000"],
+        ["LoTR", "0.850", "77.3%", "0.250 ± 0.071"],
+    ]
+    diverged = replace(other, final=(*other.final, Run(1e-3, 2, seed_result([math.nan], 2))))
+    assert _gain_tables([untrained, lora, diverged])[0].rows[1] == ["LoTR", "diverged", "", "0.250 ± 0.071"]
+    assert _gain_tables([lora, other]) == _gain_tables([untrained, other]) == []
+    worse = replace(lora, final=entry_result([3.5]).final)
+    assert _gain_tables([untrained, worse, other]) == []
 
 
 def test_on_the_front_is_what_no_smaller_one_equals():

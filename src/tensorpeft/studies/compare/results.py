@@ -102,6 +102,11 @@ class EntryResult:
         """The validation losses of the finished final runs."""
         return [run.loss for run in self.final if run.result is not None]
 
+    def behind(self, other: "EntryResult") -> list[float]:
+        """By how much the loss is above another's, for each seed that both finished."""
+        others = {run.seed: run.loss for run in other.final if run.result is not None}
+        return [run.loss - others[run.seed] for run in self.final if run.result is not None and run.seed in others]
+
     def scores(self, test: str, metric: str) -> list[float]:
         """A metric of a test over the finished final runs."""
         return [result.tests[test][metric] for result in self.finished if test in result.tests]
@@ -121,6 +126,11 @@ def find_metrics(results: Sequence[EntryResult]) -> list[tuple[str, str]]:
 def is_loss(metric: str) -> bool:
     """Whether less of it is better."""
     return any(word in metric for word in ("loss", "perplexity", "bits"))
+
+
+def mean_gain(result: EntryResult, untrained: EntryResult) -> float:
+    """By how much the mean loss of the final runs is below that of the untrained model."""
+    return untrained.losses()[0] - statistics.fmean(result.losses())
 
 
 def common_loss(results: Sequence[EntryResult]) -> float | None:

@@ -13,9 +13,10 @@ from tensorpeft.reports.tables import (
     mean_and_sd,
     model_title,
 )
+from tensorpeft.studies.catalogue import REFERENCE
 from tensorpeft.studies.compare.answers import AnsweredQuestion, answer_table
 from tensorpeft.studies.compare.entries import Comparison
-from tensorpeft.studies.compare.results import EntryResult, Run, common_loss, find_metrics, steps_to
+from tensorpeft.studies.compare.results import EntryResult, Run, common_loss, find_metrics, mean_gain, steps_to
 
 _FAILED = "failed"
 
@@ -114,7 +115,30 @@ def legend(comparison: Comparison, results: Sequence[EntryResult]) -> list[str]:
 def detail_tables(results: Sequence[EntryResult], answers: Sequence[AnsweredQuestion]) -> list[Table]:
     """What a report has below the main table: answers, if there are any, the rates that were tried, the final runs."""
     windows = [_window_table(results)] if any(result.window for result in results) else []
-    return [*([answer_table(answers)] if answers else []), _search_table(results), *windows, _seed_table(results)]
+    answered = [answer_table(answers)] if answers else []
+    return [*answered, *_gain_tables(results), _search_table(results), *windows, _seed_table(results)]
+
+
+def _gain_tables(results: Sequence[EntryResult]) -> list[Table]:
+    """How much each lowered the loss, of what the reference did; none where the reference did not lower it."""
+    untrained = next((result for result in results if result.finished and not result.entry.rates), None)
+    reference = next((result for result in results if result.finished and result.entry.key == REFERENCE), None)
+    if untrained is None or reference is None:
+        return []
+    of_reference, label = mean_gain(reference, untrained), reference.entry.label
+    if not 0 < of_reference < math.inf:
+        return []
+    rows = []
+    for result in results:
+        if result.finished and result is not untrained:
+            gain = mean_gain(result, untrained)
+            figures = [f"{gain:.3f}", f"{gain / of_reference:.1%}"] if math.isfinite(gain) else ["diverged", ""]
+            rows.append([result.entry.label, *figures, mean_and_sd(result.behind(reference))])
+    notes = [
+        "Gain: by how much the mean validation loss is below that before training.",
+        f"Above {label}: the loss less {label}'s with the same seed, which orders the rows alike for all.",
+    ]
+    return [Table(f"Beside {label}", ["method", "gain", f"of {label}'s", f"above {label}"], rows, notes)]
 
 
 def _search_table(results: Sequence[EntryResult]) -> Table:
