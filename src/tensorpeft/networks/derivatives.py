@@ -29,6 +29,11 @@ def is_transformed() -> bool:
     return _torch._C._are_functorch_transforms_active() or _forward_ad._current_level >= 0
 
 
+def is_compiled_without_gradients() -> bool:
+    """Whether a compiler reads this and sees no gradient: it breaks its graph at a custom function, then."""
+    return torch.compiler.is_compiling() and not torch.is_grad_enabled()
+
+
 def as_no_view(tensor: Tensor) -> Tensor:
     """A tensor that nobody else holds, for a custom function to return: what is no view may be changed in place.
 

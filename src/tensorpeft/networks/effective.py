@@ -20,7 +20,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from tensorpeft.networks.cut import Cut, Halves, Layout, Network, flattened, fold, plain_linear, plain_weight
-from tensorpeft.networks.derivatives import as_no_view, gradients, is_transformed, linear_gradients
+from tensorpeft.networks.derivatives import (
+    as_no_view,
+    gradients,
+    is_compiled_without_gradients,
+    is_transformed,
+    linear_gradients,
+)
 from tensorpeft.networks.dtypes import product_dtype, without_autocast
 from tensorpeft.networks.kernels import build, dither
 from tensorpeft.networks.kernels import fold as fold_gradient
@@ -48,8 +54,7 @@ def effective_linear(
     layout, tensors = flattened(cuts)
     if is_transformed():
         return plain_linear(layout, bias, x, weight() if callable(weight) else weight, *tensors)
-    # A compiler that sees no gradient stumbles over custom functions.
-    if torch.compiler.is_compiling() and not torch.is_grad_enabled():
+    if is_compiled_without_gradients():
         return _linear(x, weight() if callable(weight) else weight, bias, layout, tensors)
     return _EffectiveLinear.apply(x, weight, bias, layout, *tensors)  # type: ignore[no-any-return]
 

@@ -15,7 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tensorpeft.networks.cut import Halves, Network, plain_sum
-from tensorpeft.networks.derivatives import as_no_view, is_transformed, linear_gradients
+from tensorpeft.networks.derivatives import (
+    as_no_view,
+    is_compiled_without_gradients,
+    is_transformed,
+    linear_gradients,
+)
 from tensorpeft.networks.dtypes import at_least_float32, product_dtype, without_autocast
 
 
@@ -79,8 +84,7 @@ def low_rank_linear(
     """
     x = x.to(product_dtype(x))
     tensors = [factor.to(device=x.device, dtype=x.dtype) for pair in pairs for factor in pair]
-    # A compiler that sees no gradient breaks the graph at a function of its own, and fuses plain operations.
-    if is_transformed() or (torch.compiler.is_compiling() and not torch.is_grad_enabled()):
+    if is_transformed() or is_compiled_without_gradients():
         return _plain_linear(bias, x, weight, *tensors)
     return _LowRankLinear.apply(x, weight, bias, *tensors)  # type: ignore[no-any-return]
 

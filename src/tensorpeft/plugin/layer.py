@@ -331,12 +331,18 @@ def _trains(weight: Tensor | None, updates: Sequence[AbstractUpdate]) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in (*parameters, weight) if t is not None)
 
 
+def layers_of(model: nn.Module) -> list[TensorLayer]:
+    """Our adapted layers."""
+    return [module for module in model.modules() if isinstance(module, TensorLayer)]
+
+
 @contextmanager
 def merging_in(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
     """While it is open, layers that are made plain by merging get this dtype; those merged before are merged anew."""
-    layers = [module for module in model.modules() if isinstance(module, TensorLayer)]
     layers = [
-        layer for layer in layers if dtype is not None and isinstance(layer.quantization_backend, UpdatableBackend)
+        layer
+        for layer in layers_of(model)
+        if dtype is not None and isinstance(layer.quantization_backend, UpdatableBackend)
     ]
     backends = [layer.quantization_backend for layer in layers]
     for layer, backend in zip(layers, backends):

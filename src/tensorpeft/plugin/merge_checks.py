@@ -13,15 +13,10 @@ from torch.nn.utils import parametrize
 
 from tensorpeft.plugin.base_weight import cannot_merge, check_whole
 from tensorpeft.plugin.evaluation_mode import evaluation_mode
-from tensorpeft.plugin.layer import TensorLayer, check_weight_update
+from tensorpeft.plugin.layer import TensorLayer, check_weight_update, layers_of
 
 # Parameters of which torch's older weight_norm, spectral_norm and pruning make the weight, at every call.
 _SOURCES = ("weight_g", "weight_orig")
-
-
-def layers_of(model: nn.Module) -> list[TensorLayer]:
-    """Our adapted layers."""
-    return [module for module in model.modules() if isinstance(module, TensorLayer)]
 
 
 def check_mergeable(model: nn.Module, adapter_names: Iterable[str] | None) -> None:

@@ -10,8 +10,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import nn
 
 from tensorpeft.plugin.holder import SharedHolder
-from tensorpeft.plugin.layer import check_finite
-from tensorpeft.plugin.merge_checks import check_mergeable, check_own_forward, layers_of
+from tensorpeft.plugin.layer import check_finite, layers_of
+from tensorpeft.plugin.merge_checks import check_mergeable, check_own_forward
 
 
 @contextmanager
