@@ -83,6 +83,16 @@ CASES = [
     Case("tcur-lora", TcurLoraConfig, {"r": 6, "alpha": 8}),
     Case("loretta-adapter", LorettaAdapterConfig, {"bottleneck": 32, "tt_rank": 16}, dpo_steps=30, merges=False),
 ]
+
+
+def named(*names: str) -> list[Case]:
+    """The cases of these names, in their order."""
+    cases = {case.name: case for case in CASES}
+    return [cases[name] for name in names]
+
+
+# One tensor of several weights.
+SHARING_CASES = named("lorta", "lotr", "fact-tt", "fact-tk", "metatt-5d", "tenslora")
 MERGING_CASES = [case for case in CASES if case.merges]
 over_cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 over_merging_cases = pytest.mark.parametrize("case", MERGING_CASES, ids=lambda case: case.name)

@@ -15,7 +15,7 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cases import CASES, MODELS, Case, logits, perturb
+from cases import CASES, MODELS, Case, logits, named, perturb
 
 LLAMA = MODELS[0]
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -60,7 +60,7 @@ def adapted(case: Case, seed: int) -> PeftModel:
 @cache
 def sound(name: str, folder: Path) -> tuple[Tensors, dict[str, Any]]:
     """A checkpoint and a configuration that load."""
-    case = next(case for case in CASES if case.name == name)
+    case = named(name)[0]
     adapted(case, seed=3).save_pretrained(folder / name)
     return load_file(folder / name / WEIGHTS), json.loads((folder / name / CONFIG).read_text())
 

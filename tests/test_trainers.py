@@ -12,7 +12,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch._dynamo.utils import counters
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
-from cases import CASES, MODELS, logits, over_cases, over_models, over_pairs, perturb, tokens
+from cases import CASES, MODELS, logits, named, over_cases, over_models, over_pairs, perturb, tokens
 from tensorpeft import BoundedSteps
 from tensorpeft.networks.update import SharedFactors
 
@@ -166,7 +166,7 @@ def test_gradient_checkpointing_leaves_the_gradients_as_they_are(model, case, us
     assert all(gradient.abs().max() > 0 for gradient in expected.values())
 
 
-@over_pairs(MODELS, [case for case in CASES if case.name in ("dota", "lorta")], everywhere=())
+@over_pairs(MODELS, named("dota", "lorta"), everywhere=())
 def test_a_compiled_model_is_one_graph_with_the_gradients_of_the_eager_one(model, case):
     adapted = adapt(model, case, layers_to_transform=[0]).train()
     perturb(adapted)

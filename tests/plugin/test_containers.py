@@ -9,10 +9,9 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict, inject_ad
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from cases import CASES, Case, minilm, perturb
+from cases import CASES, SHARING_CASES, Case, minilm, named, perturb
 
-SHARED = [case for case in CASES if case.name in ("lorta", "lotr", "fact-tt", "fact-tk", "metatt-5d", "tenslora")]
-over_shared = pytest.mark.parametrize("case", SHARED, ids=lambda case: case.name)
+over_shared = pytest.mark.parametrize("case", SHARING_CASES, ids=lambda case: case.name)
 
 
 class Walker(nn.Module):
@@ -62,7 +61,7 @@ def output(model: nn.Module) -> Tensor:
         pytest.param(case, name, id=f"{name}-{case.name}")
         for name in BASES
         for case in CASES
-        if name == "sequential" or case in SHARED
+        if name == "sequential" or case in SHARING_CASES
     ],
 )
 def test_the_output_is_the_merged_model_s(case: Case, name: str):
@@ -88,7 +87,7 @@ def test_its_children_are_its_own(case: Case, name: str):
     assert plain.state_dict().keys() == fresh(name).state_dict().keys()
 
 
-@pytest.mark.parametrize("case", [*SHARED, *(c for c in CASES if c.name == "nola")], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*SHARING_CASES, *named("nola")], ids=lambda case: case.name)
 @over_bases
 def test_saved_and_loaded_beside_another_adapter(case: Case, name: str, tmp_path):
     model = adapted(case, name)

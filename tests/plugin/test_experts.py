@@ -10,7 +10,7 @@ import transformers
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
-from cases import CASES, MERGING_CASES, Case, Model, logits, over_merging_cases, over_pairs, perturb, tokens
+from cases import CASES, MERGING_CASES, Case, Model, logits, named, over_merging_cases, over_pairs, perturb, tokens
 from tensorpeft import DotaConfig, LorettaAdapterConfig, print_tensor_map
 from tensorpeft.export import to_lora
 from tensorpeft.plugin.layer import TensorLayer
@@ -279,7 +279,7 @@ def test_layers_and_names_can_be_left_out():
 
 def test_narrow_experts_are_projections_of_the_hidden_states():
     """Qwen3-MoE's experts are narrower than its hidden states: the hidden layer is not the wider side."""
-    peft_model = adapted(next(case for case in CASES if case.name == "lorta"), MODELS[1])
+    peft_model = adapted(named("lorta")[0], MODELS[1])
     shared = peft_model.base_model.model.shared_lorta.updates["default"]
     assert shared.sizes["mlp"] == {"A": 24, "B": 8, "C_L": 4, "C_M": 3}
 
@@ -324,7 +324,7 @@ def test_the_map_names_every_expert(capsys):
 
 def test_rows_of_gate_and_up_alternate_where_the_model_says_so():
     """GPT-OSS stores them so: what is one projection's must not reach the other's rows."""
-    case = next(case for case in CASES if case.name == "lorta-no-start")
+    case = named("lorta-no-start")[0]
     for model, rows in ((MODELS[2], slice(1, None, 2)), (MODELS[0], slice(48, None))):
         peft_model = adapted(case, model)
         shared = peft_model.base_model.model.shared_lorta.updates["default"]

@@ -10,13 +10,23 @@ from torch import Tensor, nn
 from torch.nn import utils
 from torch.nn.utils import prune
 
-from cases import CASES, MODELS, Case, logits, over_cases, over_identity_cases, over_merging_cases, perturb, tokens
+from cases import (
+    MODELS,
+    Case,
+    logits,
+    named,
+    over_cases,
+    over_identity_cases,
+    over_merging_cases,
+    perturb,
+    tokens,
+)
 
 LLAMA = MODELS[0]
 # What is asked of the layer, not of the method: a few of different kinds.
 over_some_cases = pytest.mark.parametrize(
     "case",
-    [case for case in CASES if case.name in ("dota", "lorta", "flora", "quanta", "superlora")],
+    named("dota", "lorta", "flora", "quanta", "superlora"),
     ids=lambda case: case.name,
 )
 
@@ -151,7 +161,7 @@ def test_layers_may_be_named_as_peft_s_wrappers_are(case: Case, tmp_path):
         assert torch.equal(loaded(input_ids=tokens()), model(input_ids=tokens()))
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.name in ("dota", "lorta")], ids=lambda c: c.name)
+@pytest.mark.parametrize("case", named("dota", "lorta"), ids=lambda c: c.name)
 def test_a_base_may_be_compiled_before_it_is_adapted(case: Case, tmp_path):
     def compiled() -> Any:
         return torch.compile(LLAMA.fresh(), backend="eager")

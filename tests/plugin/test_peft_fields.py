@@ -10,15 +10,14 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from cases import CASES, MODELS, Case, logits, perturb, tiny_bert, tiny_llama
+from cases import CASES, MODELS, SHARING_CASES, Case, logits, perturb, tiny_bert, tiny_llama
 from tensorpeft import LotrConfig
 from tensorpeft.export import to_lora
 from tensorpeft.plugin.layer import TensorLayer
 
 LLAMA = MODELS[0]
-SUMMABLE = [case for case in CASES if case.name in ("lorta", "lotr", "fact-tt", "fact-tk", "metatt-5d", "tenslora")]
 FIRST_OF_EACH = list({case.config: case for case in reversed(CASES)}.values())
-over_summable = pytest.mark.parametrize("case", SUMMABLE, ids=lambda case: case.name)
+over_summable = pytest.mark.parametrize("case", SHARING_CASES, ids=lambda case: case.name)
 IN_FULL: dict[str, dict[str, Any]] = {
     "tokens": {"trainable_token_indices": [3, 5]},
     "tokens-by-layer": {"trainable_token_indices": {"embed_tokens": [3, 5]}},
@@ -57,7 +56,7 @@ def test_what_is_trained_beside_the_layers_is_saved_loaded_and_merged(case: Case
 
 
 def test_tokens_are_loaded_by_transformers_and_exported(tmp_path):
-    model = trained(SUMMABLE[0], trainable_token_indices=[3, 5])
+    model = trained(SHARING_CASES[0], trainable_token_indices=[3, 5])
     expected = logits(model)
     model.save_pretrained(tmp_path / "ours")
     loaded = fresh()
@@ -181,7 +180,9 @@ def test_a_weighted_sum_of_adapters_in_half_precision_is_exact(case: Case):
 
 
 @pytest.mark.parametrize(
-    "case", [case for case in FIRST_OF_EACH if case.config not in {s.config for s in SUMMABLE}], ids=lambda c: c.name
+    "case",
+    [case for case in FIRST_OF_EACH if case.config not in {s.config for s in SHARING_CASES}],
+    ids=lambda c: c.name,
 )
 def test_where_a_sum_has_another_form_it_is_refused(case: Case):
     model = get_peft_model(LLAMA.fresh(), case.make(target_modules=LLAMA.targets), "a")
@@ -207,9 +208,9 @@ def test_where_a_sum_has_another_form_it_is_refused(case: Case):
     ],
 )
 def test_adapters_that_cannot_be_combined(arguments: tuple[Any, ...], message: str):
-    model = two_adapters(SUMMABLE[0])
-    model.add_adapter("fewer", SUMMABLE[0].make(target_modules=["q_proj", "v_proj", "up_proj", "down_proj"]))
-    model.add_adapter("head", SUMMABLE[0].make(target_modules=LLAMA.targets, modules_to_save=["lm_head"]))
+    model = two_adapters(SHARING_CASES[0])
+    model.add_adapter("fewer", SHARING_CASES[0].make(target_modules=["q_proj", "v_proj", "up_proj", "down_proj"]))
+    model.add_adapter("head", SHARING_CASES[0].make(target_modules=LLAMA.targets, modules_to_save=["lm_head"]))
     keys = model.state_dict().keys()
     with pytest.raises(ValueError, match=message):
         model.add_weighted_adapter(*arguments)

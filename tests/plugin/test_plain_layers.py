@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from cases import CASES, Case, over_cases, over_identity_cases, over_merging_cases, perturb
+from cases import Case, named, over_cases, over_identity_cases, over_merging_cases, perturb
 
 SHAPES = [(24,), (5, 24), (2, 5, 24), (2, 3, 2, 24)]
 
@@ -109,7 +109,7 @@ def test_a_pickle_holds_nothing_that_is_kept(case: Case):
 # One for every way to an output, and DoTA without a start.
 @pytest.mark.parametrize(
     "case",
-    [case for case in CASES if case.name in ("dota", "dota-random", "lorta", "quanta", "superlora")],
+    named("dota", "dota-random", "lorta", "quanta", "superlora"),
     ids=lambda case: case.name,
 )
 def test_an_evaluation_is_compiled_to_one_graph(case: Case):

@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft
 from peft.utils.other import fsdp_auto_wrap_policy
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from cases import CASES, MODELS, Case, logits, over_cases, over_models, perturb
+from cases import MODELS, Case, logits, named, over_cases, over_models, perturb
 
 LLAMA = MODELS[0]
 
@@ -62,7 +62,7 @@ def assert_survives_wrapping(case, targets):
 
 
 def test_an_adapter_of_another_base_is_refused_in_checkpointed_blocks():
-    case = next(case for case in CASES if case.name == "dota")
+    case = named("dota")[0]
     foreign = get_peft_model(LLAMA.fresh(), case.make(target_modules=LLAMA.targets))
     with torch.no_grad():
         for name, tensor in foreign.named_buffers():
@@ -79,7 +79,7 @@ def test_an_adapter_of_another_base_is_refused_in_checkpointed_blocks():
 
 def test_cores_that_are_gathered_rounded_start_at_the_base():
     """FSDP's mixed precision casts what it shards, parameters, and not the start beside them."""
-    case = next(case for case in CASES if case.name == "dota")
+    case = named("dota")[0]
     model = LLAMA.fresh()
     expected = logits(model)
     adapted = get_peft_model(model, case.make(target_modules=LLAMA.targets))

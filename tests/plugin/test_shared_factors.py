@@ -9,13 +9,12 @@ import torch.multiprocessing as mp
 from peft import LoraConfig, PeftMixedModel, get_peft_model
 from torch.nn.parallel import DistributedDataParallel
 
-from cases import CASES, MODELS, Case, logits, perturb, tokens
+from cases import MODELS, SHARING_CASES, Case, logits, perturb, tokens
 from tensorpeft import LortaConfig, LotrConfig
 from tensorpeft.networks.update import SharedFactors
 
-SHARED = [case for case in CASES if case.name in ("lorta", "lotr", "fact-tt", "fact-tk", "metatt-5d", "tenslora")]
 LLAMA = MODELS[0]
-over_shared = pytest.mark.parametrize("case", SHARED, ids=lambda case: case.name)
+over_shared = pytest.mark.parametrize("case", SHARING_CASES, ids=lambda case: case.name)
 
 
 def adapted(case: Case):
@@ -94,7 +93,7 @@ def _train_on_a_half(rank: int, case: Case, folder: str) -> None:
 
 @pytest.mark.thorough
 def test_two_processes_have_the_gradients_of_one(tmp_path):
-    case = SHARED[0]
+    case = SHARING_CASES[0]
     mp.spawn(_train_on_a_half, args=(case, str(tmp_path)), nprocs=2)
     found = torch.load(tmp_path / "gradients.pt", weights_only=True)
     expected = _gradients(adapted(case).train(), tokens(batch=4))

@@ -8,7 +8,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.export import Dim
 
-from cases import CASES, MODELS, Case, logits, over_cases, perturb, tiny_llama, tokens
+from cases import CASES, MODELS, Case, logits, named, over_cases, perturb, tiny_llama, tokens
 
 # One for every kind of network, but the angles of Quantum-PEFT, whose graph takes half a minute.
 IN_ONNX = ("dota", "lorta", "lotr", "nola", "quanta", "superlora", "lora-pt", "loretta-adapter")
@@ -52,7 +52,7 @@ def test_who_records_what_a_model_does_gets_what_it_does(case: Case):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("case", [case for case in CASES if case.name in IN_ONNX], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", named(*IN_ONNX), ids=lambda case: case.name)
 def test_an_onnx_file_of_any_rows(case: Case, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

@@ -9,12 +9,11 @@ import transformers
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from cases import CASES, Case, over_cases, perturb, tiny_llama
+from cases import SHARING_CASES, Case, over_cases, perturb, tiny_llama
 from tensorpeft import LortaConfig
 from tensorpeft.plugin.tensor_map import tensor_map
 
-SHARED = [case for case in CASES if case.name in ("lorta", "lotr", "fact-tt", "fact-tk", "metatt-5d", "tenslora")]
-over_shared = pytest.mark.parametrize("case", SHARED, ids=lambda case: case.name)
+over_shared = pytest.mark.parametrize("case", SHARING_CASES, ids=lambda case: case.name)
 TEXT = {
     "vocab_size": 64,
     "hidden_size": 24,

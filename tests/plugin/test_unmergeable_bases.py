@@ -6,11 +6,9 @@ from peft import PeftModel, get_peft_model
 from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
 from torch import nn
 
-from cases import CASES, MODELS, Case, logits, perturb, tokens
+from cases import MODELS, Case, logits, named, perturb, tokens
 
-over_some_cases = pytest.mark.parametrize(
-    "case", [case for case in CASES if case.name in ("dota", "lorta", "lotr")], ids=lambda case: case.name
-)
+over_some_cases = pytest.mark.parametrize("case", named("dota", "lorta", "lotr"), ids=lambda case: case.name)
 
 
 def quantized() -> nn.Module:

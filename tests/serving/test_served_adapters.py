@@ -19,7 +19,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import tensorpeft_vllm
-from cases import CASES, logits, over_cases, perturb, tiny_llama
+from cases import logits, named, over_cases, perturb, tiny_llama
 from tensorpeft.export import has_exact_lora
 from tensorpeft.serving.adapters import ServedAdapters
 from tensorpeft.serving.cache import BoundedCache
@@ -49,7 +49,7 @@ def served(folder, tmp_path) -> ServedAdapters:
 
 
 def case_of(name: str):
-    return next(case for case in CASES if case.name == name)
+    return named(name)[0]
 
 
 def save(base: str, folder: Path, case=None, **more) -> PeftModel:
