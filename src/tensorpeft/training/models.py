@@ -1,11 +1,9 @@
 """The model of a recipe, with its adapter, and its tokenizer."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import (
@@ -21,16 +19,17 @@ from transformers import (
 from tensorpeft.loading import models as loading
 from tensorpeft.models.folding import VOCABULARY, build_folding_model
 from tensorpeft.quantization import quantize_residual
-from tensorpeft.reports.files import make_once
 from tensorpeft.tasks.task import LabelTask, PreferenceTask, StructureTask, Task
 from tensorpeft.training.adapters import make_config
 from tensorpeft.training.head import restrict_head
+from tensorpeft.training.kept_base import keep_base
 from tensorpeft.training.recipe import Recipe, check_keys
 
 # Arguments of from_pretrained that say which files are meant.
 _FOR_BOTH = ("revision", "token", "trust_remote_code", "subfolder", "cache_dir")
 # PEFT's starts of a LoRA that are a part of the weight; further ones want data.
 _SUBTRACTED = ("pissa", "olora")
+_DRAWN = "pissa_niter_"  # of these, the one that is a randomised decomposition
 # Attribute of a base: the start that its weights lack, by the names of the adapter's parameters.
 _START = "adapter_start"
 # What all ESM-2 models have in common.
@@ -82,12 +81,13 @@ def load_base(
         config = _written_config(recipe, task) if arguments.pop("residual", True) else None
         check_keys(arguments, ("rounds", "double_quant", "skip_modules"), "quantize")
         start: dict[str, Tensor] = {}
+        is_random = str(getattr(config, "init_lora_weights", "")).startswith(_DRAWN)
         if _leaves_residual(config):
             _check_residual(config, task, arguments.get("rounds", 1))
             model, start, config = *_without_start(model, config), None
         model = quantize_residual(model, config, **arguments)  # pyright: ignore[reportArgumentType]
         setattr(model, _START, start)
-        _keep_base(model, tokenizer, Path(recipe.output).absolute() / "base")
+        keep_base(model, tokenizer, recipe, seed if is_random else None)
     return model
 
 
@@ -114,19 +114,6 @@ def _without_start(model: Any, config: Any) -> tuple[Any, dict[str, Tensor]]:
     adapted: Any = get_peft_model(model, config)
     start = {name: p.detach().clone() for name, p in adapted.named_parameters() if p.requires_grad}
     return adapted.unload(), start
-
-
-def _keep_base(model: Any, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
-    """Save a base that exists nowhere else, and let adapters name it."""
-
-    def save(unfinished: Path) -> None:
-        model.save_pretrained(unfinished)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(unfinished)
-
-    if PartialState().is_main_process:
-        make_once(folder, save)  # cells of one entry of `compare` share it
-    model.name_or_path = model.config._name_or_path = str(folder)
 
 
 def _load(auto: Any, name: str, arguments: dict[str, Any]) -> Any:

@@ -17,6 +17,7 @@ from tensorpeft.recipes import find_recipe
 from tensorpeft.training.fields import is_whole
 from tensorpeft.training.head_recipe import HeadRecipe
 
+RECIPE_FILE = "recipe.yaml"  # of a run, in its folder
 # Keys of a file that are no part of the finished recipe.
 _INHERITS, _SMOKE, _VALUES, _COMPARE = "inherits", "smoke", "values", "compare"
 _NUM_SEEDS = 2**32  # numpy takes no others

@@ -17,7 +17,7 @@ from tensorpeft.reports.terminal import plain
 from tensorpeft.training.checkpoints import last_whole_checkpoint, train_from
 from tensorpeft.training.head import fold_head
 from tensorpeft.training.models import load_tokenizer
-from tensorpeft.training.recipe import Recipe
+from tensorpeft.training.recipe import RECIPE_FILE, Recipe
 from tensorpeft.training.results import SeedResult, read_result
 from tensorpeft.training.sharding import prepare_sharding, whole_model
 from tensorpeft.training.splits import Splits
@@ -26,12 +26,11 @@ from tensorpeft.training.trainers import make_trainer
 
 RESULTS = "results.json"
 WHOLE_MODEL = "model"
-_RECIPE = "recipe.yaml"
 
 
 def _claim(output: Path, recipe: Recipe) -> None:
     """Make the folder that of this recipe: from here on it holds a run."""
-    file, text = output / _RECIPE, f"{recipe.to_yaml().rstrip()}\n"
+    file, text = output / RECIPE_FILE, f"{recipe.to_yaml().rstrip()}\n"
     # Not written again: other seeds may run at the same time, and do the same.
     if not file.is_file() or file.read_text(encoding="utf-8") != text:
         write_lines(file, text.splitlines())
@@ -44,14 +43,14 @@ def check_output(
     is_tested_later: bool = False,  # a run without tests may be given some, by `score_seed`
 ) -> None:
     """Refuse to write over another run, or to go on with another recipe."""
-    if not (output / _RECIPE).is_file():
+    if not (output / RECIPE_FILE).is_file():
         return
     if not resume:
         raise FileExistsError(
             f"{output} holds a run already. Pass --resume to go on with it, output=FOLDER for another folder, or "
             "remove it."
         )
-    found: Any = OmegaConf.to_container(OmegaConf.load(output / _RECIPE))
+    found: Any = OmegaConf.to_container(OmegaConf.load(output / RECIPE_FILE))
     wanted: Any = OmegaConf.to_container(OmegaConf.create(recipe.to_yaml()))
     if is_tested_later and found["data"].get("test") is None:
         found["data"] |= {name: wanted["data"][name] for name in ("test", "test_rows")}
@@ -60,8 +59,8 @@ def check_output(
     free = ("seeds", "output", "description")
     if other := [key for key in wanted if key not in free and found.get(key) != wanted[key]]:
         raise ValueError(
-            f"{output / _RECIPE}: the run has {other[0]}: {found.get(other[0])}, the recipe {wanted[other[0]]}. Resume "
-            "with the recipe of the run, or pass another output=FOLDER."
+            f"{output / RECIPE_FILE}: the run has {other[0]}: {found.get(other[0])}, the recipe {wanted[other[0]]}. "
+            "Resume with the recipe of the run, or pass another output=FOLDER."
         )
 
 

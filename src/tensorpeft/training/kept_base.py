@@ -1,0 +1,64 @@
+"""A base in 4 bits, which exists nowhere else, kept for the adapters that fit no other."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from filelock import FileLock
+from transformers import PreTrainedTokenizerBase
+
+from tensorpeft.reports.files import to_json, write_json, write_whole
+from tensorpeft.training.recipe import RECIPE_FILE, Recipe
+
+# Of a recipe, all that its base depends on; a file in the base's folder says it.
+_FIELDS = ("model", "task", "model_arguments", "quantize", "adapter")
+_MADE_OF = "made_of.json"
+
+
+def keep_base(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase | None,  # None: the task is no text
+    recipe: Recipe,
+    seed: int | None,  # that the base was drawn with; None: it is the same for all seeds
+) -> None:
+    """Save a base in the recipe's output folder, as ``base`` or ``base-SEED``, and let adapters name it.
+
+    One that is there is kept if it was made of the same; cells of one entry of `compare` share it. Another one, such
+    as a try that ended before it was a run leaves behind, is replaced, unless a run names it.
+
+    Raises:
+        ValueError: a run names a base there that was made of something else.
+    """
+    folder = Path(recipe.output).absolute() / ("base" if seed is None else f"base-{seed}")
+    if PartialState().is_main_process:
+        made_of = json.loads(to_json({name: getattr(recipe, name) for name in _FIELDS}))
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f".{folder.name}.lock")):
+            if not _is_kept(folder, made_of):
+                shutil.rmtree(folder, ignore_errors=True)
+                with write_whole(folder) as unfinished:
+                    model.save_pretrained(unfinished)
+                    if tokenizer is not None:
+                        tokenizer.save_pretrained(unfinished)
+                    write_json(unfinished / _MADE_OF, made_of)
+    model.name_or_path = model.config._name_or_path = str(folder)
+
+
+def _is_kept(folder: Path, made_of: dict[str, Any]) -> bool:
+    """Whether a folder holds the base that is made of this."""
+    if not folder.is_dir():
+        return False
+    is_named = any(next(folder.parent.glob(f"{place}{RECIPE_FILE}"), None) for place in ("", "rate-*/"))
+    file = folder / _MADE_OF
+    if not file.is_file():  # of an earlier version: the run that names it was checked to have this recipe
+        return is_named
+    found = json.loads(file.read_text(encoding="utf-8"))
+    other = [name for name in made_of if found.get(name) != made_of[name]]
+    if other and is_named:
+        raise ValueError(
+            f"{folder}: the runs here have a base with {other[0]}: {found.get(other[0])}, the recipe "
+            f"{made_of[other[0]]}. Pass another output folder."
+        )
+    return not other
