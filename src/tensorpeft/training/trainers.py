@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from transformers import (
     DataCollatorWithPadding,
@@ -70,6 +71,8 @@ def make_trainer(
     Raises:
         ValueError: a value of the recipe is one that PEFT, transformers or TRL cannot use.
     """
+    # A model in 4 bits, or in mixed precision, refers to itself: the last seed's would stay beside this one.
+    clear_device_cache(garbage_collection=True)
     try:
         return _make_trainer(recipe, splits, tokenizer, arguments)
     except (ArithmeticError, AttributeError, LookupError, TypeError, re.error) as error:
