@@ -4,14 +4,16 @@ import sys
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from cases import tiny_llama
+from cases import MODELS, perturb, tiny_llama
+from tensorpeft import DotaConfig
 from tensorpeft.loading import errors
-from tensorpeft.loading.adapters import find_base, load_on_skeleton
+from tensorpeft.loading.adapters import find_base, load_on_skeleton, put_adapter
 from tensorpeft.loading.architectures import build_empty, find_class
 from tensorpeft.loading.models import load_as_saved, load_config, load_pretrained, load_tokenizer
+from tensorpeft.loading.texts import first_lines
 from tensorpeft.studies.plan import plan_model
 
 
@@ -86,6 +88,24 @@ def test_the_class_is_one_that_transformers_registers(saved):
             find_class(LlamaConfig(architectures=[name]), "a")
     with pytest.raises(ValueError, match=r"a: transformers has no class \['LlamaForCausalLM'\]"):
         find_class(LlamaConfig(architectures=[["LlamaForCausalLM"]]), "a")
+
+
+def test_an_adapter_is_put_on_its_base_without_making_its_start_anew(tmp_path, monkeypatch):
+    adapted = get_peft_model(MODELS[0].fresh(), DotaConfig(r=2, num_cores=3, target_modules=["q_proj"]))
+    perturb(adapted)
+    adapted.save_pretrained(tmp_path)
+    monkeypatch.setattr("tensorpeft.methods.dota.decomposition_steps", None)
+    loaded = put_adapter(MODELS[0].fresh(), str(tmp_path), "base")
+    found, saved = get_peft_model_state_dict(loaded), get_peft_model_state_dict(adapted)
+    assert found.keys() == saved.keys()
+    assert all(torch.equal(found[key], saved[key]) for key in saved)
+
+
+def test_only_a_line_feed_ends_a_line(tmp_path):
+    rows = [{"text": "a\u2028b\x85c"}, {"text": "d"}, {"text": "e"}]
+    lines = "\r\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "rows.jsonl").write_text(f"\ufeff{lines}", encoding="utf-8", newline="")
+    assert [json.loads(line) for line in first_lines(tmp_path / "rows.jsonl", 2)] == rows[:2]
 
 
 OF_ONE_MODEL = """

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from tensorpeft.loading.texts import first_lines
+
 _OWN_TEXTS, _OWN_TOKENS = 32, 64
 _EXPECTED = "Expected a text per line, or a .jsonl file of rows with text, or with prompt and response."
 
@@ -34,7 +36,7 @@ def read_rows(
         ValueError: no such text, none with a token to predict, or a file in another form.
     """
     try:
-        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()][:max_rows]
+        lines = first_lines(file, max_rows)
         texts = [_parts(json.loads(line)) if file.suffix == ".jsonl" else ("", line) for line in lines]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: {type(error).__name__}: {error}. {_EXPECTED}") from None

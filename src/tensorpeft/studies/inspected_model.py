@@ -5,6 +5,7 @@ from pathlib import Path
 from torch import Tensor
 
 from tensorpeft.loading.models import load_tokenizer
+from tensorpeft.loading.texts import first_lines
 from tensorpeft.tasks.docstrings import load_docstrings
 
 # Texts whose activations are looked at, and tokens of each.
@@ -24,7 +25,7 @@ def load_batch(
     if text is None:
         lines = [row.texts[0] for row in load_docstrings()["validation"][:_NUM_TEXTS]]
     else:
-        lines = [line for line in text.read_text(encoding="utf-8").splitlines() if line.strip()][:_NUM_TEXTS]
+        lines = first_lines(text, _NUM_TEXTS)
     if not lines:
         raise ValueError(f"{text}: no line of text in it. Pass a file with a text per line.")
     batch = tokenizer(lines, truncation=True, max_length=_MAX_TOKENS, padding=True, return_tensors="pt")
