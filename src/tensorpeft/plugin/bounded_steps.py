@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from tensorpeft.plugin.evaluation_mode import evaluation_mode
+from tensorpeft.plugin.routes import without_kept_sums
 
 # Of a batch: so many rows are looked at, and so many of their predictions.
 _ROWS, _PREDICTIONS = 4, 256
@@ -172,7 +173,7 @@ class BoundedSteps(TrainerCallback, ExportableState):
                 "calls it. Call it so, or train without the bound."
             )
         arguments = {name: value for name, value in self._inputs.items() if name not in _OF_LOSS}
-        with evaluation_mode(model):
+        with evaluation_mode(model), without_kept_sums():
             logits = getattr(model(**arguments), "logits", None)
         if logits is None or logits.shape[-1] < 2:
             found = "no logits" if logits is None else "one logit, no probabilities"

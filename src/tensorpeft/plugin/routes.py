@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from enum import Enum, auto
+
+_keeps_sums: ContextVar[bool] = ContextVar("_keeps_sums", default=True)
 
 
 class Route(Enum):
@@ -13,6 +18,16 @@ class Route(Enum):
     SUM = auto()  # the fused updates, in one product with the sum of the weight and them, made for this call
     KEPT_SUM = auto()  # the same, with a sum that is kept
     UPDATABLE = auto()  # the fused updates, by the base layer, which adds updates by itself
+
+
+@contextmanager
+def without_kept_sums() -> Iterator[None]:
+    """Sums are made for each call, one at a time: while a model is trained its memory has no room for all of them."""
+    token = _keeps_sums.set(False)
+    try:
+        yield
+    finally:
+        _keeps_sums.reset(token)
 
 
 def choose_route(
@@ -35,7 +50,7 @@ def choose_route(
             caller does not forbid it.
         is_cheaper_apart: whether every fused update is cheaper beside the base than in a sum made for this call.
     """
-    is_kept = may_keep and is_addable
+    is_kept = may_keep and is_addable and _keeps_sums.get()
     if has_fused and (is_addable or is_updatable) and (is_kept or not is_cheaper_apart):
         if is_updatable:
             return Route.UPDATABLE
