@@ -141,6 +141,8 @@ def test_dequantised_model_is_a_plain_one(model: Model, tmp_path: Path):
 @over_models
 def test_dequantised_model_has_the_asked_dtype(model: Model):
     plain, expected = dequantize(base_of(model), dtype=torch.bfloat16), logits(base_of(model))
+    for name, buffer in plain.named_buffers():  # what is not saved, such as the frequencies of positions, stays
+        assert buffer.dtype != torch.bfloat16 or name in plain.state_dict()
     assert {parameter.dtype for parameter in plain.parameters()} == {torch.bfloat16}
     torch.testing.assert_close(logits(plain).float(), expected, atol=HALF_TOLERANCE, rtol=HALF_TOLERANCE)
 

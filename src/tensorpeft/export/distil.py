@@ -77,6 +77,9 @@ def distil(
             dataloader_pin_memory=False,
             use_cpu=not torch.accelerator.is_available(),
         )
+        # A row is a batch, and teacher and student share their base: one device, if it has several.
+        arguments._n_gpu = min(arguments.n_gpu, 1)
+        teacher.to(arguments.device)
         with torch.random.fork_rng():  # the trainer sets a seed
             trainer = _Distiller(teacher, on_step, model=student, args=arguments, train_dataset=rows)
             trainer.remove_callback(PrinterCallback)

@@ -175,4 +175,14 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         model.hf_quantizer.remove_quantization_config(model)  # type: ignore[union-attr]
         model.is_loaded_in_4bit = model.config._is_quantized = False  # type: ignore[attr-defined]
         model.hf_quantizer = None  # type: ignore[assignment]
-    return model if dtype is None else model.to(dtype)  # type: ignore[arg-type]
+    return model if dtype is None else _cast(model, dtype)
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model with what is saved of it in a dtype. What is not, such as the frequencies of positions, stays."""
+    for module in model.modules():
+        saved = [buffer for name, buffer in module._buffers.items() if name not in module._non_persistent_buffers_set]
+        for tensor in (*module._parameters.values(), *saved):
+            if tensor is not None and tensor.is_floating_point():
+                tensor.data = tensor.data.to(dtype)
+    return model
