@@ -25,7 +25,7 @@ ARROWS: dict[str, set[str]] = {
     "methods": {"modes", "networks", "sites", *PLUGIN_FOR_METHODS},
     "__init__": {"methods", "plugin", "quantization"},
     # The names of models and the classes of architectures; what loads a model stands on quantization.
-    "loading": {"", "models", "plugin.checkpoint", "quantization", "reports.files", "tasks.task"},
+    "loading": {"", "models", "plugin.checkpoint", "plugin.config", "quantization", "reports.files", "tasks.task"},
     "quantization": {
         "loading.architectures",
         "loading.errors",

@@ -22,6 +22,7 @@ from tensorpeft.loading.models import load_config, load_pretrained, load_tokeniz
 from tensorpeft.loading.names import resolve
 from tensorpeft.loading.quiet import quiet
 from tensorpeft.plugin.checkpoint import Source, check_config_file
+from tensorpeft.plugin.config import TensorConfig
 from tensorpeft.tasks.task import LabelTask, StructureTask, Task
 
 _DTYPES = ("bfloat16", "float16", "float32")
@@ -125,7 +126,9 @@ def put_adapter(model: nn.Module, adapter: str, base: str) -> PeftModel:
         warnings.filterwarnings("error", message=".*missing adapter keys.*")
         try:
             with explained(adapter):
-                return PeftModel.from_pretrained(model, adapter)  # pyright: ignore[reportArgumentType]
+                # The file has all of ours: a start that is decomposed for it would be thrown away.
+                more = {"low_cpu_mem_usage": isinstance(load_adapter_config(adapter), TensorConfig)}
+                return PeftModel.from_pretrained(model, adapter, **more)  # pyright: ignore[reportArgumentType]
         except UserWarning as error:
             raise ValueError(
                 f"{adapter}: not all of its layers are in {type(model).__name__} of {base}. Pass the base that it was "
