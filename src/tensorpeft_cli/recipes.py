@@ -22,7 +22,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace, command: str) -> None:
     if arguments.name is not None:
-        print(find_recipe(arguments.name).read_text(encoding="utf-8"), end="")
+        print(_from_anywhere(find_recipe(arguments.name)), end="")
         return
     names: list[str] = read_plain("recipes/__init__.py")["list_names"]()
     margin = max(map(len, names)) + 2
@@ -32,10 +32,23 @@ def _run(arguments: argparse.Namespace, command: str) -> None:
             print(f"{name:{margin}}{text[0]}".rstrip(), *(" " * margin + line for line in text[1:]), sep="\n")
         print()
     print(
-        "Run one:       tensorpeft train small/stories_sft --smoke\n"
-        "Compare on it: tensorpeft compare small/stories_sft --methods lora,dota\n"
-        "Make it yours: tensorpeft recipes small/stories_sft > my.yaml"
+        "Run one:       tensorpeft train small/minilm_docstrings --smoke\n"
+        "Compare on it: tensorpeft compare small/minilm_docstrings --methods lora,dota\n"
+        "Make it yours: tensorpeft recipes small/minilm_docstrings > my.yaml"
     )
+
+
+def _from_anywhere(path: Path) -> str:
+    """The text of a recipe; what a packaged one inherits from a file beside it, by that one's packaged name."""
+    folder: Path = read_plain("recipes/__init__.py")["FOLDER"]
+
+    def named(line: re.Match[str]) -> str:
+        parent = (path.parent / line[1]).resolve()
+        return f"inherits: {parent.relative_to(folder.resolve()).with_suffix('').as_posix()}"
+
+    text = path.read_text(encoding="utf-8")
+    is_packaged = folder.resolve() in path.resolve().parents
+    return re.sub(r"(?m)^inherits: (\S+\.yaml)$", named, text) if is_packaged else text
 
 
 def _folder(name: str) -> str:

@@ -5,6 +5,7 @@ import pytest
 pytest.importorskip("omegaconf")
 from tensorpeft.recipes import FOLDER, find_recipe, list_names
 from tensorpeft.training.recipe import load_comparison, load_recipe
+from tensorpeft_cli import main
 
 PACKAGED = "dota/ablation_random"
 MINE = "model: m\ntask: rte\ndata: {train: a.tsv, validation: b.tsv}\ncompare: {seeds: 7}\n"
@@ -25,6 +26,14 @@ def test_a_packaged_recipe_is_found_by_its_name(name):
 def test_a_packaged_recipe_is_loaded_by_its_name():
     assert load_recipe(PACKAGED) == load_recipe(FOLDER / f"{PACKAGED}.yaml")
     assert load_comparison("studies/bonds") == load_comparison(FOLDER / "studies/bonds.yaml") != {}
+
+
+@pytest.mark.parametrize("name", [name for name in list_names() if not name.startswith("accelerate/")])
+def test_the_printed_text_of_a_packaged_recipe_is_that_recipe_anywhere(name, folder, capsys):
+    assert main(["recipes", name]) == 0
+    (folder / "mine.yaml").write_text(capsys.readouterr().out, encoding="utf-8")
+    assert load_recipe("mine.yaml") == load_recipe(name)
+    assert load_comparison("mine.yaml") == load_comparison(name)
 
 
 def test_a_file_comes_before_the_package(folder):
