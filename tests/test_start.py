@@ -45,6 +45,7 @@ ERRORS = {
     "evaluate model --task cola --data file --few-shot 2": "--few-shot changes nothing with --task",
     "evaluate model --lm-eval piqa --num-beams 2": "--num-beams changes nothing with --lm-eval",
     "evaluate model --task cola --mt-bench .": "--lm-eval NAMES and --mt-bench",
+    "evaluate model --lm-eval piqa --chat": "--chat changes nothing with --lm-eval",
     "evaluate model --mt-bench . --num-beams 2": "--num-beams changes nothing with --mt-bench",
     "evaluate model --task cola --data file --rows 0": "--rows 0: expected",
     "plan /no/such/folder": "/no/such/folder: no such file or folder",

@@ -9,9 +9,9 @@ from tensorpeft_cli.package import import_package
 HELP = "score a model or an adapter on a task of the papers, or on lm-eval's"
 # What each of the three ways looks at, of the options that others have not.
 _LOOKS_AT = {
-    "task": ("data", "mode", "max_length", "max_new_tokens", "num_beams", "beta"),
+    "task": ("chat", "data", "mode", "max_length", "max_new_tokens", "num_beams", "beta"),
     "lm_eval": ("include_path", "few_shot"),
-    "mt_bench": ("max_new_tokens",),
+    "mt_bench": ("chat", "max_new_tokens"),
 }
 
 
@@ -28,7 +28,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--include-path", type=existing, metavar="DIR", help="folder of further tasks for lm-eval")
     add("--few-shot", type=whole(0), metavar="N", help="examples before each row, for lm-eval")
     add("--mode", choices=("generate", "likelihood", "loss"), help="(default: what suits the task)")
-    add("--chat", action="store_true", help="ask questions in the model's chat template")
+    add("--chat", action="store_true", default=None, help="ask in the model's chat template (not for lm-eval)")
     add("--rows", type=whole(1), metavar="N", help="only the first N rows")
     add("--batch-size", type=whole(1), default=16, metavar="N", help="(default: %(default)s)")
     add("--max-length", type=whole(1), metavar="N", help="tokens of a row (default: the model's)")
@@ -69,7 +69,7 @@ def _run(arguments: argparse.Namespace, command: str) -> None:
             arguments.output,
             batch_size=arguments.batch_size,
             max_new_tokens=arguments.max_new_tokens,
-            chat=arguments.chat,
+            chat=bool(arguments.chat),
             rows=arguments.rows,
             dtype=arguments.dtype,
         )
@@ -81,7 +81,7 @@ def _run(arguments: argparse.Namespace, command: str) -> None:
         num_beams=arguments.num_beams,
         max_length=arguments.max_length,
         beta=0.1 if arguments.beta is None else arguments.beta,
-        chat=arguments.chat,
+        chat=bool(arguments.chat),
     )
     run_evaluate(
         model,
