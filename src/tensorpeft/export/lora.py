@@ -68,11 +68,11 @@ def to_lora(
 ) -> list[ExportedLayer]:
     """Write an adapter of any of our methods as a LoRA that needs nothing of ours to be loaded.
 
-    LoRTA, LoTR, FacT, LoRETTA (rep), FLoRA, NOLA and Quantum-PEFT have two thin factors per layer: the export is exact,
-    without an SVD. Shared factors are written out per layer, so that the file is as large as a LoRA's. The updates of
-    DoTA, QuanTA, SuperLoRA, LoRA-PT and tCURLoRA have a high rank: they are cut to `rank`, or each to the least that
-    keeps `energy`, by a truncated SVD, and the error of every layer is returned. Layers keep their own ranks
-    (`rank_pattern`); the scale is folded in (`lora_alpha = r`).
+    LoRTA, LoTR, FacT, MetaTT, TensLoRA, LoRETTA (rep), FLoRA, NOLA and Quantum-PEFT have two thin factors per layer:
+    the export is exact, without an SVD. Shared factors are written out per layer, so that the file is as large as a
+    LoRA's. The updates of DoTA, QuanTA, SuperLoRA, LoRA-PT and tCURLoRA have a high rank: they are cut to `rank`, or
+    each to the least that keeps `energy`, by a truncated SVD, and the error of every layer is returned. Layers keep
+    their own ranks (`rank_pattern`); the scale is folded in (`lora_alpha = r`).
 
     Args:
         model_or_path: a PeftModel with an adapter of ours, or the folder of a saved one; of that, the base model is

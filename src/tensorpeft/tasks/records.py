@@ -131,8 +131,8 @@ def read_text(
     """
     if not path.is_file():
         raise FileNotFoundError(
-            f"no file {path}. Pass the path of a published file of this task; packaged recipes read theirs from the "
-            "folder that the variable TENSORPEFT_DATA names (data.train=FILE for another)."
+            f"no file {path}. Pass the path of a published file of this task (a recipe: data.train=FILE). Small "
+            "versions and studies of the package read theirs from the folder that the variable TENSORPEFT_DATA names."
         )
     try:
         with _OPEN.get(path.suffix, open)(path, "rt", encoding="utf-8-sig", newline="") as file:
