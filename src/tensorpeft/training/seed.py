@@ -20,7 +20,7 @@ from tensorpeft.training.models import load_tokenizer
 from tensorpeft.training.recipe import RECIPE_FILE, Recipe
 from tensorpeft.training.results import SeedResult, read_result
 from tensorpeft.training.sharding import prepare_sharding, whole_model
-from tensorpeft.training.splits import Splits
+from tensorpeft.training.splits import Splits, shortest
 from tensorpeft.training.start import start_from_gradients
 from tensorpeft.training.trainers import make_trainer
 
@@ -136,7 +136,8 @@ def score_seed(
     if result.tests or not splits.test:
         return result
     tokenizer = load_tokenizer(recipe, splits.task)
-    trainer = make_trainer(dataclasses.replace(recipe, head=None), splits, tokenizer, arguments)  # saved folded
+    few = dataclasses.replace(splits, train=shortest(splits.train), validation=shortest(splits.validation))
+    trainer = make_trainer(dataclasses.replace(recipe, head=None), few, tokenizer, arguments)  # saved folded
     saved = folder / kept_folder(recipe)
     trainer._load_from_checkpoint(str(saved))
     tests = _test(trainer, recipe, tokenizer, splits, options, saved, console)
@@ -157,7 +158,8 @@ def score_untrained(
     data = dataclasses.replace(recipe.data, start_rows=None)
     recipe = dataclasses.replace(recipe, adapter=None, quantize=None, head=None, data=data)
     folder, tokenizer = Path(str(arguments.output_dir)), load_tokenizer(recipe, splits.task)
-    trainer = make_trainer(recipe, splits, tokenizer, arguments)
+    few = dataclasses.replace(splits, train=shortest(splits.train))
+    trainer = make_trainer(recipe, few, tokenizer, arguments)
     _silence(trainer)
     _claim(folder.parent, recipe)
     validation = {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items()}

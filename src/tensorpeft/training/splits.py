@@ -1,5 +1,6 @@
 """The rows of a recipe: read, drawn, and looked over for test rows that are also trained on."""
 
+import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ from tensorpeft.tasks.registry import find_task
 from tensorpeft.tasks.sources import find_leaks, load_examples
 from tensorpeft.tasks.task import Example, LabelTask, StructureTask, Task
 from tensorpeft.training.recipe import DataRecipe, Recipe
+
+_FEW = 256  # rows
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,20 @@ def load_splits(recipe: Recipe) -> Splits:
     splits = {"validation": validation} | {f"test ({name})": examples for name, (_, examples) in test.items()}
     leaks = [Leak(name, len(examples), tuple(find_leaks(train, examples))) for name, examples in splits.items()]
     return Splits(task, train, validation, test, tuple(leak for leak in leaks if leak.rows))
+
+
+def shortest(rows: Sequence[Example], num: int = _FEW) -> Sequence[Example]:
+    """A few rows for a trainer that prepares all that it is given and looks at none of them.
+
+    Those with prompts first: with none among them TRL's loss, that of validation too, would be on whole texts. Of these
+    the shortest: a row that ``max_length`` leaves out is refused if it is all that there is.
+    """
+
+    def place(row: Example) -> tuple[bool, int]:
+        prompt = getattr(row, "prompt", "")
+        return not prompt, len(prompt)
+
+    return heapq.nsmallest(num, rows, key=place)
 
 
 def _load_tests(trained: Task, data: DataRecipe) -> dict[str, tuple[Task, Sequence[Example]]]:

@@ -18,11 +18,12 @@ from tensorpeft.studies.measure import median_step_times, peak_memory
 from tensorpeft.training.arguments import make_arguments
 from tensorpeft.training.head import is_head
 from tensorpeft.training.models import load_tokenizer
-from tensorpeft.training.splits import Splits
+from tensorpeft.training.splits import Splits, shortest
 from tensorpeft.training.trainers import make_trainer
 
 # Of so many first batches, the one of the middle length is stepped on.
 _NUM_BATCHES = 9
+_NUM_ROWS = 4096  # they are prepared in seconds; some may be left out as too long
 
 
 class TrainedStep:
@@ -39,7 +40,8 @@ class TrainedStep:
         self._folder = tempfile.TemporaryDirectory()
         arguments = make_arguments(trainer, splits.task, Path(self._folder.name), 0, entry.recipe.rewards)
         recipe = dataclasses.replace(entry.recipe, trainer=trainer, output=self._folder.name)
-        self.trainer: Trainer = make_trainer(recipe, splits, load_tokenizer(recipe, splits.task), arguments)
+        tokenizer = load_tokenizer(recipe, splits.task)
+        self.trainer: Trainer = make_trainer(recipe, _few(splits, arguments), tokenizer, arguments)
         self.model: Any = self.trainer.model
         self.optimizer = self.trainer.create_optimizer()
         self.batch = _typical_batch(self.trainer)
@@ -100,6 +102,16 @@ class CostMeter:
 
     def _median_seconds(self, steps: dict[str, TrainedStep]) -> dict[str, float]:
         return {name: statistics.median(times) for name, times in median_step_times(steps, self.rounds).items()}
+
+
+def _few(splits: Splits, arguments: Any) -> Splits:
+    """Enough rows for the first batches, which are as random as all, and one that is not too long if any is not."""
+    batch = getattr(arguments, "generation_batch_size", arguments.train_batch_size)
+    # Packed, a batch takes any number of rows.
+    is_packed = getattr(arguments, "packing", False)
+    num = len(splits.train) if is_packed else max(_NUM_ROWS, 2 * _NUM_BATCHES * batch)
+    train = [*splits.train[:num], *shortest(splits.train[num:], 1)]
+    return dataclasses.replace(splits, train=train, validation=shortest(splits.validation))
 
 
 def _typical_batch(trainer: Trainer) -> Any:
