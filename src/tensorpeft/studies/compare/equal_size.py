@@ -8,13 +8,21 @@ from typing import Any
 import torch
 from peft import get_peft_model
 from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.utils.peft_utils import find_adapter_config_file
 
+from tensorpeft.loading.architectures import build_empty
+from tensorpeft.loading.models import load_config
+from tensorpeft.loading.names import resolve
 from tensorpeft.studies.budget import closest_value
 from tensorpeft.studies.compare.entries import Comparison, Entry
-from tensorpeft.tasks.task import Task
+from tensorpeft.tasks.task import LabelTask, StructureTask, Task
 from tensorpeft.training.head import is_head
 from tensorpeft.training.models import adapter_config, load_base, load_tokenizer
 from tensorpeft.training.recipe import Recipe
+
+# Arguments of from_pretrained that change no module.
+_OF_NUMBERS = {"dtype", "torch_dtype", "attn_implementation"}
 
 
 def fit_budget(
@@ -38,7 +46,15 @@ def fit_budget(
 
 
 def _skeleton(recipe: Recipe, task: Task) -> nn.Module:
-    """The recipe's model without numbers."""
+    """The recipe's model without numbers; it is loaded only where its configuration alone does not say all of it."""
+    if not isinstance(task, StructureTask) and _OF_NUMBERS.issuperset(recipe.model_arguments):
+        config: Any = load_config(recipe.model)
+        is_quantised = getattr(config, "quantization_config", None) is not None
+        if not is_quantised and find_adapter_config_file(resolve(recipe.model)) is None:
+            if not isinstance(task, LabelTask):
+                return build_empty(AutoModelForCausalLM, config)
+            config.num_labels = max(len(task.label_names), 1)
+            return build_empty(AutoModelForSequenceClassification, config)
     plain = dataclasses.replace(recipe, quantize=None)
     base: Any = load_base(plain, task, load_tokenizer(plain, task), seed=0)
     return base.to("meta")
