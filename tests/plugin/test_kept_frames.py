@@ -3,6 +3,7 @@
 import gc
 import json
 import shutil
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from cases import MODELS, Case, logits, over_cases, perturb, tiny_llama, tokens
 from tensorpeft import FactConfig, FloraConfig, LortaConfig, LotrConfig, initialize_from_gradients, save_frames
 from tensorpeft.export import to_lora
+from tensorpeft.plugin import kept_frames
 from tensorpeft.plugin.layer import TensorLayer
 
 LLAMA = MODELS[0]
@@ -375,6 +377,58 @@ def test_an_adapter_made_on_the_meta_device_takes_its_frames_when_it_is_loaded(a
             module, _, key = name.rpartition(".")
             model.get_submodule(module).register_buffer(key, rotary[name], persistent=False)
     assert torch.equal(logits(model.eval()), logits(first))
+
+
+@pytest.fixture
+def on_meta(tmp_path, monkeypatch) -> tuple[Any, Any, list[int]]:
+    """An adapter with frames in every layer; one that was made on the meta device; the sizes of files that are read."""
+    first = with_frames(FloraConfig, {"r": 4}, tmp_path / "A")
+    with torch.device("meta"):
+        model = get_peft_model(tiny_llama(), config_of(FloraConfig, {"r": 4}, frames=str(tmp_path / "A")))
+    read: list[int] = []
+    load = kept_frames.load
+    monkeypatch.setattr(kept_frames, "load", lambda content: read.append(len(content)) or load(content))
+    return first, model.to_empty(device="cpu"), read
+
+
+def frames_of(model: Any) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}.{key}": buffer
+        for name, module in model.named_modules()
+        if isinstance(module, TensorLayer)
+        for key, buffer in module.updates["default"].named_buffers()
+        if buffer.is_floating_point()
+    }
+
+
+def test_layers_on_the_meta_device_read_their_file_once_and_do_not_keep_it(on_meta):
+    first, model, read = on_meta
+    layers = [module for module in model.modules() if isinstance(module, TensorLayer)]
+    awaited = weakref.ref(vars(layers[0].updates["default"])["_awaited_frames"][0])
+    model.load_state_dict(first.state_dict())
+    assert len(layers) > 1
+    assert len(read) == 1
+    assert awaited() is None
+    found = frames_of(model)
+    assert found
+    assert all(found[name] is frame for name, frame in frames_of(first).items())  # one copy in memory
+
+
+def test_layers_on_the_meta_device_read_a_file_that_was_put_right(on_meta):
+    first, model, read = on_meta
+    state_dict, folder = first.state_dict(), Path(first.peft_config["default"].frames)
+    names = [name for name, module in model.named_modules() if isinstance(module, TensorLayer)]
+    assert len(names) > 1
+    model.load_state_dict({other: state_dict[other] for other in state_dict if names[0] in other}, strict=False)
+    good = (folder / "frames.safetensors").read_bytes()
+    (folder / "frames.safetensors").write_bytes(good[:-8])
+    with pytest.raises(ValueError, match="is no complete safetensors file"):
+        model.load_state_dict(state_dict)
+    (folder / "frames.safetensors").write_bytes(good)
+    model.load_state_dict(state_dict)
+    assert len(read) == 3
+    found = frames_of(model)
+    assert all(torch.equal(found[name], frame) for name, frame in frames_of(first).items())
 
 
 def test_a_model_with_an_injected_adapter_meets_no_other_frames_either(two, tmp_path):

@@ -1,5 +1,7 @@
 """Which base a checkpoint belongs to: asked of those updates whose start is a part of the base's weight."""
 
+from typing import Any
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -10,6 +12,7 @@ from tensorpeft.networks.cut import fold
 from tensorpeft.networks.mpo import MpoUpdate, random_cores
 from tensorpeft.networks.update import AbstractWeightUpdate
 from tensorpeft.plugin.layer import TensorLayer
+from tensorpeft.plugin.loading import check_state_dict
 
 LLAMA = MODELS[0]
 
@@ -63,3 +66,32 @@ def test_every_start_is_what_its_update_says(case: Case):
         start = fold(cut.network.halves(cut.start)) if cut.start else torch.zeros(())
         share = (layer.read_base_weight() * start).sum() / start.square().sum()  # not a number where nothing is
         assert update.starts_at_projection == (abs(share.item() - 1) < 1e-4)
+
+
+class CountedDict(dict[str, Any]):
+    """A dict that counts the walks over it."""
+
+    num_walks = 0
+
+    def items(self) -> Any:
+        self.num_walks += 1
+        return super().items()
+
+
+def test_loading_walks_the_model_and_the_state_once_whatever_adapters_there_are(monkeypatch):
+    """And what does not fit is told of the first such adapter, in its first such layer."""
+    config = DotaConfig(r=6, num_cores=3, target_modules=LLAMA.targets)
+    peft_model = get_peft_model(LLAMA.fresh(), config)
+    for name in ("second", "third"):
+        peft_model.add_adapter(name, config)
+    tuner, walks = peft_model.base_model, []
+    walk = type(tuner).named_modules
+    monkeypatch.setattr(tuner, "named_modules", lambda: walks.append(1) or walk(tuner))
+    state_dict = CountedDict(tuner.state_dict())
+    check_state_dict(tuner, state_dict, "")
+    assert (len(walks), state_dict.num_walks) == (1, 1)
+    layers = [name for name, module in walk(tuner) if isinstance(module, TensorLayer)]
+    for layer, adapter_name in ((layers[0], "third"), (layers[2], "second"), (layers[1], "second")):
+        del state_dict[f"{layer}.dota_update.{adapter_name}.core_1"]
+    with pytest.raises(ValueError, match=rf"^{layers[1].removeprefix('model.')}: .* but not \['core_1'\]"):
+        check_state_dict(tuner, state_dict, "")

@@ -13,6 +13,7 @@ from transformers import AutoModel
 
 from cases import MODELS, Model, logits, over_models, perturb, tokens
 from tensorpeft.plugin.layer import TensorLayer
+from tensorpeft.quantization.quantizer import check_complete, replace_layers
 
 pytest.importorskip("bitsandbytes")
 
@@ -121,3 +122,18 @@ def test_copies_are_independent_and_start_from_their_own_base(model: Model):
         assert torch.equal(logits(peft_model), before)
         with peft_model.disable_adapter():
             assert torch.equal(logits(peft_model), logits(base_of(model)))
+
+
+def test_a_model_is_walked_once_for_the_names_of_all_its_layers(monkeypatch):
+    base, skeleton, walks = base_of(LLAMA), fresh(LLAMA), []
+    config, walk = base.config.quantization_config, type(base).named_modules
+    for tensor in (*base.parameters(), *base.buffers()):
+        tensor._is_hf_initialized = True
+    for model in (base, skeleton):
+        monkeypatch.setattr(model, "named_modules", lambda model=model: walks.append(model) or walk(model))
+    assert len([*config.residuals, *config.nf4]) > 2
+    replace_layers(skeleton, config)
+    check_complete(base, config)
+    assert walks == [skeleton, base]
+    base.hf_quantizer.get_state_dict_and_metadata(base)
+    assert len(walks) == 4  # it looks at the layers as well

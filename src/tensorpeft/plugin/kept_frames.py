@@ -27,7 +27,7 @@ from tensorpeft.plugin.layer import TensorLayer
 FRAMES_NAME = "frames.safetensors"
 # The buffer of what has frames that are kept elsewhere: the SHA-256 of their file. It is saved in their place.
 FRAMES_DIGEST = "frames_digest"
-# An attribute of what was made on the meta device: the folder of its frames, and their names there.
+# An attribute of what was made on the meta device: the file of its frames, and their names there.
 _AWAITED = "_awaited_frames"
 # Frames of adapters in memory, by their file's SHA-256, name, device and dtype: for the next adapter.
 _in_memory: WeakValueDictionary[tuple[bytes, str, torch.device, torch.dtype], Tensor] = WeakValueDictionary()
@@ -100,20 +100,18 @@ def take_frames(
     places = _places(updates)
     expected: dict[str, Tensor] = {name: getattr(module, key) for name, (module, key) in places.items()}
     if any(frame.is_meta for frame in expected.values()):
+        awaited = _AwaitedFile(config.frames)
         for name, (module, key) in places.items():
             _put(module, key, expected[name], bytes(hashlib.sha256().digest_size))
-            vars(module).setdefault(_AWAITED, (config.frames, {}))[1][key] = name
+            vars(module).setdefault(_AWAITED, (awaited, {}))[1][key] = name
         return
     first = next(iter(bases.values()))
-    frames, digest = _read(config.frames)
+    frames, digest = _read(_find(config.frames), config.frames)
     _check(frames, expected, config.frames)
     for name, (module, key) in places.items():
         device, is_double = _home_of(bases.get(name.rpartition(".")[0], first))
         frame = _narrow(frames[name], is_double, f"frames={config.frames!r}: {name}")
-        known = _in_memory.get((digest, name, device, frame.dtype))
-        if known is None or (known.device, known.dtype) != (device, frame.dtype) or known.is_inference():
-            _in_memory[digest, name, device, frame.dtype] = known = frame.to(device)
-        _put(module, key, known, digest)
+        _put(module, key, _in_common(digest, name, frame, device), digest)
 
 
 @torch.no_grad()
@@ -197,15 +195,51 @@ def _check_digest(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: s
     if digest is None or digest.is_meta:
         return
     if _AWAITED in vars(module):
-        place, names = vars(module)[_AWAITED]
-        frames, found = _read(place)
+        file, names = vars(module)[_AWAITED]
+        frames, found = file.read()
         awaited = {name: getattr(module, key) for key, name in names.items()}
-        _check({name: frame for name, frame in frames.items() if name in awaited}, awaited, place)
+        _check({name: frame for name, frame in frames.items() if name in awaited}, awaited, file.place)
         for key, name in names.items():
-            _put(module, key, _narrow(frames[name], True, f"frames={place!r}: {name}").to(digest.device), found)
+            frame = _narrow(frames[name], True, f"frames={file.place!r}: {name}")
+            _put(module, key, _in_common(found, name, frame, digest.device), found)
         del vars(module)[_AWAITED]
     if problem := other_frames(module, {FRAMES_DIGEST: digest}):
         raise ValueError(f"{prefix.rstrip('.')}: {problem}")
+
+
+class _AwaitedFile:
+    """The file of an adapter's frames, for modules that take theirs one by one: read again only if it has changed.
+
+    They alone have it, so that what was read goes with the last of them that waits.
+    """
+
+    def __init__(self, place: str):
+        self.place = place
+        self._known: tuple[Path, object, tuple[dict[str, Tensor], bytes]] | None = None
+
+    def read(self) -> tuple[dict[str, Tensor], bytes]:
+        """The frames, and their file's SHA-256."""
+        if self._known is None or self._known[1] != _stamp_of(self._known[0]):
+            path = _find(self.place)
+            self._known = (path, _stamp_of(path), _read(path, self.place))
+        return self._known[2]
+
+
+def _stamp_of(path: Path) -> object:
+    """Another one where the file has been written in between, or is gone."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _in_common(digest: bytes, name: str, frame: Tensor, device: torch.device) -> Tensor:
+    """The one copy of a file's frame on a device that adapters share."""
+    known = _in_memory.get((digest, name, device, frame.dtype))
+    if known is None or (known.device, known.dtype) != (device, frame.dtype) or known.is_inference():
+        _in_memory[digest, name, device, frame.dtype] = known = frame.to(device)
+    return known
 
 
 def _home_of(base: Any) -> tuple[torch.device, bool]:
@@ -252,18 +286,22 @@ def _write(content: bytes, folder: Path) -> bytes:
     return digest
 
 
-def _read(place: str) -> tuple[dict[str, Tensor], bytes]:
-    """The frames of a folder or of a repository on the Hub, and their file's SHA-256."""
-    path = Path(place, FRAMES_NAME)
-    if not os.path.exists(place):  # also of what can be no path
-        try:
-            path = Path(hf_hub_download(place, FRAMES_NAME, **download_options()))
-        except (OSError, HFValidationError) as error:
-            raise ValueError(
-                f"frames={place!r}: expected a folder with {FRAMES_NAME}, as tensorpeft.save_frames leaves it, or the "
-                "name of one on the Hub. Set frames, of the configuration or in adapter_config.json, to where they are "
-                "now."
-            ) from error
+def _find(place: str) -> Path:
+    """The file of frames in a folder, or in a repository on the Hub."""
+    if os.path.exists(place):  # asked of what can be no path too
+        return Path(place, FRAMES_NAME)
+    try:
+        return Path(hf_hub_download(place, FRAMES_NAME, **download_options()))
+    except (OSError, HFValidationError) as error:
+        raise ValueError(
+            f"frames={place!r}: expected a folder with {FRAMES_NAME}, as tensorpeft.save_frames leaves it, or the "
+            "name of one on the Hub. Set frames, of the configuration or in adapter_config.json, to where they are "
+            "now."
+        ) from error
+
+
+def _read(path: Path, place: str) -> tuple[dict[str, Tensor], bytes]:
+    """A file's frames, and its SHA-256."""
     try:
         content = path.read_bytes()
         return load(content), hashlib.sha256(content).digest()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -51,18 +52,16 @@ def check_checkpoint(
             not finite; or there is a tensor that is not the adapter's, and would go into the base model or into
             another adapter. Nothing has been changed.
     """
-    holders = {
-        f"{own_key(key_of(name))}.{holder.adapter_layer_names[0]}.": holder
-        for name, holder in _holders_of(model, adapter_name)
-    }
+    holders = _holders_of(model, adapter_name)
+    updates = {stem: holder.updates[adapter_name] for stem, holder in holders.items()}
     if not reads_files() and not (isinstance(config, FramedConfig) and config.freezes_frames()):
-        state_dict = {**_zero_starts(holders, adapter_name, state_dict), **state_dict}
+        state_dict = {**_zero_starts(updates, state_dict), **state_dict}
     found = {own_key(key): tensor for key, tensor in state_dict.items()}
-    check_tensors({stem: holder.updates[adapter_name] for stem, holder in holders.items()}, found, config)
+    check_tensors(updates, found, config)
     expected = {
         f"{stem}{key}": _as_on_device(tensor, holder)
         for stem, holder in holders.items()
-        for key, tensor in _saved(holder.updates[adapter_name]).items()
+        for key, tensor in _saved(updates[stem]).items()
     }
     others = [key for key in state_dict if own_key(key) not in expected]
     allowed = _trained_in_full(model, adapter_name)
@@ -79,40 +78,38 @@ def check_checkpoint(
             )
         checked[key] = _as_held(key, tensor, held)
     if verifies_base():
-        _check_digests(model, adapter_name)
+        _check_digests(holders, adapter_name)
     return checked
 
 
-def _zero_starts(
-    holders: Mapping[str, UpdateHolder], adapter_name: str, state_dict: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+def _zero_starts(updates: Mapping[str, nn.Module], state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The frozen tensors of an adapter in memory that has none at all: it is one that subtracts nothing.
 
     PEFT's users hand such adapters over between configurations that differ in where they start.
     """
     frozen = {
         f"{stem}{key}": buffer
-        for stem, holder in holders.items()
-        for key, buffer in holder.updates[adapter_name].named_buffers()
-        if key in _saved(holder.updates[adapter_name])
+        for stem, update in updates.items()
+        for key, buffer in update.named_buffers()
+        if key in _saved(update)
     }
-    given = {own_key(key) for key in state_dict if own_key(key).startswith(tuple(holders))}
+    given = {key for key in map(own_key, state_dict) if f"{key.rpartition('.')[0]}." in updates}
     if not given or not given.isdisjoint(frozen) or any(key.endswith(f".{BASE_DIGEST}") for key in frozen):
         return {}
     prefix = _BASE_PREFIX if any(key.startswith(_BASE_PREFIX) for key in state_dict) else ""
     return {f"{prefix}{key}": torch.zeros_like(buffer, device="cpu") for key, buffer in frozen.items()}
 
 
-def _check_digests(model: nn.Module, adapter_name: str) -> None:
+def _check_digests(holders: Mapping[str, UpdateHolder], adapter_name: str) -> None:
     """Raise a `ValueError` where a base layer that holds an update's start is no longer what its digest says."""
-    for name, layer in _holders_of(model, adapter_name):
+    for stem, layer in holders.items():
         digest = dict(layer.updates[adapter_name].named_buffers()).get(BASE_DIGEST)
         base = layer.get_base_layer()
         if digest is None or not isinstance(base, AbstractUpdatableLinear) or base.weight.is_meta:  # type: ignore[union-attr]
             continue
         if not torch.equal((current := base.current_digest()).cpu(), digest.cpu()):
             raise ValueError(
-                f"{own_key(key_of(name))}: this layer is not {_describe(digest)} that it says it is, but has the "
+                f"{stem.rsplit('.', 2)[0]}: this layer is not {_describe(digest)} that it says it is, but has the "
                 f"digest {_hex(current)}…: its weight in 4 bits, the statistics of that or its start have changed. "
                 "Download or quantise the base again."
             )
@@ -120,11 +117,11 @@ def _check_digests(model: nn.Module, adapter_name: str) -> None:
 
 def check_starts(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
     """Raise a `ValueError` if an update in a checkpoint (see `check_checkpoint`) was started from another base."""
+    holders = _holders_of(model, adapter_name)
     found = {own_key(key): tensor for key, tensor in state_dict.items()}
-    for name, layer in _holders_of(model, adapter_name):
-        if isinstance(layer, TensorLayer):
-            name = own_key(key_of(name))
-            _check_start(model, name, layer, adapter_name, _part(found, f"{name}.{layer.adapter_layer_names[0]}."))
+    for stem, part in _parts(found, holders).items():
+        if isinstance(layer := holders[stem], TensorLayer):
+            _check_start(model, stem.rsplit(".", 2)[0], layer, adapter_name, part)
 
 
 def check_tensors(
@@ -192,9 +189,7 @@ def _as_held(key: str, tensor: Tensor, held: Tensor) -> Tensor:
             f"{key} is {str(tensor.dtype).removeprefix('torch.')} in the checkpoint, expected {expected}: these are "
             "not the numbers that were trained. Save the adapter again."
         )
-    if not held.is_floating_point():
-        return tensor
-    if tensor.is_meta:
+    if tensor.is_meta or not held.is_floating_point():
         return tensor
     if not torch.isfinite(tensor).all():
         raise ValueError(
@@ -251,19 +246,23 @@ def check_state_dict(tuner: BaseTuner, state_dict: dict[str, Tensor], prefix: st
         ValueError: an update's tensors are there only in part, or have another shape, or the update was started from
             another base model (a warning where the base is a plain torch module). Nothing has been changed.
     """
-    for adapter_name, config in tuner.peft_config.items():
+    holders = [(name, module) for name, module in tuner.named_modules() if isinstance(module, UpdateHolder)]
+    stems = {
+        f"{prefix}{key_of(name)}.{layer.adapter_layer_names[0]}.{adapter_name}.": (name, layer, adapter_name)
+        for adapter_name in tuner.peft_config
+        for name, layer in holders
+        if adapter_name in layer.updates
+    }
+    for stem, part in _parts(state_dict, stems).items():
+        name, layer, adapter_name = stems[stem]
+        config, update = tuner.peft_config[adapter_name], layer.updates[adapter_name]
         assert isinstance(config, TensorConfig)
-        for name, layer in _holders_of(tuner, adapter_name):
-            part = _part(state_dict, f"{prefix}{key_of(name)}.{layer.adapter_layer_names[0]}.{adapter_name}.")
-            if not part:
-                continue
-            shown = name.removeprefix("model.")
-            update = layer.updates[adapter_name]
-            if problem := _other_own_part(update, part) or _misfit(update, part, config):
-                raise ValueError(f"{shown}: {problem}")
-            if isinstance(layer, TensorLayer):
-                weight = _weight_in(state_dict, f"{prefix}{key_of(name)}", layer)
-                _check_start(tuner.model, shown, layer, adapter_name, part, weight)
+        shown = name.removeprefix("model.")
+        if problem := _other_own_part(update, part) or _misfit(update, part, config):
+            raise ValueError(f"{shown}: {problem}")
+        if isinstance(layer, TensorLayer):
+            weight = _weight_in(state_dict, f"{prefix}{key_of(name)}", layer)
+            _check_start(tuner.model, shown, layer, adapter_name, part, weight)
 
 
 def _weight_in(state_dict: Mapping[str, Tensor], name: str, layer: TensorLayer) -> Tensor | None:
@@ -278,10 +277,13 @@ def _weight_in(state_dict: Mapping[str, Tensor], name: str, layer: TensorLayer) 
     return None if stack is None else as_stack(base.owner, stack)[base.index]
 
 
-def _holders_of(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, UpdateHolder]]:
-    for name, module in model.named_modules():
-        if isinstance(module, UpdateHolder) and adapter_name in module.updates:
-            yield name, module
+def _holders_of(model: nn.Module, adapter_name: str) -> dict[str, UpdateHolder]:
+    """By the beginning of their keys in a checkpoint, by the base model's names."""
+    return {
+        f"{own_key(key_of(name))}.{module.adapter_layer_names[0]}.": module
+        for name, module in model.named_modules()
+        if isinstance(module, UpdateHolder) and adapter_name in module.updates
+    }
 
 
 def _path_to_base(layer: Any) -> str:  # an adapted layer
@@ -291,8 +293,14 @@ def _path_to_base(layer: Any) -> str:  # an adapted layer
     return path
 
 
-def _part(state_dict: Mapping[str, Tensor], stem: str) -> dict[str, Tensor]:
-    return {key.removeprefix(stem): tensor for key, tensor in state_dict.items() if key.startswith(stem)}
+def _parts(state_dict: Mapping[str, Tensor], stems: Iterable[str]) -> dict[str, dict[str, Tensor]]:
+    """The tensors whose keys begin with each stem, by the rest of their keys, in the stems' order; none are empty."""
+    parts: dict[str, dict[str, Tensor]] = {stem: {} for stem in stems}
+    for key, tensor in state_dict.items():
+        for stem in accumulate(f"{word}." for word in key.split(".")[:-1]):
+            if stem in parts:
+                parts[stem][key.removeprefix(stem)] = tensor
+    return {stem: part for stem, part in parts.items() if part}
 
 
 def _misfit(update: nn.Module, found: Mapping[str, Tensor], config: TensorConfig) -> str | None:
@@ -327,11 +335,7 @@ def _check_start(
     found: Mapping[str, Tensor],  # all tensors of its update
     weight: Tensor | None = None,  # that the base layer is going to have, as it stores it; None: the one it has
 ) -> None:
-    """Refuse an update whose start shows that it is for another base.
-
-    Raises:
-        ValueError: it is (a warning where the base is a plain torch module).
-    """
+    """Raise a `ValueError` (a warning, where the base is a plain torch module) if its start is of another base."""
     problem = _foreign_start(layer, layer.updates[adapter_name], found, weight)
     if problem and isinstance(model, PreTrainedModel):
         raise ValueError(f"{name}: {problem}")
@@ -357,9 +361,7 @@ def _other_own_part(update: nn.Module, found: Mapping[str, Tensor]) -> str | Non
 def _describe(digest: Tensor | None) -> str:
     if digest is None:
         return "a base without a residual"
-    if digest.is_meta:
-        return "a residual base"
-    return f"the residual base {_hex(digest)}…"
+    return "a residual base" if digest.is_meta else f"the residual base {_hex(digest)}…"
 
 
 def _hex(digest: Tensor) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import Any
 
@@ -115,7 +116,8 @@ class ResidualHfQuantizer(Bnb4BitHfQuantizer):
         residuals = {
             name.replace(".base_layer", "") for name in modules if isinstance(modules[name], ResidualLinear4bit)
         }
-        gone = [name for name in self.quantization_config.residuals if _own_name(model, name) not in residuals]
+        own_names = _own_names(model, self.quantization_config.residuals)
+        gone = [name for name, own_name in own_names.items() if own_name not in residuals]
         if gone:
             raise ValueError(
                 f"cannot save a residual base of which {len(gone)} layers are merged, such as {gone[0]}: other layers "
@@ -143,8 +145,7 @@ def replace_layers(model: nn.Module, config: ResidualConfig) -> None:
     from tensorpeft.quantization.residual import ResidualLinear4bit, nf4_linear
 
     compute_dtype = config.torch_compute_dtype()
-    for name in [*config.residuals, *config.nf4]:
-        own_name = _own_name(model, name)
+    for name, own_name in _own_names(model, [*config.residuals, *config.nf4]).items():
         old = _linear_at(model, own_name)
         out, in_ = old.weight.shape if isinstance(old, nn.Linear) else reversed(old.weight.shape)  # Conv1D
         has_bias = old.bias is not None
@@ -163,8 +164,8 @@ def replace_layers(model: nn.Module, config: ResidualConfig) -> None:
 
 def check_complete(model: nn.Module, config: ResidualConfig) -> None:
     """Raise a `ValueError` if a tensor of a 4-bit layer, or of its start, was not in the checkpoint."""
-    for name in [*config.residuals, *config.nf4]:
-        layer = model.get_submodule(_own_name(model, name))
+    for name, own_name in _own_names(model, [*config.residuals, *config.nf4]).items():
+        layer = model.get_submodule(own_name)
         for key, tensor in (*layer.named_parameters(), *getattr(layer, "start", nn.Module()).named_buffers("start")):
             if not getattr(tensor, "_is_hf_initialized", False):  # transformers marks what it has read
                 raise ValueError(
@@ -173,12 +174,12 @@ def check_complete(model: nn.Module, config: ResidualConfig) -> None:
                 )
 
 
-def _own_name(model: nn.Module, name: str) -> str:
-    """A layer's name in this model: with another head, a model has or lacks the prefix of its base model."""
+def _own_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Layers' names in this model, by those given: with another head, it has or lacks the prefix of its base model."""
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    candidates = (name, prefix + name, name.removeprefix(prefix))
-    names = {other for other, _ in model.named_modules()}
-    return next((candidate for candidate in candidates if candidate in names), name)
+    found = {name for name, _ in model.named_modules()}
+    candidates = {name: (name, prefix + name, name.removeprefix(prefix)) for name in names}
+    return {name: next((own for own in owns if own in found), name) for name, owns in candidates.items()}
 
 
 def _linear_at(model: nn.Module, name: str) -> Any:
