@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
 from cases import MODELS, Case, logits, over_cases, perturb, tiny_llama
 from tensorpeft import DotaConfig
@@ -66,6 +66,21 @@ def test_every_start_is_what_its_update_says(case: Case):
         start = fold(cut.network.halves(cut.start)) if cut.start else torch.zeros(())
         share = (layer.read_base_weight() * start).sum() / start.square().sum()  # not a number where nothing is
         assert update.starts_at_projection == (abs(share.item() - 1) < 1e-4)
+
+
+def test_an_adapter_in_memory_has_its_whole_start_or_none():
+    def fresh() -> PeftModel:
+        return get_peft_model(LLAMA.fresh(), DotaConfig(r=6, num_cores=3, target_modules=LLAMA.targets))
+
+    state = get_peft_model_state_dict(fresh())
+    starts = [key for key in state if ".start_" in key]
+    set_peft_model_state_dict(fresh(), {key: tensor for key, tensor in state.items() if key not in starts})
+    for lost in (starts[0], starts[-1]):
+        with pytest.raises(ValueError, match=lost.rpartition(".")[2]):
+            set_peft_model_state_dict(fresh(), {key: tensor for key, tensor in state.items() if key != lost})
+    own = starts[: len(starts) // len(LLAMA.targets) // 2]  # of the first layer
+    with pytest.raises(ValueError, match="start"):
+        set_peft_model_state_dict(fresh(), {key: tensor for key, tensor in state.items() if key not in own})
 
 
 class CountedDict(dict[str, Any]):

@@ -93,7 +93,8 @@ def _zero_starts(updates: Mapping[str, nn.Module], state_dict: Mapping[str, Tens
         for key, buffer in update.named_buffers()
         if key in _saved(update)
     }
-    given = {key for key in map(own_key, state_dict) if f"{key.rpartition('.')[0]}." in updates}
+    parts = _parts({own_key(key): tensor for key, tensor in state_dict.items()}, updates)
+    given = {f"{stem}{key}" for stem, part in parts.items() for key in part}
     if not given or not given.isdisjoint(frozen) or any(key.endswith(f".{BASE_DIGEST}") for key in frozen):
         return {}
     prefix = _BASE_PREFIX if any(key.startswith(_BASE_PREFIX) for key in state_dict) else ""
@@ -387,8 +388,7 @@ def _foreign_start(
     base = layer.read_base_weight() if weight is None else as_matrix(layer.get_base_layer(), weight)
     if base.is_meta or (start := candidate.start_matrix()) is None:
         return None
-    projection = start.to(base.device)
-    energy = projection.square().sum()
+    energy = (projection := start.to(base.device)).square().sum()
     if hasattr(base, "full_tensor"):  # FSDP has sharded it; every process asks for the same layer now
         base = base.full_tensor()  # type: ignore[operator]
     share = (base.to(projection.dtype) * projection).sum() / energy
