@@ -60,7 +60,7 @@ def check_output(
     if other := [key for key in wanted if key not in free and found.get(key) != wanted[key]]:
         raise ValueError(
             f"{output / RECIPE_FILE}: the run has {other[0]}: {found.get(other[0])}, the recipe {wanted[other[0]]}. "
-            "Resume with the recipe of the run, or pass another output=FOLDER."
+            "Resume with the recipe of the run, or pass another folder (output=FOLDER, compare: --output FOLDER)."
         )
 
 
