@@ -53,7 +53,10 @@ class Command:
 
 def _call(environment: dict[str, str], function: Callable[..., Any], *arguments: Any) -> None:
     gc.freeze()  # what was imported stays: no collection need look at it
+    os.environ.clear()
     os.environ.update(environment)
+    if threads := environment.get("OMP_NUM_THREADS"):  # which torch reads when it is imported
+        torch.set_num_threads(int(threads))
     function(*arguments)
 
 

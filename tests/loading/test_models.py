@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from cases import MODELS, perturb, tiny_llama
+from cases import MODELS, logits, perturb, tiny_llama
 from tensorpeft import DotaConfig
 from tensorpeft.loading import errors
 from tensorpeft.loading.adapters import find_base, load_on_skeleton, put_adapter
@@ -99,6 +99,16 @@ def test_an_adapter_is_put_on_its_base_without_making_its_start_anew(tmp_path, m
     found, saved = get_peft_model_state_dict(loaded), get_peft_model_state_dict(adapted)
     assert found.keys() == saved.keys()
     assert all(torch.equal(found[key], saved[key]) for key in saved)
+
+
+@pytest.mark.parametrize("task_type", ["SEQ_CLS", "CAUSAL_LM"])
+def test_what_is_trained_in_full_has_the_base_s_dtype(task_type, tmp_path):
+    model = next(model for model in MODELS if model.task_type == task_type)
+    more = {} if task_type == "SEQ_CLS" else {"modules_to_save": ["lm_head"]}
+    config = DotaConfig(r=2, num_cores=3, target_modules=model.targets, task_type=task_type, **more)
+    get_peft_model(model.fresh(), config).save_pretrained(tmp_path)
+    loaded = put_adapter(model.fresh().to(torch.bfloat16), str(tmp_path), "base").eval()
+    assert logits(loaded).dtype == torch.bfloat16
 
 
 def test_only_a_line_feed_ends_a_line(tmp_path):

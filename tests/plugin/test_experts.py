@@ -13,7 +13,9 @@ from torch import nn
 from cases import CASES, MERGING_CASES, Case, Model, logits, named, over_merging_cases, over_pairs, perturb, tokens
 from tensorpeft import DotaConfig, LorettaAdapterConfig, print_tensor_map
 from tensorpeft.export import to_lora
+from tensorpeft.plugin.experts import ExpertsLayer
 from tensorpeft.plugin.layer import TensorLayer
+from tensorpeft.plugin.routes import without_kept_sums
 from tensorpeft.quantization import quantize_residual
 
 SIZES = {
@@ -92,6 +94,16 @@ def test_experts_start_train_merge_and_come_back(model: Model, case: Case, tmp_p
     assert torch.allclose(logits(merged), trained, atol=MERGED_TOLERANCE)
     assert [name for name, _ in merged.named_parameters()] == [name for name, _ in model.fresh().named_parameters()]
     assert torch.equal(logits(peft_model.unload()), base)
+
+
+def test_a_stack_with_updates_is_kept_but_where_memory_has_no_room():
+    peft_model = adapted(named("lorta")[0], MODELS[0])
+    kept = [each for m in peft_model.modules() if isinstance(m, ExpertsLayer) for each in m._kept.values()]
+    with without_kept_sums():
+        expected = logits(peft_model)
+    assert {each._entry for each in kept} == {None}
+    assert torch.equal(logits(peft_model), expected)
+    assert all(each._entry is not None for each in kept)
 
 
 @over_model_cases

@@ -40,15 +40,20 @@ def age(folder: Path) -> int:
     return (folder / "model.safetensors").stat().st_mtime_ns
 
 
-@pytest.mark.parametrize("is_old", [False, True])
-def test_what_a_try_left_that_was_no_run_yet_is_replaced(is_old, base, tmp_path):
+def test_what_a_try_left_that_was_no_run_yet_is_replaced(base, tmp_path):
     left = base(tmp_path / "run", PISSA)
     assert left == tmp_path / "run" / "base"
-    if is_old:
-        (left / _MADE_OF).unlink()
     assert base(tmp_path / "run", PLAIN) == left
     assert same(left, base(tmp_path / "plain", PLAIN))
     assert not same(left, base(tmp_path / "pissa", PISSA))
+
+
+def test_a_folder_that_no_run_left_is_not_removed(base, tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"base: it is no base that a run here has left\. Remove it"):
+        base(tmp_path, PISSA)
+    assert [path.name for path in (tmp_path / "base").iterdir()] == ["config.json"]
 
 
 @pytest.mark.parametrize("run", ["recipe.yaml", "rate-0.01/recipe.yaml"])

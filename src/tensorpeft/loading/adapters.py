@@ -126,14 +126,22 @@ def put_adapter(model: nn.Module, adapter: str, base: str) -> PeftModel:
         warnings.filterwarnings("error", message=".*missing adapter keys.*")
         try:
             with explained(adapter):
-                # The file has all of ours: a start that is decomposed for it would be thrown away.
-                more = {"low_cpu_mem_usage": isinstance(load_adapter_config(adapter), TensorConfig)}
-                return PeftModel.from_pretrained(model, adapter, **more)  # pyright: ignore[reportArgumentType]
+                is_all = _is_all_in_its_file(load_adapter_config(adapter))
+                return PeftModel.from_pretrained(model, adapter, low_cpu_mem_usage=is_all)  # pyright: ignore[reportArgumentType]
         except UserWarning as error:
             raise ValueError(
                 f"{adapter}: not all of its layers are in {type(model).__name__} of {base}. Pass the base that it was "
                 "trained on (--base)."
             ) from error
+
+
+def _is_all_in_its_file(config: PeftConfig) -> bool:
+    """Whether an adapter's own start, decomposed for it, would be thrown away when its file is read.
+
+    Not where modules are trained in full: PEFT would put them as the file has them, in its dtype and no longer tied.
+    """
+    is_alone = not getattr(config, "modules_to_save", None) and config.task_type not in ("SEQ_CLS", "TOKEN_CLS")
+    return isinstance(config, TensorConfig) and is_alone
 
 
 def _load_base(

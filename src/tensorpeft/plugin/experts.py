@@ -26,6 +26,7 @@ from tensorpeft.plugin.base_weight import StackedWeight, as_stack
 from tensorpeft.plugin.config import TensorConfig
 from tensorpeft.plugin.holder import UpdateHolder
 from tensorpeft.plugin.layer import TensorLayer, diagonals
+from tensorpeft.plugin.routes import keeps_sums
 
 # One of 8 bits is a weight only together with its scales, which are elsewhere.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -111,6 +112,8 @@ class ExpertsLayer(UpdateHolder):
         trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         if trains or self.training or torch.compiler.is_compiling() or not all(layer.owns_base for layer in layers):
             return self._make(stored, updates, trains)
+        if not keeps_sums():
+            return self._make(stored, updates, False)
         if (version := version_of([stored])) is None:
             return self._make(stored, updates, False)
         # As `TensorLayer` compares them.

@@ -217,6 +217,9 @@ class _AwaitedFile:
         self.place = place
         self._known: tuple[Path, object, tuple[dict[str, Tensor], bytes]] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"place": self.place, "_known": None}  # a copy reads for itself
+
     def read(self) -> tuple[dict[str, Tensor], bytes]:
         """The frames, and their file's SHA-256."""
         if self._known is None or self._known[1] != _stamp_of(self._known[0]):

@@ -30,6 +30,11 @@ def without_kept_sums() -> Iterator[None]:
         _keeps_sums.reset(token)
 
 
+def keeps_sums() -> bool:
+    """Whether sums of weights and updates may be kept."""
+    return _keeps_sums.get()
+
+
 def choose_route(
     *,
     is_addable: bool,
@@ -50,7 +55,7 @@ def choose_route(
             caller does not forbid it.
         is_cheaper_apart: whether every fused update is cheaper beside the base than in a sum made for this call.
     """
-    is_kept = may_keep and is_addable and _keeps_sums.get()
+    is_kept = may_keep and is_addable and keeps_sums()
     if has_fused and (is_addable or is_updatable) and (is_kept or not is_cheaper_apart):
         if is_updatable:
             return Route.UPDATABLE

@@ -35,10 +35,18 @@ def build_updates(tuner: BaseTuner, config: TensorConfig) -> Mapping[str, Abstra
     """The method's updates for all targets of a config, which is settled first. Changes nothing in the model."""
     sites, bases = bases_of(tuner, config)
     config.settle(sites, bases)
-    updates = config.build(sites, replace(bases, allocates_only=getattr(tuner, "_allocates_only", False)))
+    allocates_only = getattr(tuner, "_allocates_only", False) or _makes_empty_weights()
+    updates = config.build(sites, replace(bases, allocates_only=allocates_only))
     check_stacked_updates(updates, bases.layers, config)
     take_frames(updates, config, {name: base for name, (base, _) in bases.layers.items()})
     return updates
+
+
+def _makes_empty_weights() -> bool:
+    """Whether new parameters are made on the meta device: PEFT's `from_pretrained` with `low_cpu_mem_usage` makes them
+    so, and does not tell the tuner.
+    """
+    return nn.ParameterList([torch.empty(0)])[0].is_meta
 
 
 def bases_of(tuner: BaseTuner, config: TensorConfig) -> tuple[list[Site], _Bases]:

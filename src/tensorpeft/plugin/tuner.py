@@ -67,7 +67,7 @@ class TensorModel(BaseTuner):
         config: TensorConfig = self.peft_config[adapter_name]  # type: ignore[assignment]
         check_tokens(model, config)
         warn_of_stacks(model, config)
-        self._allocates_only = low_cpu_mem_usage or _makes_empty_weights()
+        self._allocates_only = low_cpu_mem_usage
         names = {key.rsplit(f".{self.prefix}", 1)[0] for key in state_dict or ()}
         if names <= {_name_of_owner(self.classes), _place_of_owner(model, self.classes)}:
             state_dict = None
@@ -224,11 +224,6 @@ class TensorModel(BaseTuner):
                     handle = module.register_forward_pre_hook(partial(_pass_names, names), with_kwargs=True)
                     stack.callback(handle.remove)
             yield
-
-
-def _makes_empty_weights() -> bool:
-    """Whether new parameters are made on the meta device: `PeftModel.from_pretrained` asks for it in no other way."""
-    return nn.ParameterList([torch.empty(0)])[0].is_meta
 
 
 def wrap_layer(

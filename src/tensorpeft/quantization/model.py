@@ -179,10 +179,10 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The model with what is saved of it in a dtype. What is not, such as the frequencies of positions, stays."""
-    for module in model.modules():
-        saved = [buffer for name, buffer in module._buffers.items() if name not in module._non_persistent_buffers_set]
-        for tensor in (*module._parameters.values(), *saved):
-            if tensor is not None and tensor.is_floating_point():
-                tensor.data = tensor.data.to(dtype)
+    """The model in a dtype, but for what is not saved of it, such as the frequencies of positions."""
+    unsaved = [(module, name, module._buffers[name]) for module in model.modules() for name in module._buffers]
+    model.to(dtype)
+    for module, name, buffer in unsaved:
+        if name in module._non_persistent_buffers_set:
+            module._buffers[name] = buffer
     return model

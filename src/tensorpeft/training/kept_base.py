@@ -29,7 +29,7 @@ def keep_base(
     as a try that ended before it was a run leaves behind, is replaced, unless a run names it.
 
     Raises:
-        ValueError: a run names a base there that was made of something else.
+        ValueError: a run names a base there that was made of something else, or the folder is none of ours.
     """
     folder = Path(recipe.output).absolute() / ("base" if seed is None else f"base-{seed}")
     if PartialState().is_main_process:
@@ -37,13 +37,20 @@ def keep_base(
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f".{folder.name}.lock")):
             if not _is_kept(folder, made_of):
-                shutil.rmtree(folder, ignore_errors=True)
+                if folder.exists():
+                    _remove(folder)
                 with write_whole(folder) as unfinished:
                     model.save_pretrained(unfinished)
                     if tokenizer is not None:
                         tokenizer.save_pretrained(unfinished)
                     write_json(unfinished / _MADE_OF, made_of)
     model.name_or_path = model.config._name_or_path = str(folder)
+
+
+def _remove(folder: Path) -> None:
+    if not (folder / _MADE_OF).is_file():
+        raise ValueError(f"{folder}: it is no base that a run here has left. Remove it, or pass another output folder.")
+    shutil.rmtree(folder)
 
 
 def _is_kept(folder: Path, made_of: dict[str, Any]) -> bool:

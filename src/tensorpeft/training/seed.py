@@ -22,7 +22,7 @@ from tensorpeft.training.results import SeedResult, read_result
 from tensorpeft.training.sharding import prepare_sharding, whole_model
 from tensorpeft.training.splits import Splits, shortest
 from tensorpeft.training.start import start_from_gradients
-from tensorpeft.training.trainers import make_trainer
+from tensorpeft.training.trainers import make_trainer, tell_dropped_rows
 
 RESULTS = "results.json"
 WHOLE_MODEL = "model"
@@ -92,6 +92,7 @@ def run_seed(
     prepare_sharding(trainer, recipe, splits.task)
     if trainer.is_world_process_zero():
         _claim(folder.parent, recipe)  # not before: a model or an adapter that cannot be made leaves no run behind
+    tell_dropped_rows(trainer, splits)
     _silence(trainer)
     trainer.add_callback(bar)
     if recipe.max_step_kl is not None:

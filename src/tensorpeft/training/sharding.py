@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftModel
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedTokenizerBase, Trainer
 
+from tensorpeft.loading.adapters import put_adapter
 from tensorpeft.tasks.task import StructureTask, Task
 from tensorpeft.training.models import load_base
 from tensorpeft.training.recipe import Recipe
@@ -107,6 +107,6 @@ def whole_model(
         return trainer.accelerator.unwrap_model(trainer.model)
     if recipe.adapter is not None:
         base: Any = load_base(recipe, task, tokenizer, trainer.args.seed)
-        return PeftModel.from_pretrained(base, str(folder)).to(trainer.args.device)
+        return put_adapter(base, str(folder), recipe.model).to(trainer.args.device)
     trained: Any = load_base(replace(recipe, model=str(folder)), task, tokenizer, trainer.args.seed)
     return trained.to(trainer.args.device)

@@ -223,7 +223,7 @@ def _sft_trainer(**arguments: Any) -> Trainer:
 
     trainer: Any = SFTTrainer(**arguments)
     if not trainer.args.packing:
-        _tell_dropped_rows(trainer, arguments)
+        _check_left_rows(trainer, arguments)
     return trainer
 
 
@@ -231,7 +231,7 @@ def _dpo_trainer(**arguments: Any) -> Trainer:
     from trl.trainer.dpo_trainer import DPOTrainer
 
     trainer = DPOTrainer(**arguments)
-    _tell_dropped_rows(trainer, arguments)
+    _check_left_rows(trainer, arguments)
     return trainer
 
 
@@ -248,12 +248,22 @@ def _grpo_trainer(recipe: Recipe, task: QuestionTask, **arguments: Any) -> Train
     return RewardTrainer(reward_funcs=functions, **arguments)
 
 
-def _tell_dropped_rows(trainer: Any, arguments: dict[str, Any]) -> None:
-    """TRL drops rows of which ``max_length`` leaves nothing to learn, and does not say so."""
+def _check_left_rows(trainer: Any, arguments: dict[str, Any]) -> None:
     for name in ("train_dataset", "eval_dataset"):
-        given, kept = len(arguments[name]), len(getattr(trainer, name))
-        why = f"their prompts alone fill trainer.max_length={trainer.args.max_length}"
-        if kept == 0:
-            raise ValueError(f"none of the {given} rows of {name} is left: {why}. Pass a larger trainer.max_length.")
-        if kept < given and trainer.is_world_process_zero():
-            print(f"{given - kept} of {given} rows of {name} left out: {why}.")
+        if not getattr(trainer, name):
+            raise ValueError(
+                f"none of the {len(arguments[name])} rows of {name} is left: their prompts alone fill "
+                f"trainer.max_length={trainer.args.max_length}. Pass a larger trainer.max_length."
+            )
+
+
+def tell_dropped_rows(trainer: Any, splits: Splits) -> None:
+    """TRL drops rows of which ``max_length`` leaves nothing to learn, and does not say so."""
+    if getattr(trainer.args, "packing", False) or not trainer.is_world_process_zero():
+        return
+    for name, rows in (("train_dataset", splits.train), ("eval_dataset", splits.validation)):
+        if (kept := len(getattr(trainer, name))) < len(rows):
+            print(
+                f"{len(rows) - kept} of {len(rows)} rows of {name} left out: their prompts alone fill "
+                f"trainer.max_length={trainer.args.max_length}."
+            )

@@ -132,11 +132,12 @@ def _gain_tables(results: Sequence[EntryResult]) -> list[Table]:
     for result in results:
         if result.finished and result is not untrained:
             gain = mean_gain(result, untrained)
-            figures = [f"{gain:.3f}", f"{gain / of_reference:.1%}"] if math.isfinite(gain) else ["diverged", ""]
-            rows.append([result.entry.label, *figures, mean_and_sd(result.behind(reference))])
+            figures = [f"{gain:.3f}", f"{gain / of_reference:.1%}", mean_and_sd(result.behind(reference))]
+            rows.append([result.entry.label, *(figures if math.isfinite(gain) else ["diverged", "", ""])])
     notes = [
         "Gain: by how much the mean validation loss is below that before training.",
-        f"Above {label}: the loss less {label}'s with the same seed, which orders the rows alike for all.",
+        f"Above {label}: the loss less {label}'s with the same seed, which orders the rows alike for all; of the seeds "
+        "that both have finished.",
     ]
     return [Table(f"Beside {label}", ["method", "gain", f"of {label}'s", f"above {label}"], rows, notes)]
 
