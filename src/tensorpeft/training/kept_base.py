@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from tensorpeft.reports.files import to_json, write_json, write_whole
 from tensorpeft.training.recipe import RECIPE_FILE, Recipe
 
-# Of a recipe, all that its base depends on; a file in the base's folder says it.
+# What of a recipe tells its base; a file in the folder has it. Weights replaced under the same name are not seen.
 _FIELDS = ("model", "task", "model_arguments", "quantize", "adapter")
 _MADE_OF = "made_of.json"
 
