@@ -102,8 +102,8 @@ def find_mode(task: Task, options: EvaluationOptions) -> str:
             raise ValueError(f"chat=True: only questions are asked in a chat, and {task.name} has none. Leave it out.")
         return _OTHERS[type(task)]
     if options.mode == "generate" and task.score is None:
-        raise ValueError(f"mode='generate': the task {task.name} cannot score a text. Use mode loss.")
-    return options.mode or ("loss" if task.score is None else "generate")
+        raise ValueError(f"mode='generate': the task {task.name} cannot score a text. Use mode {task.mode or 'loss'}.")
+    return options.mode or task.mode or ("loss" if task.score is None else "generate")
 
 
 def check_mode(task: Task, examples: Sequence[Example], options: EvaluationOptions) -> None:

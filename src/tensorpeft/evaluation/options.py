@@ -12,7 +12,7 @@ class EvaluationOptions:
 
     Args:
         mode: of questions: "generate" and score the text, "likelihood" of the choices, "loss" of the response; None:
-            "generate" where the task can score a text, else "loss". Other tasks have one way only.
+            "generate" where the task can score a text, else "loss", or as the task says. Other tasks have one way.
         batch_size: rows of a forward pass.
         max_new_tokens: longest generated answer; None: the task's.
         num_beams: 1 is greedy; None: the task's.

@@ -4,6 +4,7 @@ import difflib
 
 from tensorpeft.tasks import (
     arithmetic,
+    cloze,
     commonsense,
     docstrings,
     glue,
@@ -22,6 +23,7 @@ _MODULES = (
     signatures,
     glue,
     commonsense,
+    cloze,
     arithmetic,
     sums,
     question_answering,

@@ -132,7 +132,9 @@ class QuestionTask:
         read: the rows of a published file.
         parse: the examples in a row of a published file, or of the same data set on the Hub.
         generation: how answers are generated, by default.
-        score: judges what was generated after the prompt; None: there is no right answer, only a loss.
+        score: judges what was generated after the prompt; None: no text is judged.
+        mode: how it is evaluated by default, one of `tensorpeft.evaluation.options.MODES`; None: "generate" where it
+            can score a text, else "loss".
     """
 
     name: str
@@ -141,6 +143,7 @@ class QuestionTask:
     parse: Callable[[Record], Sequence[Question]]
     generation: Generation = field(default_factory=lambda: Generation(max_new_tokens=256))
     score: Callable[[str, Question], Scored] | None = None
+    mode: str | None = None
 
 
 @dataclass(frozen=True)
