@@ -35,17 +35,14 @@ def build_updates(tuner: BaseTuner, config: TensorConfig) -> Mapping[str, Abstra
     """The method's updates for all targets of a config, which is settled first. Changes nothing in the model."""
     sites, bases = bases_of(tuner, config)
     config.settle(sites, bases)
-    allocates_only = getattr(tuner, "_allocates_only", False) or _makes_empty_weights()
-    updates = config.build(sites, replace(bases, allocates_only=allocates_only))
+    updates = config.build(sites, replace(bases, allocates_only=_makes_empty_weights()))
     check_stacked_updates(updates, bases.layers, config)
     take_frames(updates, config, {name: base for name, (base, _) in bases.layers.items()})
     return updates
 
 
 def _makes_empty_weights() -> bool:
-    """Whether new parameters are made on the meta device: PEFT's `from_pretrained` with `low_cpu_mem_usage` makes them
-    so, and does not tell the tuner.
-    """
+    """Whether new parameters are made on the meta device, as PEFT does where a file has them (`low_cpu_mem_usage`)."""
     return nn.ParameterList([torch.empty(0)])[0].is_meta
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
+from peft.utils.integrations import init_empty_weights
 from torch import nn
 
 from tensorpeft.networks.update import AbstractUpdate
@@ -58,7 +59,8 @@ def plan_updates(model: nn.Module, config: TensorConfig) -> Mapping[str, Abstrac
     Raises:
         ValueError: see `tensor_map`.
     """
-    updates = build_updates(*_planning(model, config))
+    with init_empty_weights(include_buffers=False):
+        updates = build_updates(*_planning(model, config))
     if not updates:
         raise ValueError(f"no layer of the model matches target_modules={config.target_modules!r}.")
     return updates
@@ -85,7 +87,6 @@ def _planning(model: nn.Module, config: TensorConfig) -> tuple[Any, TensorConfig
         model=model,
         target_module_mapping=tuner_cls.target_module_mapping,
         _check_target_module_exists=tuner_cls._check_target_module_exists,
-        _allocates_only=True,
     )
     config = tuner_cls._prepare_adapter_config(tuner, copy.deepcopy(config), tuner_cls.get_model_config(model))  # type: ignore[assignment]
     return tuner, _maybe_include_all_linear_layers(config, model)  # type: ignore[return-value]

@@ -67,7 +67,6 @@ class TensorModel(BaseTuner):
         config: TensorConfig = self.peft_config[adapter_name]  # type: ignore[assignment]
         check_tokens(model, config)
         warn_of_stacks(model, config)
-        self._allocates_only = low_cpu_mem_usage
         names = {key.rsplit(f".{self.prefix}", 1)[0] for key in state_dict or ()}
         if names <= {_name_of_owner(self.classes), _place_of_owner(model, self.classes)}:
             state_dict = None

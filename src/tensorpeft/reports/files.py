@@ -32,11 +32,16 @@ def write_whole(path: Path) -> Iterator[Path]:  # where to write
         raise
 
 
-def make_once(folder: Path, make: Callable[[Path], object]) -> None:
-    """Let a folder be made, under another name, unless it is there; whoever wants it at once waits for the first."""
+def make_once(folder: Path, make: Callable[[Path], object], is_made: Callable[[Path], bool] = Path.is_dir) -> None:
+    """Let a folder be made, under another name, unless it is; whoever wants it at once waits for the first.
+
+    A folder of which `is_made` says no is replaced.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.lock")):
-        if not folder.is_dir():
+        if not is_made(folder):
+            if folder.is_dir():
+                shutil.rmtree(folder)
             with write_whole(folder) as unfinished:
                 unfinished.mkdir()
                 make(unfinished)

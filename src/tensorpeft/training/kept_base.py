@@ -1,15 +1,13 @@
 """A base in 4 bits, which exists nowhere else, kept for the adapters that fit no other."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
-from tensorpeft.reports.files import to_json, write_json, write_whole
+from tensorpeft.reports.files import make_once, to_json, write_json
 from tensorpeft.training.recipe import RECIPE_FILE, Recipe
 
 # What of a recipe tells its base; a file in the folder has it. Weights replaced under the same name are not seen.
@@ -32,35 +30,29 @@ def keep_base(
         ValueError: a run names a base there that was made of something else, or the folder is none of ours.
     """
     folder = Path(recipe.output).absolute() / ("base" if seed is None else f"base-{seed}")
+    made_of = json.loads(to_json({name: getattr(recipe, name) for name in _FIELDS}))
+
+    def make(unfinished: Path) -> None:
+        model.save_pretrained(unfinished)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(unfinished)
+        write_json(unfinished / _MADE_OF, made_of)
+
     if PartialState().is_main_process:
-        made_of = json.loads(to_json({name: getattr(recipe, name) for name in _FIELDS}))
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(f".{folder.name}.lock")):
-            if not _is_kept(folder, made_of):
-                if folder.exists():
-                    _remove(folder)
-                with write_whole(folder) as unfinished:
-                    model.save_pretrained(unfinished)
-                    if tokenizer is not None:
-                        tokenizer.save_pretrained(unfinished)
-                    write_json(unfinished / _MADE_OF, made_of)
+        make_once(folder, make, lambda found: _is_kept(found, made_of))
     model.name_or_path = model.config._name_or_path = str(folder)
 
 
-def _remove(folder: Path) -> None:
-    if not (folder / _MADE_OF).is_file():
-        raise ValueError(f"{folder}: it is no base that a run here has left. Remove it, or pass another output folder.")
-    shutil.rmtree(folder)
-
-
 def _is_kept(folder: Path, made_of: dict[str, Any]) -> bool:
-    """Whether a folder holds the base that is made of this."""
-    if not folder.is_dir():
+    """Whether a folder holds the base that is made of this; one that holds another may be replaced."""
+    if not folder.exists():
         return False
     is_named = any(next(folder.parent.glob(f"{place}{RECIPE_FILE}"), None) for place in ("", "rate-*/"))
     file = folder / _MADE_OF
-    if not file.is_file():  # of an earlier version: the run that names it was checked to have this recipe
-        return is_named
+    if not file.is_file():
+        if is_named:  # of an earlier version: the run that names it was checked to have this recipe
+            return True
+        raise ValueError(f"{folder}: it is no base that a run here has left. Remove it, or pass another output folder.")
     found = json.loads(file.read_text(encoding="utf-8"))
     other = [name for name in made_of if found.get(name) != made_of[name]]
     if other and is_named:
