@@ -149,6 +149,20 @@ def test_groups_are_those_that_were_asked_for():
     assert len({name.split("_A_")[0] for name in factors_of(adapt(model, grouping="weight")) if "_A_" in name}) == 10
 
 
+@pytest.mark.parametrize("tensor_order", [2, 3])
+def test_tensors_before_the_last_start_with_entries_of_variance_one(tensor_order: int):
+    factors = factors_of(adapt(LLAMA, tensor_order=tensor_order, num_factors=2, r=4, grouping="weight"))
+    squares = list[torch.Tensor]()
+    for name in {name.partition("_A_")[0] for name in factors if "_A_" in name}:
+        parts = [factors[f"{name}_A_1_{m}"] for m in range(1, tensor_order + 1)]
+        if tensor_order == 2:
+            tensor = parts[0] @ parts[1].t()
+        else:
+            tensor = torch.einsum("abc,ia,jb,kc->ijk", factors[f"{name}_C_1"], *parts)
+        squares.append(tensor.detach().square().mean())
+    assert 0.6 < torch.stack(squares).mean().item() < 1.6
+
+
 def test_a_weight_is_made_of_its_own_slices():
     """Not of the whole vector: what is made for one of many weights does not grow with their number."""
     model = Model("llama", lambda: tiny_llama(num_hidden_layers=12), ["q_proj"], "CAUSAL_LM")

@@ -89,6 +89,18 @@ class OnGpu:
         return out
 
 
+@over_dtypes
+@pytest.mark.parametrize("pattern", [0x7FFFFFFF, 0x7FC00000, 0x7F800001, -1, -0x400000])
+def test_what_is_no_number_stays_none(run, dtype, pattern):
+    """Whatever its bits: a GPU's NaN has all of them set."""
+    nan = torch.tensor(pattern, dtype=torch.int32).view(torch.float32)
+    left, right = torch.zeros(4, 4, 1, device=DEVICE), nan.to(DEVICE).expand(1, 4, 4).contiguous()
+    weight = torch.zeros(16, 16, dtype=dtype, device=DEVICE)
+    assert run.build(weight, left, right, (0, 0), DROPPED_BITS[dtype]).isnan().all()
+    if DROPPED_BITS[dtype]:
+        assert kernels.dither(nan.to(DEVICE).expand(8, 8), DROPPED_BITS[dtype], 0, 0).isnan().all()
+
+
 @over_sizes
 @over_dtypes
 @pytest.mark.parametrize(("first", "has_out"), [((0, 0), False), ((7, 2**20 + 3), True)])

@@ -79,6 +79,26 @@ def test_of_a_matrix_that_is_there_it_has_the_singular_vectors(make: object):
     assert (left.t() @ matrix @ right).norm().item() == pytest.approx(values[:2].norm().item(), rel=1e-4)
 
 
+def test_the_leading_part_leaves_all_random_states_alone(monkeypatch: pytest.MonkeyPatch):
+    state = torch.get_rng_state()
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("it seeds every GPU"))
+    one, again = leading_part(torch.eye(9), 2), leading_part(torch.eye(9), 2)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(map(torch.equal, one, again))
+
+
+def test_sketches_are_in_float32_whatever_is_around_them():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        sketch = Sketch(9, 7, 2, Noise(0), torch.device("cpu"))
+        leading_part(torch.eye(9), 2)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        sketch.add(torch.eye(7), torch.ones(7, 9))
+    torch.testing.assert_close(sketch.left, torch.ones(9, 7) @ sketch._omega, rtol=1e-6, atol=1e-6)
+
+
 def test_a_zero_matrix_has_frames_too():
     left, right = leading_frames([exact(torch.zeros(5, 4))], 2)
     assert (len(left), len(right)) == (5, 4)

@@ -251,6 +251,22 @@ def test_start_is_exact_under_autocast(case: Case):
         assert torch.equal(peft_model.train()(input_ids=tokens()).logits, expected)
 
 
+@over_merging_cases
+def test_a_cast_of_the_whole_model_leaves_updates_what_they_are(case: Case):
+    """An update that is a difference of two networks, of numbers rounded apart, would be none."""
+    peft_model = adapted(MODELS[0], case)
+    for parameter in peft_model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(1e-4 * torch.randn_like(parameter))
+    layers = [layer for layer in peft_model.modules() if isinstance(layer, TensorLayer)]
+    before = [layer.get_delta_weight("default").double() for layer in layers]
+    peft_model.to(torch.bfloat16)
+    for layer, update in zip(layers, before, strict=True):
+        assert (layer.get_delta_weight("default").double() - update).norm() <= 0.02 * update.norm()
+    peft_model.double()
+    assert all(parameter.dtype == torch.float64 for parameter in peft_model.parameters())
+
+
 @over_cases
 def test_hooked_base_layers_run_their_own_forward(case: Case):
     """Offloading and DeepSpeed work through hooks: the base layer must be called, not read."""

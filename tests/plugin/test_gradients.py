@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftConfig, get_peft_model
 from tensorly import tt_to_tensor, tucker_to_tensor
 from tensorly.decomposition import tensor_train, tucker
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from cases import MODELS, Model, logits, perturb, tiny_llama, tokens
 from tensorpeft import (
@@ -252,6 +253,45 @@ def test_gradient_checkpointing_gives_the_same_frames():
         initialize_from_gradients(model, batches())
     for (name, tensor), (_, twin) in zip(plain.state_dict().items(), saving.state_dict().items()):
         torch.testing.assert_close(tensor, twin, msg=name)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_keeps_no_inputs_for_the_sketches(use_reentrant: bool):
+    _, model = fresh(FloraConfig, {"r": 4})
+    model.train().gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.enable_input_require_grads()
+    seen = list[StorageWeakRef]()
+    for layer in (module for module in model.modules() if isinstance(module, TensorLayer)):
+        layer.register_forward_pre_hook(lambda layer, args: seen.append(StorageWeakRef(args[0].untyped_storage())))
+
+    def loss_of(model: nn.Module, batch: Any) -> Tensor:
+        seen.clear()
+        loss = model(**batch).loss
+        assert seen and all(reference.expired() for reference in seen)
+        return loss
+
+    initialize_from_gradients(model, batches(), loss_of=loss_of)
+
+
+def test_it_may_be_called_under_autocast():
+    _, model = fresh(FloraConfig, {"r": 4})
+    with torch.autocast("cpu", torch.bfloat16):
+        initialize_from_gradients(model, batches())
+    assert all(tensor.dtype == torch.float32 for name, tensor in model.state_dict().items() if "_update" in name)
+
+
+def test_frames_learn_at_the_pace_of_a_random_start():
+    """What one step of Adam makes of trains, whose cores before the last stay as large as they were."""
+    sizes = list[Tensor]()
+    for has_frames in (False, True):
+        _, model = fresh(LorettaConfig, {"r": 4})
+        if has_frames:
+            initialize_from_gradients(model, batches())
+        model.train()(**batches()[0]).loss.backward()
+        torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3).step()
+        layers = [module for module in model.modules() if isinstance(module, TensorLayer)]
+        sizes.append(torch.stack([layer.get_delta_weight("default").norm() for layer in layers]).mean())
+    assert 1 / 3 < sizes[1] / sizes[0] < 3
 
 
 def test_cores_alone_have_that_many_parameters():

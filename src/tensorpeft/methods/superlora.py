@@ -80,7 +80,7 @@ class SuperLoraConfig(TensorConfig):
             for k, form in enumerate(forms, 1):
                 # A T that is not the last has entries of variance 1, the last one's first factors columns of length 1.
                 for m, (size, rank) in enumerate(zip(form.modes, form.ranks), 1):
-                    std = 1 / sqrt(size if k == len(forms) else rank)
+                    std = 1 / sqrt(size) if k == len(forms) else rank ** (-0.5 if form.has_core else -0.25)
                     if not (self.init_weights and (k, m) == (len(forms), len(form.modes))):
                         nn.init.normal_(getattr(shared, f"{name}_A_{k}_{m}"), std=std)
                 if form.has_core:

@@ -139,7 +139,8 @@ def decompose(
     letters = "abcdefgh"[: tensor.ndim]
     for _ in range(sweeps):
         for mode, letter in enumerate(letters):
-            others = [k for k in range(tensor.ndim) if k != mode]
+            # The largest first: einsum goes from left to right, and what is left of the tensor is then smallest.
+            others = sorted((k for k in range(tensor.ndim) if k != mode), key=lambda k: -tensor.shape[k])
             inputs = ",".join(f"{letters[k]}r" for k in others)
             product = torch.einsum(f"{letters},{inputs}->{letter}r", tensor, *(factors[k] for k in others))
             gram = torch.stack([factors[k].t() @ factors[k] for k in others]).prod(0)

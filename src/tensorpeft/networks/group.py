@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tensorpeft.networks.derivatives import gradients, is_transformed
+from tensorpeft.networks.dtypes import without_autocast
 from tensorpeft.networks.versions import version_of
 
 # Larger groups save no more time, and keep the gradients of more weights until the last of them is there.
@@ -236,13 +237,16 @@ def _make(
     shared: Tensors = {} if first.shared is None else first.shared.tensors()
     if only is not None:
         own = [tensors if member is only else _detached(tensors) for member, tensors in zip(members, own)]
+    device = next(tensor.device for named in (*own, shared) for tensor in named.values())
     if torch.compiler.is_compiling() or is_transformed() or not any(map(_needs_grad, members)):
-        return first.make_parts(members, own, shared, dtype)
+        with without_autocast(device):
+            return first.make_parts(members, own, shared, dtype)
 
     def make(tensors: Sequence[Tensor]) -> list[Parts]:
         rest = iter(tensors)
         mine = [{name: next(rest) for name in named} for named in own]
-        return first.make_parts(members, mine, {name: next(rest) for name in shared}, dtype)
+        with without_autocast(device):
+            return first.make_parts(members, mine, {name: next(rest) for name in shared}, dtype)
 
     tensors = [*(tensor for named in own for tensor in named.values()), *shared.values()]
     flat = cast("Sequence[Tensor]", cast("Any", _Together).apply(make, end, len(own[0]), *tensors))

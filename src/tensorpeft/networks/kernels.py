@@ -54,19 +54,21 @@ def dither(
     dropped_bits: int,
     first_row: int,
     first_column: int,
-) -> Tensor:  # (m, n), float32 whose last `dropped_bits` are zero
+) -> Tensor:  # (m, n), float32 whose last `dropped_bits` are zero, or NaN
     """A part of a matrix with its last bits cut off, after a hash of each element's position was added to them.
 
     Rounding W0 + ΔW to nearest loses updates below half a unit in the last place, which is most of a small learning
     rate's steps. Dithered, the expected value is the float32 sum, a weight that was representable comes back exactly,
-    and the same weight gives the same bits on every call and machine. Compared in `benchmarks/bf16_loss.py`.
+    and the same weight gives the same bits on every call and machine. Compared in `benchmarks/bf16_loss.py`. What is no
+    number stays none: a sum past the last bit of its pattern would be one again.
     """
     row = _multiples(0x2C1B3C6D, first_row, part.shape[0], part.device)
     column = _multiples(0x297A2D39, first_column, part.shape[1], part.device)
     noise = row[:, None] ^ column
     noise = ((noise ^ (noise >> 15)) * 0x1B873593) >> (32 - dropped_bits)
-    bits = part.float().contiguous().view(torch.int32) + (noise & ((1 << dropped_bits) - 1))
-    return (bits & -(1 << dropped_bits)).view(torch.float32)
+    part = part.float().contiguous()
+    bits = part.view(torch.int32) + (noise & ((1 << dropped_bits) - 1))
+    return torch.where(part.isnan(), part, (bits & -(1 << dropped_bits)).view(torch.float32))
 
 
 def _multiples(factor: int, first: int, count: int, device: torch.device) -> Tensor:  # (count,), int32

@@ -27,7 +27,7 @@ from tensorpeft.networks.derivatives import is_transformed
 from tensorpeft.networks.dtypes import at_least_float32
 from tensorpeft.networks.group import Parts, Tensors, parts_of
 from tensorpeft.networks.subspace import Steps, run_together, subspace_steps
-from tensorpeft.networks.update import BASE_DIGEST, AbstractSummedUpdate, keeping_dtype
+from tensorpeft.networks.update import BASE_DIGEST, AbstractSummedUpdate, keeping_dtype, keeping_precision
 from tensorpeft.networks.versions import Kept
 
 
@@ -103,6 +103,11 @@ class MpoUpdate(AbstractSummedUpdate):
         for k, core in enumerate(start or (), 1):
             core = at_least_float32(core.detach()).clone(memory_format=torch.contiguous_format)
             self.register_buffer(f"start_{k}", core)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MpoUpdate:
+        """As torch's, but what is the difference to a start is not rounded to 16 bits."""
+        fn = keeping_precision(fn) if self.has_start else fn
+        return super()._apply(fn, recurse)  # pyright: ignore[reportUnknownMemberType]
 
     def cores(self) -> list[Tensor]:
         """The trained cores, first to last."""

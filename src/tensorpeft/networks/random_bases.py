@@ -3,8 +3,8 @@
 The entries come from Philox 4x64-10 (Salmon et al., 2011; numpy.random.Philox), a counter-based generator whose raw
 output is the same everywhere, made into numbers by exact operations only: the upper 24 bits of each 64-bit word w give
 `(w >> 40) · 2⁻²³ − 1`, uniform in [−1, 1). So a seed means the same bases on every machine and device. The key is
-(seed, 2 · size) for the bases of A's side, `down`, which are then divided by √size in float32, and (seed, 2 · size + 1)
-for `up`.
+(seed, 2 · size) for the bases of A's side, `down`, which are then multiplied by 1 / √size, both in float32, and
+(seed, 2 · size + 1) for `up`.
 """
 
 from __future__ import annotations

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from tensorpeft.networks.dtypes import without_autocast
+
 _torch: Any = torch  # linalg, norms and random states have no types, or not all
 
 # Columns of Ω: so many times the rank, and some more; those of Ψ are so many times as many.
@@ -47,8 +49,8 @@ class Noise:
         key = (size, columns, is_left, device)
         if key not in self._known:
             generator = torch.Generator().manual_seed(2 * self._seed + is_left)
-            noise = torch.randn(size, columns, generator=generator) / sqrt(columns)
-            self._known[key] = (torch.eye(size) if columns == size else noise).to(device)
+            noise = torch.randn(size, columns, generator=generator, dtype=torch.float32, device="cpu") / sqrt(columns)
+            self._known[key] = (torch.eye(size, dtype=torch.float32) if columns == size else noise).to(device)
         return self._known[key]
 
 
@@ -69,8 +71,8 @@ class Sketch:
         left, right = _widths(out, in_, rank)
         self._omega = noise.of(in_, left, False, device)
         self._psi = noise.of(out, right, True, device)
-        self.left = torch.zeros(out, self._omega.shape[1], device=device)  # G Ω
-        self.right = torch.zeros(in_, self._psi.shape[1], device=device)  # Gᵀ Ψ
+        self.left = torch.zeros(out, self._omega.shape[1], dtype=torch.float32, device=device)  # G Ω
+        self.right = torch.zeros(in_, self._psi.shape[1], dtype=torch.float32, device=device)  # Gᵀ Ψ
 
     @torch.no_grad()
     def add(
@@ -80,8 +82,9 @@ class Sketch:
     ) -> None:
         """Add `grad_outputᵀ x`."""
         rows_x, rows_y = (t.reshape(-1, t.shape[-1]).to(self._omega) for t in (x, grad_output))
-        self.left.addmm_(rows_y.t(), rows_x @ self._omega)
-        self.right.addmm_(rows_x.t(), rows_y @ self._psi)
+        with without_autocast(self.left.device):
+            self.left.addmm_(rows_y.t(), rows_x @ self._omega)
+            self.right.addmm_(rows_x.t(), rows_y @ self._psi)
 
     @torch.no_grad()
     def gradient(self) -> Gradient:
@@ -120,9 +123,16 @@ def leading_part(
     rank: int,
 ) -> Gradient:
     """The same of its leading singular vectors, by subspace iteration; equal at every call on one machine."""
-    with _torch.random.fork_rng([matrix.device] if matrix.is_cuda else []):
-        _torch.manual_seed(0)
-        return _of_svd(*torch.svd_lowrank(matrix.float(), min(rank + _OVERSAMPLING, *matrix.shape), niter=_ITERATIONS))
+    matrix, generator = matrix.float(), torch.Generator().manual_seed(0)
+    width = min(rank + _OVERSAMPLING, *matrix.shape)
+    right = torch.randn(matrix.shape[1], width, generator=generator, dtype=torch.float32, device="cpu")
+    right = right.to(matrix.device)
+    for _ in range(_ITERATIONS):
+        left, _ = _torch.linalg.qr(matrix @ right)
+        right, _ = _torch.linalg.qr(matrix.t() @ left)
+    left, _ = _torch.linalg.qr(matrix @ right)
+    inner, values, right = _svd(left.t() @ matrix)
+    return _of_svd(left @ inner, values, right)
 
 
 def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (m, k), (k,), (n, k)

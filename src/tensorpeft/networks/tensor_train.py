@@ -104,9 +104,12 @@ class TensorTrainUpdate(AbstractLowRankUpdate):
             rows, columns = (self.rank, len(right)) if side == "down" else (len(left), self.rank)
             whole = F.pad(frame, (0, columns - frame.shape[1], 0, rows - frame.shape[0]))
             found = train_of(whole.flatten(), modes, bond)
-            size = sqrt(self.rank / 3 / found[-1].square().sum().item()) if side == "down" else 0.0
-            for core, value in zip(cores, [*found[:-1], found[-1] * size]):
-                core.copy_(value)
+            # The cores before the last are as large as those of a random start: the last one learns at their pace.
+            sizes = [sqrt(mode) for mode in modes[:-1]]
+            norm = found[-1].square().sum().sqrt().item() * prod(sizes)
+            sizes.append(sqrt(self.rank / 3) / norm if side == "down" else 0.0)
+            for core, value, size in zip(cores, found, sizes):
+                core.copy_(value * size)
 
     def factors_from(self, tensors: Mapping[str, Tensor]) -> Factors:
         """A, the scale and B: formed once per forward, and kept for backward."""

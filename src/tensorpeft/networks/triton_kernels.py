@@ -75,7 +75,8 @@ def _build(
         noise = ((first_row + row) * 0x2C1B3C6D) ^ ((first_column + column) * 0x297A2D39)
         noise = ((noise ^ (noise >> 15)) * 0x1B873593) >> (32 - DROPPED)
         bits = total.to(tl.int32, bitcast=True) + (noise & ((1 << DROPPED) - 1))
-        total = (bits & -(1 << DROPPED)).to(tl.float32, bitcast=True)
+        dithered = (bits & -(1 << DROPPED)).to(tl.float32, bitcast=True)
+        total = tl.where(total == total, dithered, total)  # NaN stays NaN
     tl.store(out + row.to(tl.int64) * out_stride + column, total.to(out.dtype.element_ty), inside)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tensorpeft.networks.cut import Cut, fold
-from tensorpeft.networks.dtypes import product_dtype
+from tensorpeft.networks.dtypes import at_least_float32, product_dtype, without_autocast
 from tensorpeft.networks.effective import effective_linear
 from tensorpeft.networks.group import Parts, Place, Tensors, parts_of, tensors_of
 from tensorpeft.networks.low_rank import MATRIX_PRODUCT, PAIR_PRODUCT, Factors, Pair, low_rank_linear
@@ -27,6 +27,17 @@ def keeping_dtype(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Te
     def move(tensor: Tensor) -> Tensor:
         moved = function(tensor)
         return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+    return move
+
+
+def keeping_precision(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """What `nn.Module._apply` may do to an update that is a difference: of numbers rounded to 16 bits little is left."""
+
+    def move(tensor: Tensor) -> Tensor:
+        moved = function(tensor)
+        is_rounded = moved.is_floating_point() and at_least_float32(moved) is not moved
+        return tensor.to(moved.device) if is_rounded else moved
 
     return move
 
@@ -213,7 +224,9 @@ class AbstractLowRankUpdate(AbstractFactoredUpdate):
     def factors(self) -> Factors:
         """Those of its own tensors and the shared ones."""
         shared = {} if self.shared is None else tensors_of(self.shared)
-        return self.factors_from({**shared, **tensors_of(self)})
+        tensors = {**shared, **tensors_of(self)}
+        with without_autocast(next(iter(tensors.values())).device):
+            return self.factors_from(tensors)
 
     def pair(
         self,

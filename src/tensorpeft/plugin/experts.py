@@ -119,7 +119,7 @@ class ExpertsLayer(UpdateHolder):
         # As `TensorLayer` compares them.
         numbers = [tensor for tensor in tensors[1:] if tensor.is_floating_point()]
         return self._kept[parameter].get(
-            lambda: self._make(stored, updates, False), [*diagonals(stored), *numbers], version
+            lambda: self._make(stored, updates, False), [diagonals(stored), *numbers], version
         )
 
     def _make(self, stored: Tensor, updates: list[list[AbstractWeightUpdate]], trains: bool) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor, nn
 
+from tensorpeft.networks.dtypes import without_autocast
 from tensorpeft.networks.sketch import Noise, Sketch, sketch_bytes
 from tensorpeft.plugin.base_weight import StackedWeight, is_convolution
 from tensorpeft.plugin.framed import Framed, framed_of
@@ -69,8 +71,7 @@ def initialize_from_gradients(
     shapes = _shapes(layers)
     rank, noise = framed.rank(shapes), Noise(seed)
     sketches = {
-        name: Sketch(*shape, rank, noise, next(layers[name].get_base_layer().parameters()).device)
-        for name, shape in shapes.items()
+        name: Sketch(*shape, rank, noise, _device_of(layers[name].get_base_layer())) for name, shape in shapes.items()
     }
     num_batches = num_rows = 0
     with gathering(model, layers, sketches) as reached:
@@ -87,8 +88,9 @@ def initialize_from_gradients(
         raise ValueError("batches: there is none. Pass some batches of the training data, 32 to 64 rows in all.")
     for name, count in zip(layers, times):
         _check_sketch(name, count, sketches[name])
-    gradients = {name: sketch.gradient() for name, sketch in sketches.items()}
-    framed.set_frames(layers, gradients, {"batches": num_batches, "rows": num_rows, "seed": seed})
+    with without_autocast(next(iter(sketches.values())).left.device):
+        gradients = {name: sketch.gradient() for name, sketch in sketches.items()}
+        framed.set_frames(layers, gradients, {"batches": num_batches, "rows": num_rows, "seed": seed})
     if _is_distributed():
         _broadcast(module for layer in layers.values() for module in framed.modules_of(layer))
 
@@ -98,6 +100,10 @@ def start_bytes(model: PeftModel, adapter_name: str = "default") -> int:
     framed = framed_of(model, adapter_name)
     shapes = _shapes(dict(framed.layers(model)))
     return sum(sketch_bytes(*shape, framed.rank(shapes)) for shape in shapes.values())
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    return next(chain(module.parameters(), module.buffers())).device  # some quantised layers have buffers only
 
 
 def _shapes(layers: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
@@ -123,6 +129,19 @@ def _checked_layers(model: PeftModel, framed: Framed) -> dict[str, Any]:
     return layers
 
 
+class _Kept(torch.autograd.Function):
+    """An input that is wanted in the backward pass, kept as autograd keeps its own: a checkpoint makes it again."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return anchor.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError  # nothing is made of it
+
+
 @contextmanager
 def gathering(
     model: nn.Module, layers: Mapping[str, nn.Module], sketches: Mapping[str, Sketch]
@@ -135,14 +154,17 @@ def gathering(
         reached[name] += 1
 
     def watch(name: str, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        if output.requires_grad:  # not in the first pass of a checkpoint
-            output.register_hook(partial(gather, name, args[0].detach()))
+        if output.requires_grad:  # not in the first pass of a reentrant checkpoint
+            anchor = torch.empty(0, requires_grad=True)
+            kept: Any = _Kept.apply(anchor, args[0].detach())
+            output.register_hook(lambda grad: gather(name, kept.grad_fn.saved_tensors[0], grad))
 
     parameters = [p for p in model.parameters() if p.requires_grad]
+    devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
     before = [p.grad for p in parameters]
     handles = [layer.register_forward_hook(partial(watch, name)) for name, layer in layers.items()]
     try:
-        with torch.random.fork_rng(), torch.enable_grad():
+        with torch.random.fork_rng(devices), torch.enable_grad():
             for parameter in parameters:
                 parameter.grad = None
             yield reached

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -166,7 +167,7 @@ class TensorLayer(UpdateHolder):
             return make()
         numbers = [t for update in updates for t in (*update.parameters(), *update.buffers()) if t.is_floating_point()]
         shared = [update.shared.numbers() for update in updates if update.shared is not None]
-        return self._cached.get(make, [*diagonals(weight), *numbers], version, dtype, shared)
+        return self._cached.get(make, [diagonals(weight), *numbers], version, dtype, shared)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TensorLayer:
         """As torch's; what merging has put aside moves, and is cast, with the rest."""
@@ -358,7 +359,13 @@ def merging_in(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
             backend.dtype = None  # type: ignore[union-attr]
 
 
-def diagonals(weight: Tensor) -> list[Tensor]:
-    """Views that have an entry of every row and of every column."""
-    out, in_ = weight.shape[-2:]
-    return [weight.diagonal(k, -2, -1) for k in (range(0, in_, out) if out < in_ else range(0, -out, -in_))]
+def diagonals(weight: Tensor) -> Tensor:  # (*experts, max(out, in))
+    """An entry of every row and of every column."""
+    rows, columns = _diagonal(*weight.shape[-2:], weight.device)
+    return weight[..., rows, columns]
+
+
+@lru_cache(maxsize=64)  # the shapes of a model's weights, on each of its devices
+def _diagonal(out: int, in_: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    index = torch.arange(max(out, in_), device=device)
+    return index % out, index % in_
