@@ -32,7 +32,7 @@ def keeping_dtype(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Te
 
 
 def keeping_precision(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """What `nn.Module._apply` may do to an update that is a difference: of numbers rounded to 16 bits little is left."""
+    """What `nn.Module._apply` may do to an update that is a difference: not round its numbers to 16 bits."""
 
     def move(tensor: Tensor) -> Tensor:
         moved = function(tensor)

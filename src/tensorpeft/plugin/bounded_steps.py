@@ -46,7 +46,7 @@ class BoundedSteps(TrainerCallback, ExportableState):
     Whatever has logits can be trained: language models (SFT, DPO, GRPO), classifiers.
 
     Args:
-        max_kl: the bound on a typical step, in nats.
+        max_kl: the bound on a typical step, in nats; above what rounding alone changes in half precision.
         first_steps: so many are all looked at.
         every: after these, one of so many.
 
