@@ -123,7 +123,7 @@ class DotaConfig(TensorConfig):
             if self.init_weights == "balanced":
                 cores = balance(cores)
         else:
-            cores = random_cores(out_modes, in_modes, r, weight.device)
+            cores = random_cores(out_modes, in_modes, r)
         if self.init_weights == "random":
             cores[-1].zero_()
         if not self._starts_at_weight:

@@ -265,7 +265,6 @@ def random_cores(
     out_modes: Sequence[int],
     in_modes: Sequence[int],
     max_bond: int | Sequence[int],
-    device: torch.device | str | None = None,
 ) -> list[Tensor]:  # N cores, each (bond_left, out_mode, in_mode, bond_right)
     """Gaussian cores whose contraction has entries of variance 1 / in, as a freshly initialised linear layer.
 
@@ -274,7 +273,7 @@ def random_cores(
     """
     bonds = bond_dimensions(out_modes, in_modes, max_bond)
     return [
-        torch.randn(bonds[k], i, j, bonds[k + 1], device=device) * (bonds[k] * j) ** -0.5
+        torch.randn(bonds[k], i, j, bonds[k + 1]) * (bonds[k] * j) ** -0.5
         for k, (i, j) in enumerate(zip(out_modes, in_modes))
     ]
 
