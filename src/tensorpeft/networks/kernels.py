@@ -58,9 +58,10 @@ def dither(
     """A part of a matrix with its last bits cut off, after a hash of each element's position was added to them.
 
     Rounding W0 + ΔW to nearest loses updates below half a unit in the last place, which is most of a small learning
-    rate's steps. Dithered, the expected value is the float32 sum (but where float16 is subnormal, which the cast rounds), a weight
-    that was representable comes back exactly, and the same weight gives the same bits on every call and machine. What is
-    no number stays none: the noise could make one of its bits. Compared in `benchmarks/bf16_loss.py`.
+    rate's steps. Dithered, the expected value is the float32 sum (but where float16 is subnormal, which the cast
+    rounds), a weight that was representable comes back exactly, and the same weight gives the same bits on every call
+    and machine. What is no number stays none: the noise could make one of its bits. Compared in
+    `benchmarks/bf16_loss.py`.
     """
     row = _multiples(0x2C1B3C6D, first_row, part.shape[0], part.device)
     column = _multiples(0x297A2D39, first_column, part.shape[1], part.device)
