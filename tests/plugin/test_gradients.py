@@ -357,6 +357,12 @@ def test_what_cannot_be_a_start_is_refused_and_changes_nothing(what: str, messag
     assert getattr(model.peft_config["default"], "gradient_start", None) is None
 
 
+def test_batches_without_labels_are_refused():
+    _, model = fresh(LotrConfig, {"r": 2})
+    with pytest.raises(ValueError, match="the model gave no loss. Pass batches with labels"):
+        initialize_from_gradients(model, [{"input_ids": tokens()}])
+
+
 def test_a_model_without_an_adapter_is_refused():
     with pytest.raises(TypeError, match="expected the result of get_peft_model"):
         initialize_from_gradients(tiny_llama(), batches())

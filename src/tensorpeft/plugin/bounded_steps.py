@@ -138,9 +138,11 @@ class BoundedSteps(TrainerCallback, ExportableState):
         self._start, self._before = [], None
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write the scale into the log's line of training."""
+        """Write the scale into the log's line of training, and into what is printed of it."""
         if state.log_history and "loss" in state.log_history[-1]:
             state.log_history[-1]["rate_scale"] = self.scale
+            if kwargs.get("logs"):
+                kwargs["logs"]["rate_scale"] = self.scale
 
     def _scale(self) -> float:
         """What makes the schedule's peak a rate at which a typical step keeps the bound; at most 1."""

@@ -49,7 +49,7 @@ def initialize_from_gradients(
     Raises:
         TypeError: not a PEFT model.
         ValueError: the method has no frames, or not at these layers; the adapter is not active, or is trained already;
-            no batch; a layer that no gradient reaches, or one that is zero or not finite. Nothing has been changed.
+            no batch, or one without a loss; a layer that no gradient reaches, or one that is zero or not finite. Nothing has been changed.
 
     Source: of frames per weight, LoRA-SB (arXiv 2411.19557); of those that layers share, ours.
 
@@ -77,6 +77,8 @@ def initialize_from_gradients(
     with gathering(model, layers, sketches) as reached:
         for batch in batches:
             loss = model(**batch).loss if loss_of is None else loss_of(model, batch)
+            if loss is None:
+                raise ValueError("batches: the model gave no loss. Pass batches with labels, or loss_of.")
             loss.backward()
             num_batches += 1
             num_rows += next((len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim), 0)
