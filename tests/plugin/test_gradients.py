@@ -359,7 +359,7 @@ def test_what_cannot_be_a_start_is_refused_and_changes_nothing(what: str, messag
 
 def test_batches_without_labels_are_refused():
     _, model = fresh(LotrConfig, {"r": 2})
-    with pytest.raises(ValueError, match="the model gave no loss. Pass batches with labels"):
+    with pytest.raises(ValueError, match=r"the model gave no loss\. Pass batches with labels"):
         initialize_from_gradients(model, [{"input_ids": tokens()}])
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +43,14 @@ class Source:
         download: of `hf_hub_download`.
         verifies_base: whether the digests of a base that holds an update's start itself are made again.
         ignores_sizes: whether PEFT is asked to pass over tensors of other sizes, which is refused.
+        renames: PEFT's ``key_mapping``: patterns in names of the base model, and what they are replaced by.
     """
 
     model_id: str
     download: Mapping[str, Any]
     verifies_base: bool = True
     ignores_sizes: bool = False
+    renames: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -77,7 +80,14 @@ class Source:
                 f"{SAFETENSORS_WEIGHTS_NAME}. Save the adapter again with save_pretrained (safe_serialization=True, "
                 "the default)."
             )
-        return None if safe is None else _read_shapes(safe)
+        return None if safe is None else {self._renamed(key): tensor for key, tensor in _read_shapes(safe).items()}
+
+    def _renamed(self, key: str) -> str:
+        """As `peft.utils.load_peft_weights` renames it."""
+        prefix = next((prefix for prefix in ("base_model.model.", "base_model.") if key.startswith(prefix)), "")
+        name = key.removeprefix(prefix)
+        others = (re.subn(pattern, replacement, name) for pattern, replacement in self.renames.items())
+        return prefix + next((other for other, count in others if count), name)
 
     def _download(self) -> Path | None:
         """The file that PEFT is going to download, where it will look for it."""

@@ -89,6 +89,8 @@ class TensorConfig(PeftConfig, ABC):
         check_is_bool("ensure_weight_tying", self.ensure_weight_tying)
         super().__post_init__()
         self.peft_type = self.registered_type
+        if isinstance(self.layers_to_transform, range):  # which no JSON has
+            self.layers_to_transform = list(self.layers_to_transform)
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
         if isinstance(self.exclude_modules, list):

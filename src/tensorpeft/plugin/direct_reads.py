@@ -99,7 +99,26 @@ def _asks_about(node: ast.AST | None) -> bool:
 
 
 # What gives the numbers to who looks at a model, not to who computes with it.
-_LOOKS = ("detach", "clone", "cpu", "cuda", "numpy", "tolist")
+_COPIES = ("detach", "clone", "cpu", "cuda", "numpy", "tolist")
+_FIGURES = (
+    "norm",
+    "sum",
+    "mean",
+    "std",
+    "var",
+    "min",
+    "max",
+    "amin",
+    "amax",
+    "isnan",
+    "isfinite",
+    "isinf",
+    "any",
+    "all",
+)
+_LOOKS = (*_COPIES, *_FIGURES)
+# What is still the weight, in another form.
+_FORMS = ("to", "float", "double", "half", "bfloat16", "abs", "__getitem__", "t")
 
 
 class UncalledWeight(Tensor):
@@ -109,6 +128,10 @@ class UncalledWeight(Tensor):
     """
 
     layer_name: str
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        """A tensor of its own, with the numbers."""
+        return self.detach().clone()
 
     @classmethod
     def __torch_function__(
@@ -128,8 +151,10 @@ class UncalledWeight(Tensor):
             result = NotImplemented if name.endswith("_") and not name.endswith("__") else func(*args, **(kwargs or {}))
         makes_tensor = any(isinstance(leaf, Tensor) for leaf in tree_leaves(result))
         is_a_look = name in _LOOKS or func == Tensor.data.__get__  # type: ignore[attr-defined]
+        (layer, *_) = (leaf.layer_name for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, cls))
+        if isinstance(result, Tensor) and name in _FORMS:
+            return _seen_as(result, layer)
         if result is NotImplemented or (makes_tensor and not is_a_look):
-            (layer, *_) = (leaf.layer_name for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, cls))
             raise ValueError(
                 f"{layer}: the model reads this layer's weight ({name}) instead of calling the layer, so that the "
                 "active adapter would have no effect here. Name it in exclude_modules, or merge the adapter first "
@@ -142,6 +167,12 @@ def uncalled(weight: Tensor, layer_name: str) -> Tensor:
     """A plain weight as an `UncalledWeight`; any other, as it is."""
     if type(weight) not in (Tensor, nn.Parameter) or torch.compiler.is_compiling():
         return weight
-    seen = weight.detach().as_subclass(UncalledWeight)
+    seen = _seen_as(weight.detach(), layer_name)
     vars(seen).update(vars(weight), layer_name=layer_name)  # flags, such as "initialised already"
+    return seen
+
+
+def _seen_as(tensor: Tensor, layer_name: str) -> UncalledWeight:
+    seen = tensor.as_subclass(UncalledWeight)
+    seen.layer_name = layer_name
     return seen

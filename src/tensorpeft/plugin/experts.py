@@ -112,14 +112,12 @@ class ExpertsLayer(UpdateHolder):
         trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         if trains or self.training or torch.compiler.is_compiling() or not all(layer.owns_base for layer in layers):
             return self._make(stored, updates, trains)
-        if not keeps_sums():
-            return self._make(stored, updates, False)
-        if (version := version_of([stored])) is None:
+        if not keeps_sums() or (version := version_of([stored])) is None:
             return self._make(stored, updates, False)
         # As `TensorLayer` compares them.
         numbers = [tensor for tensor in tensors[1:] if tensor.is_floating_point()]
         return self._kept[parameter].get(
-            lambda: self._make(stored, updates, False), [diagonals(stored), *numbers], version
+            lambda: self._make(stored, updates, False), [*diagonals(stored), *numbers], version
         )
 
     def _make(self, stored: Tensor, updates: list[list[AbstractWeightUpdate]], trains: bool) -> Tensor:

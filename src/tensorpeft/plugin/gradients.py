@@ -49,7 +49,8 @@ def initialize_from_gradients(
     Raises:
         TypeError: not a PEFT model.
         ValueError: the method has no frames, or not at these layers; the adapter is not active, or is trained already;
-            no batch, or one without a loss; a layer that no gradient reaches, or one that is zero or not finite. Nothing has been changed.
+            no batch, or one without a loss; a layer that no gradient reaches, or one that is zero or not finite.
+            Nothing has been changed.
 
     Source: of frames per weight, LoRA-SB (arXiv 2411.19557); of those that layers share, ours.
 
@@ -131,7 +132,7 @@ def _checked_layers(model: PeftModel, framed: Framed) -> dict[str, Any]:
     return layers
 
 
-class _Kept(torch.autograd.Function):
+class _KeptInput(torch.autograd.Function):
     """An input that is wanted in the backward pass, kept as autograd keeps its own: a checkpoint makes it again."""
 
     @staticmethod
@@ -158,7 +159,7 @@ def gathering(
     def watch(name: str, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         if output.requires_grad:  # not in the first pass of a reentrant checkpoint
             anchor = torch.empty(0, requires_grad=True)
-            kept: Any = _Kept.apply(anchor, args[0].detach())
+            kept: Any = _KeptInput.apply(anchor, args[0].detach())
             output.register_hook(lambda grad: gather(name, kept.grad_fn.saved_tensors[0], grad))
 
     parameters = [p for p in model.parameters() if p.requires_grad]

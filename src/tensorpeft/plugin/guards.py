@@ -41,7 +41,10 @@ def guarded_load(load: Callable[..., Any]) -> Callable[..., Any]:
     def guarded(*args: Any, **kwargs: Any) -> Any:
         arguments = signature.bind(*args, **kwargs).arguments
         model: nn.Module = arguments["model" if "model" in arguments else "self"]
-        source = _source_of(arguments["model_id"], {**arguments, **arguments.get("kwargs", {})})
+        more = {**arguments, **arguments.get("kwargs", {})}
+        if "model" in arguments and more.get("key_mapping") is None:  # what `from_pretrained` then does
+            more["key_mapping"] = getattr(model, "_checkpoint_conversion_mapping", None)
+        source = _source_of(arguments["model_id"], more)
         with _guarding(model, source, has_file="config" not in arguments):
             configs = getattr(model, "peft_config", {})
             if "model" not in arguments and isinstance(configs.get(arguments["adapter_name"]), TensorConfig):
@@ -117,7 +120,7 @@ def _is_ours(source: Source, arguments: Mapping[str, Any]) -> bool:
 def _source_of(model_id: Any, arguments: Mapping[str, Any]) -> Source:
     download = {key: value for key, value in arguments.items() if key in _DOWNLOAD}
     verifies, ignores = arguments.get("verify_base", True), arguments.get("ignore_mismatched_sizes", False)
-    return Source(str(model_id), download, verifies, bool(ignores))
+    return Source(str(model_id), download, verifies, bool(ignores), arguments.get("key_mapping") or {})
 
 
 @contextmanager

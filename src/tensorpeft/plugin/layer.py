@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -57,8 +56,8 @@ class TensorLayer(UpdateHolder):
         shape: (out, in) of its weight.
         quantization_backend: PEFT's, if the base is quantised.
         name: its full name in the model.
-        owns_base: whether only layers of this class write to the base weight. False in a PeftMixedModel, where LoRA may
-            merge into it as well: nothing is cached then, and unmerging subtracts.
+        owns_base: whether no other adapter's layer was below this one when it was made, nor beside it (PeftMixedModel).
+            Such a one may merge into the weight as well: nothing is cached then, and unmerging subtracts.
 
     The base weight is changed by merging only, and `unmerge` puts the very tensor back. A merged or cached weight is
     `networks.effective.effective_weight`, so that merged and unmerged inference multiply by the same numbers. Where
@@ -82,6 +81,7 @@ class TensorLayer(UpdateHolder):
         self.owns_base = owns_base
         # While adapters are merged: the base's own tensor, or the layer itself where a plain one stands in its place.
         self._unmerged: Tensor | AbstractUpdatableLinear | None = None
+        self._merged_sample: list[Tensor] = []  # of the weight that merging has made
         self._cached: Kept[Tensor] = Kept()  # the effective weight
         # What a model, or another adapter, reads of a convolution.
         if is_convolution(base := self.get_base_layer()):
@@ -167,7 +167,7 @@ class TensorLayer(UpdateHolder):
             return make()
         numbers = [t for update in updates for t in (*update.parameters(), *update.buffers()) if t.is_floating_point()]
         shared = [update.shared.numbers() for update in updates if update.shared is not None]
-        return self._cached.get(make, [diagonals(weight), *numbers], version, dtype, shared)
+        return self._cached.get(make, [*diagonals(weight), *numbers], version, dtype, shared)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TensorLayer:
         """As torch's; what merging has put aside moves, and is cast, with the rest."""
@@ -176,7 +176,14 @@ class TensorLayer(UpdateHolder):
             self._unmerged = fn(self._unmerged)
         elif self._unmerged is not None:
             self._unmerged._apply(fn)
+        self._merged_sample = [fn(part) for part in self._merged_sample]
+        self._cached.clear()
         return self
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As PEFT's; the cached weight, which is one with this adapter, goes."""
+        self._cached.clear()
+        super().delete_adapter(adapter_name)
 
     def train(self, mode: bool = True) -> TensorLayer:
         """As torch's; the cached weight goes, so that training and a new evaluation start from what is there."""
@@ -229,6 +236,7 @@ class TensorLayer(UpdateHolder):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.updates]
         if not names:
             return
+        self._forget_what_was_overwritten()
         merged = self.merged_weight(names)
         if safe_merge:
             check_finite(merged, names)
@@ -238,8 +246,18 @@ class TensorLayer(UpdateHolder):
         elif self.owns_base and not self.merged and self.quantization_backend is None:
             self._unmerged = unmerged_weight(base)
         self.set_base_weight(merged)
+        if isinstance(self._unmerged, Tensor):
+            self._merged_sample = [part.clone() for part in diagonals(self.read_base_weight())]
         self.merged_adapters.extend(names)
         self._cached.clear()
+
+    def _forget_what_was_overwritten(self) -> None:
+        """Put no tensor back over what another adapter, or anybody, has written to the merged weight since."""
+        if isinstance(self._unmerged, Tensor):
+            now = diagonals(self.read_base_weight())
+            same = [(old == new) | (old.isnan() & new.isnan()) for old, new in zip(self._merged_sample, now)]
+            if not all(part.all() for part in same):
+                self._unmerged = None
 
     @torch.no_grad()
     def merged_weight(self, adapter_names: Sequence[str]) -> Tensor:
@@ -262,9 +280,12 @@ class TensorLayer(UpdateHolder):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Take all merged adapters out again: bit for bit, unless the base is quantised or shared with a method."""
+        """Take all merged adapters out again: bit for bit, unless the base is quantised, shared with a method, or was
+        written to since.
+        """
         if not self.merged:
             return
+        self._forget_what_was_overwritten()
         if isinstance(self._unmerged, Tensor):
             put_weight(self.get_base_layer(), self._unmerged)
         elif self._unmerged is not None:
@@ -275,6 +296,7 @@ class TensorLayer(UpdateHolder):
                 weight = weight - self._weight_update(name).matrix().to(weight.dtype)
             self.set_base_weight(as_stored(self.get_base_layer(), weight))
         object.__setattr__(self, "_unmerged", None)
+        self._merged_sample = []
         self.merged_adapters.clear()
         self._cached.clear()
 
@@ -359,13 +381,10 @@ def merging_in(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
             backend.dtype = None  # type: ignore[union-attr]
 
 
-def diagonals(weight: Tensor) -> Tensor:  # (*experts, max(out, in))
-    """An entry of every row and of every column."""
-    rows, columns = _diagonal(*weight.shape[-2:], weight.device)
-    return weight[..., rows, columns]
-
-
-@lru_cache(maxsize=64)  # the shapes of a model's weights, on each of its devices
-def _diagonal(out: int, in_: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    index = torch.arange(max(out, in_), device=device)
-    return index % out, index % in_
+def diagonals(weight: Tensor) -> list[Tensor]:
+    """Views that have an entry of every row and of every column: of the square blocks side by side, and of the rest."""
+    wide = weight if weight.shape[-2] <= weight.shape[-1] else weight.mT
+    rows, columns = wide.shape[-2:]
+    whole = columns // rows * rows
+    blocks = wide[..., :whole].unflatten(-1, (-1, rows))
+    return [blocks.diagonal(0, -3, -1), wide[..., whole:].diagonal(0, -2, -1)]

@@ -49,7 +49,9 @@ def register(name: str) -> Callable[[ConfigClass], ConfigClass]:
         title = name.capitalize()
         holder_cls = _subclass((UpdateHolder,), f"{title}Holder", config_cls, adapter_layer_names=(f"{name}_update",))
         classes = MethodClasses(
-            layer=_subclass((TensorLayer, holder_cls), f"{title}Layer", config_cls),
+            # "Linear": by that PEFT finds adapted layers where all linear ones are the targets of another adapter.
+            layer=_subclass((TensorLayer, holder_cls), f"{title}Linear", config_cls),
+            convolution=_subclass((TensorLayer, holder_cls), f"{title}Convolution", config_cls),
             shared=_subclass((SharedHolder, holder_cls), f"{title}SharedHolder", config_cls),
             experts=_subclass((ExpertsLayer, holder_cls), f"{title}ExpertsLayer", config_cls),
         )
@@ -61,7 +63,8 @@ def register(name: str) -> Callable[[ConfigClass], ConfigClass]:
         }
         model_cls = _subclass((TensorModel,), f"{title}Model", config_cls, **fields)
         register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls, is_mixed_compatible=True)
-        _admit_to_mixed_models(peft_type, config_cls, holder_cls, classes, f"{name}_")
+        # Longer than the prefix, which may be a part of a module's own name ("artifact_").
+        _admit_to_mixed_models(peft_type, config_cls, holder_cls, classes, f"{name}_update")
         return config_cls
 
     return decorate

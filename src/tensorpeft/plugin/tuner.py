@@ -18,7 +18,7 @@ from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from tensorpeft.networks.update import AbstractUpdate
-from tensorpeft.plugin.base_weight import find_backend, layer_shape, onloaded
+from tensorpeft.plugin.base_weight import find_backend, is_convolution, layer_shape, onloaded
 from tensorpeft.plugin.checkpoint import shapes_to_load
 from tensorpeft.plugin.config import TensorConfig
 from tensorpeft.plugin.experts import ExpertsLayer, target_stacks, warn_of_stacks
@@ -42,6 +42,7 @@ class MethodClasses(NamedTuple):
     """A method's own classes, made by `plugin.registration`: PEFT tells methods apart by class."""
 
     layer: type[TensorLayer]
+    convolution: type[TensorLayer]
     shared: type[SharedHolder]
     experts: type[ExpertsLayer]
 
@@ -50,7 +51,7 @@ class TensorModel(BaseTuner):
     """A model whose target layers carry updates. Each method has a subclass, made by `plugin.registration`."""
 
     tuner_layer_cls = UpdateHolder
-    classes = MethodClasses(TensorLayer, SharedHolder, ExpertsLayer)
+    classes = MethodClasses(TensorLayer, TensorLayer, SharedHolder, ExpertsLayer)
 
     def inject_adapter(
         self,
@@ -243,14 +244,15 @@ def wrap_layer(
     update = _plan(tuner, classes, config, adapter_name, key).pop(key)
     parent, target, target_name = _get_submodules(tuner.model, key)
     with onloaded(base := innermost(target)):  # the update goes to where the layer computes
-        if isinstance(target, classes.layer):
+        if isinstance(target, (classes.layer, classes.convolution)):
             target.hold(adapter_name, update, config.inference_mode)
             layer = target
         else:
             backend = find_backend(base, **get_quantization_kwargs(tuner.model))
             shape = layer_shape(base, key, parent, backend, config.adapts_convolutions)
             owns_base = isinstance(tuner, TensorModel) and not isinstance(target, BaseTunerLayer)
-            layer = classes.layer(target, shape, key, backend, owns_base).train(target.training)
+            layer_cls = classes.convolution if is_convolution(base) else classes.layer
+            layer = layer_cls(target, shape, key, backend, owns_base).train(target.training)
             layer._active_adapter = adapter_name
             layer.hold(adapter_name, update, config.inference_mode)
             tuner._replace_module(parent, target_name, layer, target)

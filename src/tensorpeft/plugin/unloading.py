@@ -23,6 +23,8 @@ def merging(model: nn.Module, adapter_names: Iterable[str] | None, safe_merge: b
             or a weight cannot be merged into (`check_mergeable`, `check_own_forward`). After this error, or any other
             inside, every layer has merged what it had merged before.
     """
+    if isinstance(adapter_names, str):
+        raise ValueError(f"adapter_names={adapter_names!r}: expected a list of names, such as [{adapter_names!r}].")
     names = None if adapter_names is None else list(adapter_names)
     _check_known(model, names or ())
     check_mergeable(model, names)
