@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer
 
 pytest.importorskip("omegaconf")
 pytest.importorskip("trl")
@@ -88,6 +88,29 @@ def test_a_run_goes_on_at_its_last_whole_checkpoint(name, place, tmp_path):
     assert losses(resumed) == pytest.approx(losses(whole), abs=1e-6)
     assert dict(resumed.curve("eval_loss")) == pytest.approx(dict(whole.curve("eval_loss")), abs=1e-6)
     assert resumed.tests == whole.tests
+
+
+@pytest.mark.parametrize("lost", [[], ["checkpoint-6"]], ids=["after its last step", "before it"])
+def test_the_best_checkpoint_is_found_again_though_the_best_step_was_not_saved(lost, place, tmp_path, monkeypatch):
+    found = {1: 9.0, 2: 3.0, 3: 4.0, 4: 5.0, 5: 2.0, 6: 6.0}
+    choose = Trainer._determine_best_metric
+    monkeypatch.setattr(
+        Trainer,
+        "_determine_best_metric",
+        lambda self, metrics, trial: choose(self, {**metrics, "eval_loss": found[self.state.global_step]}, trial),
+    )
+    more = ["trainer.eval_steps=1", "trainer.save_steps=2", "trainer.save_total_limit=9"]
+    (whole,) = train(place, "sft", tmp_path / "run", *more)
+    seed = tmp_path / "run" / "seed-0"
+    kept = load_file(seed / "adapter" / "adapter_model.safetensors")
+    (seed / "results.json").unlink()
+    for name in ("adapter", *lost):
+        shutil.rmtree(seed / name)
+    (resumed,) = train(place, "sft", tmp_path / "run", *more, resume=True)
+    assert (whole.best_step, resumed.best_step) == (2, 2)
+    assert resumed.validation == whole.validation
+    saved = load_file(seed / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(saved[name], tensor) for name, tensor in kept.items())
 
 
 def test_a_bounded_run_tells_its_scale_and_goes_on_with_it(place, tmp_path):

@@ -14,7 +14,7 @@ from tensorpeft.evaluation.evaluate import evaluate_task
 from tensorpeft.evaluation.options import EvaluationOptions
 from tensorpeft.reports.files import write_json_lines, write_lines
 from tensorpeft.reports.terminal import plain
-from tensorpeft.training.checkpoints import last_whole_checkpoint, train_from
+from tensorpeft.training.checkpoints import kept_step, last_whole_checkpoint, train_from
 from tensorpeft.training.head import fold_head
 from tensorpeft.training.models import load_tokenizer
 from tensorpeft.training.recipe import RECIPE_FILE, Recipe
@@ -113,7 +113,7 @@ def run_seed(
         seed=arguments.seed,
         history=history,
         validation=_only_numbers(validation),
-        best_step=trainer.state.best_global_step if arguments.load_best_model_at_end else None,
+        best_step=kept_step(trainer),
         steps=trainer.state.max_steps,
         tests=_test(trainer, recipe, tokenizer, splits, options, saved, console),
         trained_parameters=sum(size for size, is_trained in counts if is_trained),
