@@ -1,6 +1,7 @@
 """`tensorpeft train` from the recipe to the report, on tiny models; on real data: tests/recipes."""
 
 import dataclasses
+import functools
 import json
 import shutil
 
@@ -190,6 +191,20 @@ def test_the_head_has_its_own_rate(place, tmp_path):
     assert {rate for name, (rate, _) in rates.items() if "classifier" in name} == {0.5}
     assert {rate for name, (rate, _) in rates.items() if "classifier" not in name} == {arguments.learning_rate}
     assert {decay for name, (_, decay) in rates.items() if name.endswith("bias")} == {0.0}
+
+
+def test_rows_to_classify_are_cut_in_the_tests_as_in_training(place, tmp_path):
+    (result,) = train(place, "labels", tmp_path / "run", "data.max_length=4", "trainer.max_steps=1")
+    evaluate = functools.partial(run_evaluate, str(tmp_path / "run/seed-0/adapter"), None, "sst2")
+    found = [
+        evaluate(str(place / "labels.tsv"), EvaluationOptions(max_length=length), tmp_path / f"{length}", rows=6)
+        for length in (4, None)
+    ]
+    assert result.tests["sst2"] == pytest.approx(found[0].metrics)
+    assert found[0].metrics["loss"] != pytest.approx(found[1].metrics["loss"])
+    with pytest.raises(ValueError, match="max_length=41: the model reads at most 40 tokens"):  # before it is trained
+        train(place, "labels", tmp_path / "other", "data.max_length=41")
+    assert not (tmp_path / "other").exists()
 
 
 @long

@@ -37,7 +37,8 @@ class DataRecipe:
         start_rows: the adapter's frames are set from the gradient of so many training rows, drawn by the run's seed
             (`tensorpeft.initialize_from_gradients`); None: they start as the method says.
         seed: of the drawing; the same for all ``seeds`` of a recipe.
-        max_length: tokens of a row to classify; longer ones are cut. Language models: trainer.max_length.
+        max_length: tokens of a row to classify; longer ones are cut, of the tests, too, unless ``evaluate`` says
+            another. Language models: trainer.max_length.
         loss_on: "text" (prompt and response, as LLM-Adapters does) or "response"; for questions.
         chat: write questions, of the tests, too, in the model's chat template; for questions.
     """

@@ -107,8 +107,10 @@ def check_recipe(
     adapter_config(recipe, task)
     find_rewards(recipe.rewards or {}, task)
     check_keys(recipe.evaluate, EvaluationOptions.__dataclass_fields__, "evaluate")
-    # Questions are tested as they are asked in training, the DPO loss with the beta that it is trained with.
+    # Questions are tested as they are asked in training, rows to classify as they are cut, the DPO loss with its beta.
     trained: dict[str, Any] = {"chat": recipe.data.chat}
+    if isinstance(task, LabelTask):
+        trained |= {"max_length": recipe.data.max_length}
     if isinstance(task, PreferenceTask):
         trained |= {"beta": arguments.beta}  # pyright: ignore[reportAttributeAccessIssue]
     return EvaluationOptions(**{**trained, **recipe.evaluate})

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from tensorpeft.evaluation.chat_template import as_chat, find_turn_end
+from tensorpeft.evaluation.tokens import find_limit
 from tensorpeft.models.folding import collate_structures
 from tensorpeft.tasks.task import LabelTask, PreferenceTask, QuestionTask, Structure, StructureTask
 from tensorpeft.training.head import is_head
@@ -143,12 +144,13 @@ def _label_trainer(
         labels = np.asarray(predicted.label_ids)
         return {name: float(metric(labels.tolist(), values.tolist())) for name, metric in task.metrics.items()}
 
+    limit = find_limit(model, tokenizer, recipe.data.max_length)  # as the tests have it
     return HeadRateTrainer(
         head_learning_rate=recipe.head_learning_rate,
         model=model,
         args=arguments,
-        train_dataset=_label_rows(splits.train, task, tokenizer, recipe.data.max_length),
-        eval_dataset=_label_rows(splits.validation, task, tokenizer, recipe.data.max_length),
+        train_dataset=_label_rows(splits.train, task, tokenizer, limit),
+        eval_dataset=_label_rows(splits.validation, task, tokenizer, limit),
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=scores,
