@@ -21,7 +21,7 @@ from tensorpeft.models.folding import VOCABULARY, build_folding_model
 from tensorpeft.quantization import quantize_residual
 from tensorpeft.tasks.task import LabelTask, PreferenceTask, StructureTask, Task
 from tensorpeft.training.adapters import make_config
-from tensorpeft.training.head import restrict_head
+from tensorpeft.training.head import new_modules, note_new, restrict_head, train_new
 from tensorpeft.training.kept_base import keep_base
 from tensorpeft.training.recipe import Recipe, check_keys
 
@@ -80,6 +80,10 @@ def load_base(
         arguments = dict(recipe.quantize)
         config = _written_config(recipe, task) if arguments.pop("residual", True) else None
         check_keys(arguments, ("rounds", "double_quant", "skip_modules"), "quantize")
+        if config is not None:
+            train_new(config, model)
+        if new := new_modules(model):
+            arguments["skip_modules"] = (*arguments.get("skip_modules", ()), *new)
         start: dict[str, Tensor] = {}
         is_random = str(getattr(config, "init_lora_weights", "")).startswith(_DRAWN)
         if _leaves_residual(config):
@@ -135,7 +139,7 @@ def _check_dtype(arguments: Mapping[str, Any]) -> None:
 
 def _load_classifier(name: str, arguments: dict[str, Any]) -> PreTrainedModel:
     try:
-        return _load(AutoModelForSequenceClassification, name, arguments)
+        model, info = _load(AutoModelForSequenceClassification, name, {**arguments, "output_loading_info": True})
     except ValueError as error:
         if not isinstance(error.__cause__, RuntimeError):
             raise
@@ -144,6 +148,8 @@ def _load_classifier(name: str, arguments: dict[str, Any]) -> PreTrainedModel:
             "head is of another task, write model_arguments: {ignore_mismatched_sizes: true}; it then starts from "
             "noise."
         ) from None
+    note_new(model, {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    return model
 
 
 def _load_folding_model(name: str, arguments: dict[str, Any]) -> PreTrainedModel:
@@ -152,8 +158,11 @@ def _load_folding_model(name: str, arguments: dict[str, Any]) -> PreTrainedModel
     folding = {key: arguments.pop(key) for key in fields if key in arguments}
     if random_esm is not None:
         check_keys(arguments, fields, "model_arguments")
-        return build_folding_model(EsmConfig(**_ESM2, **random_esm), **folding)
-    return build_folding_model(loading.load_pretrained(EsmModel, name, **arguments), **folding)
+        model = build_folding_model(EsmConfig(**_ESM2, **random_esm), **folding)
+    else:
+        model = build_folding_model(loading.load_pretrained(EsmModel, name, **arguments), **folding)
+    note_new(model, [f"head.{parameter}" for parameter, _ in model.head.named_parameters()])
+    return model
 
 
 def adapter_config(recipe: Recipe, task: Task) -> PeftConfig | None:
@@ -178,6 +187,7 @@ def adapt(model: nn.Module, recipe: Recipe, task: Task) -> nn.Module:
     config = adapter_config(recipe, task)
     if config is None:
         return model
+    train_new(config, model)
     start: dict[str, Tensor] = getattr(model, _START, {})
     adapted = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
     for name, parameter in adapted.named_parameters():

@@ -50,7 +50,7 @@ class HeadRateTrainer(Trainer):
         optimizer = super().create_optimizer(model)
         if self.head_learning_rate is not None:
             trained: Any = self.model if model is None else model
-            head = {id(p) for name, p in trained.named_parameters() if is_head(name)}
+            head = {id(p) for name, p in trained.named_parameters() if is_head(name, trained)}
             groups = list(optimizer.param_groups)
             optimizer.param_groups.clear()
             for group in groups:
