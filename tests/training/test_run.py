@@ -308,6 +308,7 @@ def test_rows_whose_prompts_fill_the_length_are_left_out_and_said(place, tmp_pat
         (["evaluate.mode=likelihood"], "expected choices"),
         (["data.max_length=8"], "trainer.max_length"),
         (["head_learning_rate=1e-3"], "gets no new head"),
+        (["adapter=null", "quantize={residual: false}", "data.test=null"], "weights in 4 bits are not trained"),
         (["head={target_modules: [lm_head]}"], "gives labels"),
         (["task=stsb", "max_step_kl=0.01"], "max_step_kl: a model for the task stsb tells no probabilities"),
         (["task=folding", "max_step_kl=0.01"], "max_step_kl: a model for the task folding tells no probabilities"),

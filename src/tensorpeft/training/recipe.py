@@ -1,7 +1,6 @@
 """A recipe: one YAML file that says what is fine-tuned, with which adapter, on which data, with which arguments."""
 
 import difflib
-import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -14,7 +13,7 @@ from yaml import YAMLError
 
 from tensorpeft.loading.packages import package_folder
 from tensorpeft.recipes import find_recipe
-from tensorpeft.training.fields import is_whole
+from tensorpeft.training.fields import is_number, is_whole
 from tensorpeft.training.head_recipe import HeadRecipe
 
 RECIPE_FILE = "recipe.yaml"  # of a run, in its folder
@@ -131,15 +130,14 @@ class Recipe:
             raise ValueError(
                 f"seeds={list(self.seeds)}: expected a list of different whole numbers, such as [0, 1, 2]."
             )
-        if self.rewards is not None and not (self.rewards and all(map(_is_weight, self.rewards.values()))):
+        if self.rewards is not None and not (self.rewards and all(map(is_number, self.rewards.values()))):
             raise ValueError(
                 f"rewards={dict(self.rewards)}: expected a number by name, such as {{answer: 1, format: 0.5}}."
             )
-        rate = self.head_learning_rate
-        if rate is not None and (isinstance(rate, bool) or not isinstance(rate, int | float)):
-            raise ValueError(f"head_learning_rate={rate!r}: expected a number, such as 1e-3, or null.")
-        bound = self.max_step_kl
-        if bound is not None and (isinstance(bound, bool) or not isinstance(bound, int | float) or not bound > 0):
+        rate, bound = self.head_learning_rate, self.max_step_kl
+        if rate is not None and not is_number(rate, above=0):
+            raise ValueError(f"head_learning_rate={rate!r}: expected a number above 0, such as 1e-3, or null.")
+        if bound is not None and not is_number(bound, above=0):
             raise ValueError(f"max_step_kl={bound!r}: expected nats above 0, such as 0.01, or null.")
         if self.adapter is not None and "method" not in self.adapter:
             raise ValueError(
@@ -367,10 +365,6 @@ def _as_recipe(tree: dict[str, Any], place: str) -> Recipe:
 
 def _without_nulls(tree: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in tree.items() if value is not None}
-
-
-def _is_weight(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _as_yaml(value: Any) -> Any:

@@ -122,6 +122,10 @@ def _check_fields(recipe: Recipe, task: Task) -> None:
         raise ValueError(
             "data.test: preferences are tested against the base, which is gone where all weights are trained."
         )
+    if recipe.quantize is not None and recipe.adapter is None:
+        raise ValueError(
+            "quantize: weights in 4 bits are not trained, and there is no adapter. Name one, or remove quantize."
+        )
     if recipe.data.start_rows is not None and recipe.adapter is None:
         raise ValueError("data.start_rows: frames are an adapter's, and all weights are trained. Remove it.")
     if recipe.max_step_kl is not None and (

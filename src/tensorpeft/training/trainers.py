@@ -223,9 +223,8 @@ def _preference_rows(examples: Sequence[Any], data: DataRecipe, tokenizer: Any) 
 def _sft_trainer(**arguments: Any) -> Trainer:
     from trl.trainer.sft_trainer import SFTTrainer
 
-    trainer: Any = SFTTrainer(**arguments)
-    if not trainer.args.packing:
-        _check_left_rows(trainer, arguments)
+    trainer = SFTTrainer(**arguments)
+    _check_left_rows(trainer, arguments)
     return trainer
 
 
@@ -261,10 +260,15 @@ def _check_left_rows(trainer: Any, arguments: dict[str, Any]) -> None:
 
 def tell_dropped_rows(trainer: Any, splits: Splits) -> None:
     """TRL drops rows of which ``max_length`` leaves nothing to learn, and does not say so."""
-    if getattr(trainer.args, "packing", False) or not trainer.is_world_process_zero():
+    if not trainer.is_world_process_zero():
         return
-    for name, rows in (("train_dataset", splits.train), ("eval_dataset", splits.validation)):
-        if (kept := len(getattr(trainer, name))) < len(rows):
+    packs = getattr(trainer.args, "packing", False)
+    packs_eval = getattr(trainer.args, "eval_packing", None)
+    for name, rows, is_packed in (
+        ("train_dataset", splits.train, packs),
+        ("eval_dataset", splits.validation, packs if packs_eval is None else packs_eval),
+    ):
+        if not is_packed and (kept := len(getattr(trainer, name))) < len(rows):
             print(
                 f"{len(rows) - kept} of {len(rows)} rows of {name} left out: their prompts alone fill "
                 f"trainer.max_length={trainer.args.max_length}."
