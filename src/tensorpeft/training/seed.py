@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from omegaconf import OmegaConf
 from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
@@ -31,9 +32,11 @@ WHOLE_MODEL = "model"
 def _claim(output: Path, recipe: Recipe) -> None:
     """Make the folder that of this recipe: from here on it holds a run."""
     file, text = output / RECIPE_FILE, f"{recipe.to_yaml().rstrip()}\n"
-    # Not written again: other seeds may run at the same time, and do the same.
-    if not file.is_file() or file.read_text(encoding="utf-8") != text:
-        write_lines(file, text.splitlines())
+    output.mkdir(parents=True, exist_ok=True)
+    # Other seeds may run at the same time, and do the same.
+    with FileLock(output / f".{RECIPE_FILE}.lock"):
+        if not file.is_file() or file.read_text(encoding="utf-8") != text:
+            write_lines(file, text.splitlines())
 
 
 def check_output(
