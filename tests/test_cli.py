@@ -221,18 +221,18 @@ def test_demo_compares_on_the_packaged_recipe(monkeypatch):
 @pytest.mark.parametrize(
     ("line", "mode", "option"),
     [
-        ("cola --num-beams 4 --max-length 9", "labels", "num-beams"),
-        ("cola --beta 1", "labels", "beta"),
-        ("preferences --max-new-tokens 5", "preferences", "max-new-tokens"),
-        ("gsm8k --beta 1", "generate", "beta"),
-        ("gsm8k --mode loss --num-beams 4", "loss", "num-beams"),
-        ("folding --max-length 9", "structures", "max-length"),
+        ("cola --num-beams 4 --max-length 9", "labels", "num_beams=4"),
+        ("cola --beta 1", "labels", "beta=1.0"),
+        ("preferences --max-new-tokens 5", "preferences", "max_new_tokens=5"),
+        ("gsm8k --beta 1", "generate", "beta=1.0"),
+        ("gsm8k --mode loss --num-beams 4", "loss", "num_beams=4"),
+        ("folding --max-length 9", "structures", "max_length=9"),
     ],
 )
 def test_an_option_that_the_task_does_not_look_at_is_refused(line, mode, option, capsys):
     task = line.split()[0]
     assert main(["evaluate", "model", "--data", "rows", "--task", *line.split()]) == 2
-    expected = f"tensorpeft: --{option} changes nothing with --task {task} (mode {mode}). Leave it out."
+    expected = f"tensorpeft: {option}: it changes nothing with {task} (mode {mode}). Leave it out."
     assert capsys.readouterr().err.splitlines()[-1] == expected
 
 

@@ -1,7 +1,6 @@
 """``tensorpeft evaluate``."""
 
 import argparse
-from collections.abc import Collection
 from pathlib import Path
 
 from tensorpeft_cli.options import DTYPES, MODEL, add_cache, existing, model_name, positive, whole
@@ -13,15 +12,6 @@ _LOOKS_AT = {
     "task": ("chat", "data", "mode", "max_length", "max_new_tokens", "num_beams", "beta"),
     "lm_eval": ("include_path", "few_shot"),
     "mt_bench": ("chat", "max_new_tokens"),
-}
-# What each mode of a task looks at, of these.
-_MODE_LOOKS_AT = {
-    "generate": ("max_length", "max_new_tokens", "num_beams"),
-    "likelihood": ("max_length",),
-    "loss": ("max_length",),
-    "labels": ("max_length",),
-    "preferences": ("max_length", "beta"),
-    "structures": (),
 }
 
 
@@ -54,10 +44,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def _run(arguments: argparse.Namespace, command: str) -> None:
     source = _check(arguments)
     import_package()
-    from tensorpeft.evaluation.evaluate import find_mode
     from tensorpeft.evaluation.options import EvaluationOptions
     from tensorpeft.evaluation.run import run_evaluate, run_lm_eval_command, run_mt_bench
-    from tensorpeft.tasks.registry import find_task
 
     model, adapter = (arguments.model, None) if arguments.base is None else (arguments.base, Path(arguments.model))
     if arguments.lm_eval is not None:
@@ -95,9 +83,6 @@ def _run(arguments: argparse.Namespace, command: str) -> None:
         beta=0.1 if arguments.beta is None else arguments.beta,
         chat=bool(arguments.chat),
     )
-    mode = find_mode(find_task(arguments.task), options)
-    others = {name for names in _MODE_LOOKS_AT.values() for name in names} - {*_MODE_LOOKS_AT[mode]}
-    _refuse(arguments, others, f"--task {arguments.task} (mode {mode})")
     run_evaluate(
         model,
         adapter,
@@ -116,19 +101,15 @@ def _check(arguments: argparse.Namespace) -> object:
     if len(given) != 1:
         raise ValueError("pass one of --task NAME, with --data FILE, --lm-eval NAMES and --mt-bench FILE.")
     others = {name for names in _LOOKS_AT.values() for name in names} - {*_LOOKS_AT[given[0]]}
-    _refuse(arguments, others, f"--{given[0].replace('_', '-')}")
+    if useless := sorted(name for name in others if getattr(arguments, name) is not None):
+        option, way = (f"--{name.replace('_', '-')}" for name in (useless[0], given[0]))
+        raise ValueError(f"{option} changes nothing with {way}. Leave it out.")
     if arguments.task is not None and arguments.data is None:
         raise ValueError(
             f"--task {arguments.task}: on which rows? Pass a published file as --data FILE, the Hub's as --data "
             "hub:NAME:SPLIT, or what a task makes itself, such as --data sums:test."
         )
     return None if arguments.data is None else _source(arguments.data)
-
-
-def _refuse(arguments: argparse.Namespace, others: Collection[str], way: str) -> None:
-    """Refuse an option that is given and not looked at."""
-    if useless := sorted(name for name in others if getattr(arguments, name) is not None):
-        raise ValueError(f"--{useless[0].replace('_', '-')} changes nothing with {way}. Leave it out.")
 
 
 def _source(data: str) -> object:

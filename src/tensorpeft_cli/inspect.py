@@ -112,35 +112,32 @@ def _bonds(arguments: argparse.Namespace, command: str) -> None:
     if arguments.text is not None and not arguments.weighted:
         raise ValueError(f"--text {arguments.text}: only weights by activations need a text. Add --weighted.")
     import_package()
-    from tensorpeft.reports.folders import sole_writer
     from tensorpeft.studies.bonds_report import inspect_bonds
 
-    config, output = network_of(arguments), arguments.output
-    with sole_writer(output):
-        inspect_bonds(arguments.model, config, output, budget, arguments.weighted, arguments.text)
+    inspect_bonds(arguments.model, network_of(arguments), arguments.output, budget, arguments.weighted, arguments.text)
 
 
 def _quantization(arguments: argparse.Namespace, command: str) -> None:
     import_package()
-    from tensorpeft.reports.folders import sole_writer
     from tensorpeft.studies.quantization_report import inspect_quantization
 
-    config, output = network_of(arguments), arguments.output
-    with sole_writer(output):
-        inspect_quantization(
-            arguments.model, config, arguments.rounds, output, arguments.text, not arguments.no_double_quant
-        )
+    inspect_quantization(
+        arguments.model,
+        network_of(arguments),
+        arguments.rounds,
+        arguments.output,
+        arguments.text,
+        not arguments.no_double_quant,
+    )
 
 
 def _update(arguments: argparse.Namespace, command: str) -> None:
     find_recipe(arguments.recipe)
     import_package()
-    from tensorpeft.reports.folders import sole_writer
     from tensorpeft.studies.update import Sizes
     from tensorpeft.studies.update_report import inspect_update
     from tensorpeft.training.recipe import load_recipe
 
     sizes = Sizes(bond=arguments.bond, frames=arguments.frames, shared_frames=arguments.shared_frames)
     recipe = load_recipe(arguments.recipe, arguments.overrides, arguments.smoke)
-    with sole_writer(arguments.output):
-        inspect_update(recipe, arguments.rows, arguments.steps, arguments.layers, sizes, arguments.output)
+    inspect_update(recipe, arguments.rows, arguments.steps, arguments.layers, sizes, arguments.output)

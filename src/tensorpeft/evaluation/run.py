@@ -8,7 +8,7 @@ from typing import Any, TextIO
 from rich.console import Console
 from torch import nn
 
-from tensorpeft.evaluation.evaluate import Evaluation, evaluate_task, find_mode
+from tensorpeft.evaluation.evaluate import Evaluation, check_options, evaluate_task
 from tensorpeft.evaluation.harness import run_lm_eval, table_rows
 from tensorpeft.evaluation.mt_bench import MAX_NEW_TOKENS, answer_questions, as_answer_file, read_questions
 from tensorpeft.evaluation.options import EvaluationOptions
@@ -48,7 +48,7 @@ def run_evaluate(
     if rows is not None and rows < 1:
         raise ValueError(f"rows={rows}: expected at least 1, or None for all.")
     console, found_task = Console(file=terminal), find_task(task)
-    find_mode(found_task, options)
+    check_options(found_task, options)
     with sole_writer(output):
         examples = load_examples(found_task, data)[:rows]
         base, adapter_name = find_base(model, adapter)
