@@ -13,6 +13,7 @@ from yaml import YAMLError
 
 from tensorpeft.loading.packages import package_folder
 from tensorpeft.recipes import find_recipe
+from tensorpeft.tasks.task import loss_unit
 from tensorpeft.training.fields import is_number, is_whole
 from tensorpeft.training.head_recipe import HeadRecipe
 
@@ -147,8 +148,10 @@ class Recipe:
 
     @property
     def loss_unit(self) -> str:
-        """What its validation loss is."""
-        return "nats" if self.rewards is None else "minus the reward"
+        """What its validation loss is, or is in."""
+        from tensorpeft.tasks.registry import find_task  # here, because it imports every task
+
+        return loss_unit(find_task(self.task)) if self.rewards is None else "minus the reward"
 
     def to_yaml(self) -> str:
         """The recipe as YAML; `load_recipe` reads it back."""
