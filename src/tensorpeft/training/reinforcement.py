@@ -25,7 +25,8 @@ class RewardTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         """TRL's; of a validation batch, whose rewards it notes down by their mean, that weighs as much as its rows."""
         scored = super()._generate_and_score_completions(inputs)
-        if not self.model.training:
+        model: Any = self.model
+        if not model.training:
             for name, means in self._metrics["eval"].items():
                 if name.startswith("reward"):
                     means.extend(means[-1:] * (len(inputs) - 1))
