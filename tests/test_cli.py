@@ -208,12 +208,32 @@ def test_demo_compares_on_the_packaged_recipe(monkeypatch):
     assert main(["demo"]) == 1
     results.clear()
     assert main(["demo", "--quick", "--methods", "lora,lotr", "--seeds", "1", "--output", "there"]) == 0
-    whole, quick = seen
+    assert main(["demo", "--quick"]) == 0
+    whole, quick, quick_here = seen
     assert whole.output == Path("runs/demo")
+    assert quick_here.output == Path("runs/smoke/demo")  # not in the way of the whole one
     assert quick.output == Path("there")
     assert [entry.key for entry in quick.entries] == ["lora", "lotr"]
     assert quick.seeds == 1
     assert quick.recipe != whole.recipe
+
+
+@pytest.mark.parametrize(
+    ("line", "mode", "option"),
+    [
+        ("cola --num-beams 4 --max-length 9", "labels", "num_beams=4"),
+        ("cola --beta 1", "labels", "beta=1.0"),
+        ("preferences --max-new-tokens 5", "preferences", "max_new_tokens=5"),
+        ("gsm8k --beta 1", "generate", "beta=1.0"),
+        ("gsm8k --mode loss --num-beams 4", "loss", "num_beams=4"),
+        ("folding --max-length 9", "structures", "max_length=9"),
+    ],
+)
+def test_an_option_that_the_task_does_not_look_at_is_refused(line, mode, option, capsys):
+    task = line.split()[0]
+    assert main(["evaluate", "model", "--data", "rows", "--task", *line.split()]) == 2
+    expected = f"tensorpeft: {option}: it changes nothing with {task} (mode {mode}). Leave it out."
+    assert capsys.readouterr().err.splitlines()[-1] == expected
 
 
 def test_a_recipe_is_printed_as_it_stands(capsys):

@@ -94,7 +94,9 @@ def test_a_bar_shows_its_description_as_it_is():
 
 
 def test_the_spread_is_the_sample_s_and_only_finite_values_count():
-    assert mean_and_sd([1.0, 2.0, math.inf]) == "1.500 ± 0.707"
+    assert mean_and_sd([1.0, 2.0]) == "1.500 ± 0.707"
+    assert mean_and_sd([1.0, 2.0, math.inf]) == "1.500 ± 0.707 (1 of 3 diverged)"
+    assert mean_and_sd([math.nan, 2.0, math.inf]) == "2.000 (2 of 3 diverged)"
     assert mean_and_sd([0.25], 4) == "0.2500"
     assert mean_and_sd([math.inf, math.nan]) == "diverged"
     assert mean_and_sd([]) == "–"

@@ -10,9 +10,20 @@ from peft import PeftModel
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
-from transformers import RobertaConfig, RobertaForSequenceClassification, set_seed
+from transformers import (
+    DebertaV2Config,
+    DebertaV2Model,
+    DistilBertConfig,
+    DistilBertModel,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    XLNetConfig,
+    XLNetModel,
+    set_seed,
+)
 
 pytest.importorskip("omegaconf")
+from evaluation.evaluated import word_tokenizer
 from tensorpeft.evaluation.options import EvaluationOptions
 from tensorpeft.evaluation.run import run_evaluate
 from tensorpeft.tasks.registry import find_task
@@ -23,6 +34,7 @@ from tensorpeft.training.recipe import HeadRecipe, load_recipe
 from tensorpeft.training.run import run_training
 from tensorpeft.training.seed import score_seed
 from tensorpeft.training.splits import load_splits
+from tensorpeft.training.trainers import make_trainer
 
 LORA_HEAD = "head={target_modules: [classifier], r: 1}"
 TRAIN_HEAD = "head={target_modules: [classifier], tt_rank: 2}"
@@ -158,6 +170,66 @@ def test_a_run_trains_a_tensor_train_in_the_head_and_saves_a_whole_one(place, tm
     run_evaluate(recipe.model, saved, "sst2", recipe.data.test, EvaluationOptions(), tmp_path / "again", rows=6)
     again = json.loads((tmp_path / "again/results.json").read_text(encoding="utf-8"))
     assert again["metrics"] == pytest.approx(result.tests["sst2"])
+
+
+SIZES = {"vocab_size": 96, "pad_token_id": 0}
+# A model without its head, what an adapter targets, and what all is new in front of the labels.
+MODELS = {
+    "distilbert": (
+        lambda: DistilBertModel(DistilBertConfig(**SIZES, dim=16, n_layers=1, n_heads=2, hidden_dim=16)),
+        "q_lin",
+        {"pre_classifier", "classifier"},
+    ),
+    "deberta": (
+        lambda: DebertaV2Model(
+            DebertaV2Config(**SIZES, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+        ),
+        "dense",  # the pooler's, too, which is not adapted but trained
+        {"pooler", "classifier"},
+    ),
+    "xlnet": (
+        lambda: XLNetModel(XLNetConfig(**SIZES, d_model=16, n_layer=1, n_head=2, d_inner=16)),
+        "layer_1",
+        {"sequence_summary", "logits_proj"},
+    ),
+}
+
+
+@pytest.fixture(params=MODELS)
+def other_head(request, place, tmp_path):
+    """A recipe of a model whose head is called otherwise, and the names of that head's modules."""
+    make, target, head = MODELS[request.param]
+    set_seed(0)
+    make().save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    more = [f"model={tmp_path / 'model'}", f"output={tmp_path / 'run'}", f"adapter.target_modules=[{target}]"]
+    return load_recipe(place / "labels.yaml", [*more, "head_learning_rate=0.5", "trainer.max_steps=1"]), head
+
+
+def test_all_that_is_new_is_trained_as_the_head_and_saved(other_head, tmp_path):
+    recipe, head = other_head
+    splits = load_splits(recipe)
+    arguments = make_arguments(recipe.trainer, splits.task, tmp_path, 0)
+    trainer = make_trainer(recipe, splits, load_tokenizer(recipe, splits.task), arguments)
+    names = {id(p): name for name, p in trainer.model.named_parameters()}
+    at_rate = {names[id(p)] for g in trainer.create_optimizer().param_groups if g["lr"] == 0.5 for p in g["params"]}
+    new = {name for name, p in trainer.model.named_parameters() if p.requires_grad and "lorta" not in name}
+    assert at_rate == new
+    assert {name.removeprefix("base_model.model.").split(".")[0] for name in new} == head
+    (result,) = run_training(recipe)
+    saved, data = tmp_path / "run/seed-0/adapter", recipe.data.test
+    found = run_evaluate(str(saved), None, "sst2", data, EvaluationOptions(), tmp_path / "again", rows=6)
+    assert found.metrics == pytest.approx(result.tests["sst2"])
+
+
+@pytest.mark.parametrize("other_head", ["xlnet"], indirect=True)
+def test_a_head_that_an_adapter_cannot_train_is_refused(other_head):
+    recipe, _ = other_head
+    recipe = replace(recipe, adapter={"method": "trainable_tokens", "token_indices": [3]})
+    task = find_task(recipe.task)
+    base = load_base(recipe, task, load_tokenizer(recipe, task), seed=0)
+    with pytest.raises(ValueError, match=r"sequence_summary, logits_proj of XLNet.* PEFT cannot train them"):
+        adapt(base, recipe, task)
 
 
 def test_modules_that_are_trained_beside_a_head_stay_what_the_recipe_says(place):

@@ -8,11 +8,15 @@ from safetensors.torch import load_file
 
 pytest.importorskip("omegaconf")
 pytest.importorskip("bitsandbytes")
+from transformers import set_seed
+
 from tensorpeft.tasks.registry import find_task
+from tensorpeft.training import models
 from tensorpeft.training.kept_base import _MADE_OF
-from tensorpeft.training.models import load_base, load_tokenizer
+from tensorpeft.training.models import adapt, load_base, load_tokenizer
 from tensorpeft.training.recipe import load_recipe
 
+DOTA = ("quantize={rounds: 2}",)
 PISSA = ("adapter={method: lora, r: 4, init_lora_weights: pissa}", "quantize.residual=true")
 PLAIN = ("adapter={method: lora, r: 4}", "quantize.residual=false")
 DRAWN = ("adapter={method: lora, r: 4, init_lora_weights: pissa_niter_1}", "quantize.residual=true")
@@ -68,6 +72,33 @@ def test_a_base_that_a_run_names_stays(run, base, tmp_path):
     (kept / _MADE_OF).unlink()  # as earlier versions left it
     base(tmp_path, PISSA)
     assert age(kept) == before
+
+
+@pytest.mark.parametrize("overrides", [DOTA, PISSA, PLAIN, DRAWN], ids=["dota", "pissa", "plain", "drawn"])
+def test_a_base_that_is_kept_is_not_made_again_and_is_the_same_bit_for_bit(overrides, place, tmp_path, monkeypatch):
+    recipe = load_recipe(place / "sft.yaml", [f"output={tmp_path}", *overrides])
+    task, ids = find_task(recipe.task), torch.arange(4, 12)[None]
+    tokenizer = load_tokenizer(recipe, task)
+
+    def adapted():
+        base = load_base(recipe, task, tokenizer, seed=0)
+        set_seed(0)
+        model = adapt(base, recipe, task)
+        return base, model.state_dict(), {name for name, p in model.named_parameters() if p.requires_grad}, model(ids)
+
+    made = adapted()
+    monkeypatch.delattr(models, "quantize_residual")
+    kept = adapted()
+    assert kept[0].name_or_path == made[0].name_or_path == str(tmp_path / ("base-0" if overrides == DRAWN else "base"))
+    assert kept[1].keys() == made[1].keys()
+    for name, tensor in made[1].items():
+        assert torch.equal(kept[1][name], tensor), name
+        assert kept[1][name].dtype == tensor.dtype, name
+    assert kept[2] == made[2]
+    assert torch.equal(kept[3].logits, made[3].logits)
+    (Path(kept[0].name_or_path) / "adapter_start.safetensors").unlink()  # as earlier versions left it
+    with pytest.raises(NameError, match="quantize_residual"):
+        adapted()
 
 
 def test_seeds_share_a_base_but_for_one_that_is_drawn(base, tmp_path):

@@ -18,8 +18,8 @@ from tensorpeft.training.splits import load_splits
 def make(place, tmp_path):
     """The trainer of a recipe."""
 
-    def make(name):
-        recipe = load_recipe(place / f"{name}.yaml", ["trainer.learning_rate=1e-2"])
+    def make(name, *more):
+        recipe = load_recipe(place / f"{name}.yaml", ["trainer.learning_rate=1e-2", *more])
         splits = load_splits(recipe)
         arguments = make_arguments(recipe.trainer, splits.task, tmp_path, 0)
         return trainers.make_trainer(recipe, splits, load_tokenizer(recipe, splits.task), arguments)
@@ -45,3 +45,14 @@ def test_a_model_that_refers_to_itself_is_gone_before_the_next_is_loaded(make, m
     finally:
         gc.enable()
     assert found == [None]
+
+
+@pytest.mark.parametrize(("train", "evaluation"), [("false", "true"), ("true", "false"), ("true", "null")])
+def test_rows_that_are_packed_are_not_left_out(train, evaluation, make, place, capsys):
+    """A packed data set has fewer rows than it was given; of the other, none is lost unsaid."""
+    packing = [f"trainer.packing={train}", f"trainer.eval_packing={evaluation}", "trainer.max_length=24"]
+    trainer = make("sft", *packing, "trainer.bf16=false")
+    are_fewer = len(trainer.train_dataset) < 32, len(trainer.eval_dataset) < 8
+    assert are_fewer == (train == "true", evaluation != "false")
+    trainers.tell_dropped_rows(trainer, load_splits(load_recipe(place / "sft.yaml")))
+    assert "left out" not in capsys.readouterr().out

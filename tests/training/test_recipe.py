@@ -304,6 +304,22 @@ def test_an_override_that_is_not_yaml(refused):
     refused(r"^'adapter\.target_modules=\[q': the value is not YAML", BASE, "seeds=3", "adapter.target_modules=[q")
 
 
+@pytest.mark.parametrize(
+    ("task", "rewards", "unit"),
+    [
+        ("rte", None, "nats"),
+        ("stsb", None, "squared error"),
+        ("gsm8k", None, "nats"),
+        ("gsm8k", {"answer": 1}, "minus the reward"),
+        ("preferences", None, "nats"),
+        ("folding", None, "structure loss"),
+    ],
+)
+def test_the_loss_is_called_what_the_task_s_is(task, rewards, unit):
+    pytest.importorskip("sklearn")
+    assert Recipe("m", task, DataRecipe("a", "b"), rewards=rewards).loss_unit == unit
+
+
 # To YAML and back
 
 

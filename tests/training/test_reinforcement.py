@@ -125,6 +125,17 @@ def test_the_best_checkpoint_is_the_one_of_the_highest_reward(whole):
     assert -whole.validation["loss"] == pytest.approx(saved[whole.best_step])  # the same draws, again
 
 
+def test_the_validation_loss_is_minus_the_mean_over_all_rows(recipe, tmp_path, monkeypatch):
+    """The last batch is smaller, and its rewards weigh no more than others."""
+    rewards = iter(range(24))
+    monkeypatch.setattr(f"{__name__}.share_of_small_words", lambda **of: [float(next(rewards)) for _ in of["answers"]])
+    more = ["trainer.max_steps=1", "trainer.eval_strategy=no", "trainer.eval_on_start=false", "data.validation=3"]
+    result = train(recipe, tmp_path / "run", *more, "trainer.per_device_eval_batch_size=8")
+    judged = range(8, 8 + 12)  # after the step's: three rows, four answers each
+    assert result.validation["loss"] == pytest.approx(-2 * sum(judged) / len(judged))
+    assert result.validation["reward"] == -result.validation["loss"]
+
+
 @pytest.mark.parametrize("name", JUDGED)
 def test_answer_and_format_are_what_the_task_judges(name):
     task, (row, right, wrong, none) = find_task(name), JUDGED[name]

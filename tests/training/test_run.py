@@ -1,6 +1,7 @@
 """`tensorpeft train` from the recipe to the report, on tiny models; on real data: tests/recipes."""
 
 import dataclasses
+import functools
 import json
 import shutil
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer
 
 pytest.importorskip("omegaconf")
 pytest.importorskip("trl")
@@ -90,6 +91,29 @@ def test_a_run_goes_on_at_its_last_whole_checkpoint(name, place, tmp_path):
     assert resumed.tests == whole.tests
 
 
+@pytest.mark.parametrize("lost", [[], ["checkpoint-6"]], ids=["after its last step", "before it"])
+def test_the_best_checkpoint_is_found_again_though_the_best_step_was_not_saved(lost, place, tmp_path, monkeypatch):
+    found = {1: 9.0, 2: 3.0, 3: 4.0, 4: 5.0, 5: 2.0, 6: 6.0}
+    choose = Trainer._determine_best_metric
+    monkeypatch.setattr(
+        Trainer,
+        "_determine_best_metric",
+        lambda self, metrics, trial: choose(self, {**metrics, "eval_loss": found[self.state.global_step]}, trial),
+    )
+    more = ["trainer.eval_steps=1", "trainer.save_steps=2", "trainer.save_total_limit=9"]
+    (whole,) = train(place, "sft", tmp_path / "run", *more)
+    seed = tmp_path / "run" / "seed-0"
+    kept = load_file(seed / "adapter" / "adapter_model.safetensors")
+    (seed / "results.json").unlink()
+    for name in ("adapter", *lost):
+        shutil.rmtree(seed / name)
+    (resumed,) = train(place, "sft", tmp_path / "run", *more, resume=True)
+    assert (whole.best_step, resumed.best_step) == (2, 2)
+    assert resumed.validation == whole.validation
+    saved = load_file(seed / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(saved[name], tensor) for name, tensor in kept.items())
+
+
 def test_a_bounded_run_tells_its_scale_and_goes_on_with_it(place, tmp_path):
     bounded = ("max_step_kl=1e-5", "trainer.learning_rate=1.0", "trainer.save_total_limit=9")
     (whole,) = train(place, "sft", tmp_path / "run", *bounded)
@@ -167,6 +191,20 @@ def test_the_head_has_its_own_rate(place, tmp_path):
     assert {rate for name, (rate, _) in rates.items() if "classifier" in name} == {0.5}
     assert {rate for name, (rate, _) in rates.items() if "classifier" not in name} == {arguments.learning_rate}
     assert {decay for name, (_, decay) in rates.items() if name.endswith("bias")} == {0.0}
+
+
+def test_rows_to_classify_are_cut_in_the_tests_as_in_training(place, tmp_path):
+    (result,) = train(place, "labels", tmp_path / "run", "data.max_length=4", "trainer.max_steps=1")
+    evaluate = functools.partial(run_evaluate, str(tmp_path / "run/seed-0/adapter"), None, "sst2")
+    found = [
+        evaluate(str(place / "labels.tsv"), EvaluationOptions(max_length=length), tmp_path / f"{length}", rows=6)
+        for length in (4, None)
+    ]
+    assert result.tests["sst2"] == pytest.approx(found[0].metrics)
+    assert found[0].metrics["loss"] != pytest.approx(found[1].metrics["loss"])
+    with pytest.raises(ValueError, match="max_length=41: the model reads at most 40 tokens"):  # before it is trained
+        train(place, "labels", tmp_path / "other", "data.max_length=41")
+    assert not (tmp_path / "other").exists()
 
 
 @long
@@ -270,6 +308,7 @@ def test_rows_whose_prompts_fill_the_length_are_left_out_and_said(place, tmp_pat
         (["evaluate.mode=likelihood"], "expected choices"),
         (["data.max_length=8"], "trainer.max_length"),
         (["head_learning_rate=1e-3"], "gets no new head"),
+        (["adapter=null", "quantize={residual: false}", "data.test=null"], "weights in 4 bits are not trained"),
         (["head={target_modules: [lm_head]}"], "gives labels"),
         (["task=stsb", "max_step_kl=0.01"], "max_step_kl: a model for the task stsb tells no probabilities"),
         (["task=folding", "max_step_kl=0.01"], "max_step_kl: a model for the task folding tells no probabilities"),

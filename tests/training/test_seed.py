@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -83,3 +85,18 @@ def test_rows_with_the_shortest_prompts_are_chosen_before_those_without():
     assert [row.prompt for row in splits.shortest(rows, 2)] == ["a", "ab"]
     assert [row.prompt for row in splits.shortest(rows)] == ["a", "ab", "abc", ""]
     assert splits.shortest(range(3), 2) == [0, 1]
+
+
+def test_seeds_that_run_at_the_same_time_write_the_recipe_once(place, tmp_path, monkeypatch):
+    recipe, write, written = load_recipe(place / "sft.yaml"), seed.write_lines, []
+
+    def write_slowly(*given):
+        written.append(given)
+        time.sleep(0.2)
+        write(*given)
+
+    monkeypatch.setattr(seed, "write_lines", write_slowly)
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(lambda _: seed._claim(tmp_path / "run", recipe), range(2)))
+    assert len(written) == 1
+    assert load_recipe(tmp_path / "run" / "recipe.yaml") == recipe

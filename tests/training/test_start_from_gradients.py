@@ -41,6 +41,16 @@ def test_frames_are_set_from_the_rows_stay_frozen_and_are_saved(place, tmp_path)
         assert torch.equal(frame, frames(tmp_path / "started")[key])
 
 
+def test_the_rows_of_the_start_are_not_those_of_the_validation(place, tmp_path):
+    """Of persistent workers transformers keeps the loader, whatever rows it was first made for."""
+    workers = ["trainer.dataloader_num_workers=1", "trainer.dataloader_persistent_workers=true"]
+    runs = [
+        train(place, tmp_path / f"run-{len(more)}", CORES, "data.start_rows=8", "trainer.max_steps=1", *more)[0]
+        for more in ([], workers)
+    ]
+    assert runs[0].validation == runs[1].validation
+
+
 @pytest.mark.recipes
 def test_a_resumed_run_ends_where_the_whole_one_does(place, tmp_path):
     (whole,) = train(place, tmp_path / "whole", CORES, "data.start_rows=8")

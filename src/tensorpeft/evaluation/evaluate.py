@@ -20,6 +20,15 @@ from tensorpeft.tasks.task import Example, LabelTask, PreferenceTask, QuestionTa
 
 _DEFAULTS = EvaluationOptions()
 _QUESTIONS = {"generate": evaluate_generation, "likelihood": evaluate_likelihood, "loss": evaluate_loss}
+# What each mode looks at, of the options that others do not.
+_LOOKS_AT = {
+    "generate": ("max_length", "max_new_tokens", "num_beams"),
+    "likelihood": ("max_length",),
+    "loss": ("max_length",),
+    "labels": ("max_length",),
+    "preferences": ("max_length", "beta"),
+    "structures": (),
+}
 _OTHERS = {LabelTask: "labels", PreferenceTask: "preferences", StructureTask: "structures"}
 
 
@@ -104,6 +113,18 @@ def find_mode(task: Task, options: EvaluationOptions) -> str:
     if options.mode == "generate" and task.score is None:
         raise ValueError(f"mode='generate': the task {task.name} cannot score a text. Use mode {task.mode or 'loss'}.")
     return options.mode or task.mode or ("loss" if task.score is None else "generate")
+
+
+def check_options(task: Task, options: EvaluationOptions) -> None:
+    """Refuse options that are not the defaults and would change nothing. In a recipe, which tests many tasks, they may.
+
+    Raises:
+        ValueError: there is one, or the task cannot be evaluated that way.
+    """
+    mode = find_mode(task, options)
+    for name in sorted({name for names in _LOOKS_AT.values() for name in names} - {*_LOOKS_AT[mode]}):
+        if (value := getattr(options, name)) != getattr(_DEFAULTS, name):
+            raise ValueError(f"{name}={value!r}: it changes nothing with {task.name} (mode {mode}). Leave it out.")
 
 
 def check_mode(task: Task, examples: Sequence[Example], options: EvaluationOptions) -> None:

@@ -53,8 +53,8 @@ def find_limit(
     """
     config = base_model(model).config
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    # RoBERTa's positions are two more than what it reads; a tokenizer that knows no limit has 10^30.
-    known = [limit for limit in (positions, tokenizer.model_max_length) if limit is not None and limit < 10**9]
+    # RoBERTa's positions are two more than what it reads; a tokenizer that knows no limit has 10^30, XLNet has -1.
+    known = [limit for limit in (positions, tokenizer.model_max_length) if limit is not None and 0 < limit < 10**9]
     if not known:
         return max_length
     limit = min(known) - reserved

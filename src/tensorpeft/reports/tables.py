@@ -83,12 +83,17 @@ def format_number(value: float) -> str:
 
 
 def mean_and_sd(values: Sequence[float], digits: int = 3) -> str:
-    """Mean ± sample standard deviation of the finite values; of one, that; of none, "diverged"; without any, a dash."""
+    """Mean ± sample standard deviation of the finite values, and how many are none; without any values, a dash.
+
+    Of one value, that; of none that is finite, "diverged".
+    """
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
         return "diverged" if values else "–"
     mean = f"{statistics.fmean(finite):.{digits}f}"
-    return mean if len(finite) == 1 else f"{mean} ± {spread(finite):.{digits}f}"
+    shown = mean if len(finite) == 1 else f"{mean} ± {spread(finite):.{digits}f}"
+    diverged = len(values) - len(finite)
+    return f"{shown} ({diverged} of {len(values)} diverged)" if diverged else shown
 
 
 def spread(values: Sequence[float]) -> float:

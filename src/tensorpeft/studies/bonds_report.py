@@ -9,6 +9,7 @@ from rich.console import Console
 from tensorpeft import DotaConfig
 from tensorpeft.loading.models import load_as_saved
 from tensorpeft.reports.files import write_json, write_lines
+from tensorpeft.reports.folders import sole_writer
 from tensorpeft.reports.tables import Table, markdown_tables, model_title
 from tensorpeft.reports.terminal import counting, print_table, say
 from tensorpeft.studies.bonds import RANKS, WeightStudy, correlations, study_bonds, total_error
@@ -27,26 +28,28 @@ def inspect_bonds(
     """The study of every weight, after printing its tables and writing bonds.json, bonds.md and three figures.
 
     Raises:
+        BlockingIOError: another inspection writes to the output folder.
         ValueError: a text without weighted, no text, or what `study_bonds` raises.
     """
     if text is not None and not weighted:
         raise ValueError(f"--text {text}: only weights by activations need a text. Add --weighted, or leave it out.")
-    network = load_as_saved(model, dtype="float32")
-    batch = load_batch(model, text) if weighted else None
-    console = Console()
-    with counting(console, "weights") as on_weight:
-        studies = study_bonds(network, config, budget, batch, on_weight)
-    write_json(output / "bonds.json", to_tree(studies, model, config, budget, weighted))
-    write_lines(output / "bonds.md", [markdown_tables(tables(studies, config, weighted))])
-    title = f"{model_title(model)}, {config.num_cores} cores"
-    plot_spectra(studies, title, output / "spectra.png")
-    plot_errors(studies, title, output / "errors.png")
-    plot_bonds(studies, f"{title}, bond {config.r} and adaptive bonds", output / "bonds.png")
-    for table in tables(studies, config, weighted):
-        print_table(console, table)
-        console.print()
-    say(console, f"Tables, figures and raw results: {output}")
-    return studies
+    with sole_writer(output):
+        network = load_as_saved(model, dtype="float32")
+        batch = load_batch(model, text) if weighted else None
+        console = Console()
+        with counting(console, "weights") as on_weight:
+            studies = study_bonds(network, config, budget, batch, on_weight)
+        write_json(output / "bonds.json", to_tree(studies, model, config, budget, weighted))
+        write_lines(output / "bonds.md", [markdown_tables(tables(studies, config, weighted))])
+        title = f"{model_title(model)}, {config.num_cores} cores"
+        plot_spectra(studies, title, output / "spectra.png")
+        plot_errors(studies, title, output / "errors.png")
+        plot_bonds(studies, f"{title}, bond {config.r} and adaptive bonds", output / "bonds.png")
+        for table in tables(studies, config, weighted):
+            print_table(console, table)
+            console.print()
+        say(console, f"Tables, figures and raw results: {output}")
+        return studies
 
 
 def tables(studies: Sequence[WeightStudy], config: DotaConfig, weighted: bool) -> list[Table]:

@@ -12,6 +12,7 @@ from tensorpeft.loading.models import load_as_saved
 from tensorpeft.quantization.errors import LayerErrors, method_names, quantization_errors
 from tensorpeft.reports.figures import MARKERS, legend_above, make_figure, name_layers, save_figure
 from tensorpeft.reports.files import write_json, write_lines
+from tensorpeft.reports.folders import sole_writer
 from tensorpeft.reports.tables import Table, markdown_tables, model_title
 from tensorpeft.reports.terminal import counting, print_table, say
 from tensorpeft.studies.inspected_model import load_batch, short_name
@@ -28,22 +29,24 @@ def inspect_quantization(
     """The errors of every layer, after printing their table and writing quantization.json, .md and .png.
 
     Raises:
+        BlockingIOError: another inspection writes to the output folder.
         ValueError: no text, or what `quantization_errors` raises.
     """
-    network, batch = load_as_saved(model, dtype="float32"), load_batch(model, text)
-    console = Console()
-    with counting(console, "layers") as on_layer:
-        errors = quantization_errors(network, config, rounds, double_quant, lambda: network(**batch), on_layer)
-    settings = {"r": config.r, "num_cores": config.num_cores, "rounds": rounds, "double_quant": double_quant}
-    layers = [dataclasses.asdict(layer) for layer in errors]
-    write_json(output / "quantization.json", {"model": model, **settings, "layers": layers})
-    title = f"{model_title(model)}: NF4, bond {config.r}, {config.num_cores} cores"
-    table = error_table(errors, rounds, title)
-    write_lines(output / "quantization.md", [markdown_tables([table])])
-    plot(errors, rounds, title, output / "quantization.png")
-    print_table(console, table)
-    say(console, f"Table, plot and raw results: {output}")
-    return errors
+    with sole_writer(output):
+        network, batch = load_as_saved(model, dtype="float32"), load_batch(model, text)
+        console = Console()
+        with counting(console, "layers") as on_layer:
+            errors = quantization_errors(network, config, rounds, double_quant, lambda: network(**batch), on_layer)
+        settings = {"r": config.r, "num_cores": config.num_cores, "rounds": rounds, "double_quant": double_quant}
+        layers = [dataclasses.asdict(layer) for layer in errors]
+        write_json(output / "quantization.json", {"model": model, **settings, "layers": layers})
+        title = f"{model_title(model)}: NF4, bond {config.r}, {config.num_cores} cores"
+        table = error_table(errors, rounds, title)
+        write_lines(output / "quantization.md", [markdown_tables([table])])
+        plot(errors, rounds, title, output / "quantization.png")
+        print_table(console, table)
+        say(console, f"Table, plot and raw results: {output}")
+        return errors
 
 
 def error_table(errors: Sequence[LayerErrors], rounds: int, title: str) -> Table:

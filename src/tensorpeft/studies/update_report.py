@@ -19,6 +19,7 @@ from tensorpeft.plugin.base_weight import as_matrix, weight_of
 from tensorpeft.plugin.gradients import gathering
 from tensorpeft.quantization.model import plan_layers
 from tensorpeft.reports.files import write_json, write_lines
+from tensorpeft.reports.folders import sole_writer
 from tensorpeft.reports.tables import Table, markdown_tables, model_title
 from tensorpeft.reports.terminal import counting, print_table, say
 from tensorpeft.studies.catalogue import methods_by_key
@@ -47,8 +48,16 @@ def inspect_update(
     multiple for full fine-tuning.
 
     Raises:
+        BlockingIOError: another inspection writes to the output folder.
         ValueError: the recipe has no adapter, too few rows, or what training refuses.
     """
+    with sole_writer(output):
+        return _inspect(recipe, rows, steps, num_layers, sizes, output)
+
+
+def _inspect(
+    recipe: Recipe, rows: int, steps: int, num_layers: int, sizes: Sizes, output: Path
+) -> dict[str, list[Reach]]:
     if recipe.adapter is None:
         raise ValueError("adapter: null: expected an adapter, whose target_modules are looked at.")
     console, seed, full = Console(), recipe.seeds[0], _as_full(recipe, steps)

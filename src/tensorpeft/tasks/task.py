@@ -180,3 +180,10 @@ class StructureTask:
 
 Task = LabelTask | QuestionTask | PreferenceTask | StructureTask
 Example = LabelledText | Question | Preference | Structure
+
+
+def loss_unit(task: Task) -> str:
+    """What the loss of a model that is trained on a task is in, or is."""
+    if isinstance(task, StructureTask):
+        return "structure loss"
+    return "squared error" if isinstance(task, LabelTask) and not task.label_names else "nats"

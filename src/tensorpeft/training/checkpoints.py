@@ -16,7 +16,7 @@ _STATE = "trainer_state.json"  # what Trainer writes last
 def last_whole_checkpoint(folder: Path) -> Path | None:
     """The last checkpoint that was written to its end; what a killed run left half-written is removed.
 
-    Its state is made to name the best checkpoint in this folder, which may have been moved.
+    Its state is made to name the best checkpoint in this folder, which may have been moved; None where there is none.
     """
     while folder.is_dir() and (last := get_last_checkpoint(str(folder))) is not None:
         file = Path(last) / _STATE
@@ -25,9 +25,11 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
         except (OSError, ValueError):
             shutil.rmtree(last)
             continue
-        best = folder / f"{PREFIX_CHECKPOINT_DIR}-{state['best_global_step']}"
-        if state["best_model_checkpoint"] is not None and state["best_model_checkpoint"] != str(best):
-            state["best_model_checkpoint"] = str(best)
+        # Not by `best_global_step`, the best evaluation, at which no checkpoint need have been written.
+        best = None if (named := state["best_model_checkpoint"]) is None else folder / Path(named).name
+        here = str(best) if best is not None and best.is_dir() else None
+        if named != here:
+            state["best_model_checkpoint"] = here
             write_lines(file, [json.dumps(state, indent=2)])
         return Path(last)
     return None
@@ -52,3 +54,9 @@ def train_from(trainer: Trainer, checkpoint: Path | None) -> None:
                 trainer._load_from_checkpoint(str(checkpoint))
             return
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
+
+def kept_step(trainer: Trainer) -> int | None:
+    """The step of the checkpoint that a trained model was loaded from; None: it is the model of the last step."""
+    best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    return None if best is None else int(Path(best).name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-"))

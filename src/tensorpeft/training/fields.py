@@ -1,6 +1,7 @@
 """Values of a recipe against the types that the libraries' dataclasses declare, which these do not check themselves."""
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -66,3 +67,8 @@ def _say(hint: Any) -> str:
 def is_whole(value: Any, at_least: int = 0) -> bool:
     """Whether a value is a whole number that is no smaller."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
+
+
+def is_number(value: Any, above: float = -math.inf) -> bool:
+    """Whether a value is a finite number that is larger."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > above

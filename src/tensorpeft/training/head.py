@@ -2,6 +2,8 @@
 
 import math
 import warnings
+from collections.abc import Collection
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -12,15 +14,60 @@ from tensorpeft.modes import modes_near_8
 from tensorpeft.networks.tensor_train import contract, random_train
 from tensorpeft.training.head_recipe import HeadRecipe
 
-# As PEFT and transformers call a layer that is new to a model.
-_HEADS = ("classifier", "score", "head")
+# The ends of the names of what PEFT takes for a classifier's head: it trains and saves these by itself.
+_OF_PEFT = ("classifier", "score")
+# Attribute of a base: the names of its new modules.
+_NEW = "new_modules"
+
+
+def note_new(
+    model: nn.Module,  # before it has an adapter
+    parameters: Collection[str],  # names of those that start from noise
+) -> None:
+    """Note which modules of a model are new: the largest ones all of whose parameters start from noise."""
+    found: list[str] = []
+    for name, module in model.named_modules():  # a module before its parts
+        own = [f"{name}.{key}" for key, _ in module.named_parameters()]
+        if name and own and set(parameters).issuperset(own) and not name.startswith(tuple(f"{f}." for f in found)):
+            found.append(name)
+    setattr(model, _NEW, tuple(found))
+
+
+def new_modules(model: nn.Module) -> tuple[str, ...]:
+    """What `note_new` has noted of a model, or of the base of an adapted one."""
+    return getattr(model, _NEW, ())
 
 
 def is_head(
-    name: str,  # of a parameter
+    name: str,  # of a parameter or module
+    model: nn.Module,  # of which it is; adapted or not
 ) -> bool:
-    """Whether a parameter is of a head that is new to the model."""
-    return not set(name.split(".")).isdisjoint(_HEADS)
+    """Whether it is of the model's head: of what is new to it, or of what PEFT takes for a head."""
+    of_peft = any(part.endswith(_OF_PEFT) for part in name.split("."))
+    return of_peft or any(f".{new}." in f".{name}." for new in new_modules(model))
+
+
+def train_new(
+    config: Any,  # of the adapter, which is changed
+    model: nn.Module,
+) -> None:
+    """Have PEFT train and save all new modules of a model. What it does not know it would leave random and unsaved.
+
+    Raises:
+        ValueError: the adapter's method can train no modules beside it.
+    """
+    known = (*_OF_PEFT, *(getattr(config, "modules_to_save", None) or ()))
+
+    def is_known(name: str) -> bool:  # or a part of what is
+        return any(parent.endswith(known) for parent in accumulate(name.split("."), "{}.{}".format))
+
+    if others := [name for name in new_modules(model) if not is_known(name)]:
+        if not hasattr(config, "modules_to_save"):
+            raise ValueError(
+                f"adapter: {', '.join(others)} of {type(model).__name__} start from noise, and beside a "
+                f"{type(config).__name__} PEFT cannot train them. Choose another method, such as lora."
+            )
+        config.modules_to_save = [*(config.modules_to_save or ()), *others]
 
 
 class HeadLayer(nn.Module):
@@ -140,7 +187,7 @@ def restrict_head(
     Raises:
         ValueError: no layer of the head has such a name.
     """
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and is_head(name)]
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and is_head(name, model)]
     chosen = [name for name in names if any(f".{name}".endswith(f".{end}") for end in recipe.target_modules)]
     if not chosen:
         raise ValueError(

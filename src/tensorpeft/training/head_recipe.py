@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tensorpeft.training.fields import is_whole
+from tensorpeft.training.fields import is_number, is_whole
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class HeadRecipe:
             if rank is not None and not is_whole(rank, at_least=1):
                 raise ValueError(f"head.{name}={rank!r}: expected a whole number, at least 1.")
         alpha = self.alpha
-        if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, int | float) or not alpha > 0):
+        if alpha is not None and not is_number(alpha, above=0):
             raise ValueError(f"head.alpha={alpha!r}: expected a number above 0.")
         if self.tt_rank is not None and (self.r, alpha) != (None, None):
             raise ValueError(

@@ -1,10 +1,13 @@
 """A base in 4 bits, which exists nowhere else, kept for the adapters that fit no other."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tensorpeft.reports.files import make_once, to_json, write_json
@@ -13,11 +16,13 @@ from tensorpeft.training.recipe import RECIPE_FILE, Recipe
 # What of a recipe tells its base; a file in the folder has it. Weights replaced under the same name are not seen.
 _FIELDS = ("model", "task", "model_arguments", "quantize", "adapter")
 _MADE_OF = "made_of.json"
+_START_FILE = "adapter_start.safetensors"
 
 
 def keep_base(
     model: Any,
     tokenizer: PreTrainedTokenizerBase | None,  # None: the task is no text
+    start: Mapping[str, Tensor],  # of the adapter, by its parameters' names, that the weights lack
     recipe: Recipe,
     seed: int | None,  # that the base was drawn with; None: it is the same for all seeds
 ) -> None:
@@ -29,18 +34,39 @@ def keep_base(
     Raises:
         ValueError: a run names a base there that was made of something else, or the folder is none of ours.
     """
-    folder = Path(recipe.output).absolute() / ("base" if seed is None else f"base-{seed}")
-    made_of = json.loads(to_json({name: getattr(recipe, name) for name in _FIELDS}))
+    folder, made_of = _folder(recipe, seed), _made_of(recipe)
 
     def make(unfinished: Path) -> None:
         model.save_pretrained(unfinished)
         if tokenizer is not None:
             tokenizer.save_pretrained(unfinished)
+        save_file({name: tensor.contiguous() for name, tensor in start.items()}, unfinished / _START_FILE)
         write_json(unfinished / _MADE_OF, made_of)
 
     if PartialState().is_main_process:
         make_once(folder, make, lambda found: _is_kept(found, made_of))
     model.name_or_path = model.config._name_or_path = str(folder)
+
+
+def find_kept(recipe: Recipe, seed: int | None) -> Path | None:
+    """The folder of the base that `keep_base` has kept for the same; None: there is none, or of an earlier version."""
+    folder = _folder(recipe, seed)
+    is_whole = all((folder / name).is_file() for name in (_MADE_OF, _START_FILE))
+    is_it = is_whole and json.loads((folder / _MADE_OF).read_text(encoding="utf-8")) == _made_of(recipe)
+    return folder if is_it else None
+
+
+def read_start(folder: Path) -> dict[str, Tensor]:
+    """The adapter's start that was kept beside a base."""
+    return load_file(folder / _START_FILE)
+
+
+def _folder(recipe: Recipe, seed: int | None) -> Path:
+    return Path(recipe.output).absolute() / ("base" if seed is None else f"base-{seed}")
+
+
+def _made_of(recipe: Recipe) -> dict[str, Any]:
+    return json.loads(to_json({name: getattr(recipe, name) for name in _FIELDS}))
 
 
 def _is_kept(folder: Path, made_of: dict[str, Any]) -> bool:

@@ -21,12 +21,14 @@ from tensorpeft.models.folding import VOCABULARY, build_folding_model
 from tensorpeft.quantization import quantize_residual
 from tensorpeft.tasks.task import LabelTask, PreferenceTask, StructureTask, Task
 from tensorpeft.training.adapters import make_config
-from tensorpeft.training.head import restrict_head
-from tensorpeft.training.kept_base import keep_base
+from tensorpeft.training.head import new_modules, note_new, restrict_head, train_new
+from tensorpeft.training.kept_base import find_kept, keep_base, read_start
 from tensorpeft.training.recipe import Recipe, check_keys
 
 # Arguments of from_pretrained that say which files are meant.
 _FOR_BOTH = ("revision", "token", "trust_remote_code", "subfolder", "cache_dir")
+# Of these, what does not hold for a base that is kept elsewhere.
+_ELSEWHERE = ("revision", "subfolder")
 # PEFT's starts of a LoRA that are a part of the weight; further ones want data.
 _SUBTRACTED = ("pissa", "olora")
 _DRAWN = "pissa_niter_"  # of these, the one that is a randomised decomposition
@@ -56,39 +58,64 @@ def load_base(
     tokenizer: PreTrainedTokenizerBase | None,  # None: the task is no text
     seed: int,  # of a head that starts from noise
 ) -> PreTrainedModel:
-    """The model as it is before an adapter: quantised, where the recipe says so.
+    """The model as it is before an adapter: quantised, where the recipe says so, unless that base is kept already.
 
     With ``residual``, the adapter's start is left out of what is quantised: DoTA's cores are kept in the base, the
     start of a LoRA of PEFT's (PiSSA: QPiSSA) is what `adapt` begins with.
     """
     set_seed(seed)
-    arguments = dict(recipe.model_arguments)
-    model: Any
-    if isinstance(task, StructureTask):
-        model = _load_folding_model(recipe.model, arguments)
-    elif isinstance(task, LabelTask):
-        assert tokenizer is not None
-        arguments.setdefault("num_labels", max(len(task.label_names), 1))
-        model = _load_classifier(recipe.model, arguments)
-        if task.label_names:
-            model.config.id2label = dict(enumerate(task.label_names))
-            model.config.label2id = {name: label for label, name in enumerate(task.label_names)}
-        model.config.pad_token_id = tokenizer.pad_token_id
-    else:
-        model = _load(AutoModelForCausalLM, recipe.model, arguments)
-    if recipe.quantize is not None:
-        arguments = dict(recipe.quantize)
-        config = _written_config(recipe, task) if arguments.pop("residual", True) else None
-        check_keys(arguments, ("rounds", "double_quant", "skip_modules"), "quantize")
-        start: dict[str, Tensor] = {}
-        is_random = str(getattr(config, "init_lora_weights", "")).startswith(_DRAWN)
-        if _leaves_residual(config):
-            _check_residual(config, task, arguments.get("rounds", 1))
-            model, start, config = *_without_start(model, config), None
-        model = quantize_residual(model, config, **arguments)  # pyright: ignore[reportArgumentType]
-        setattr(model, _START, start)
-        keep_base(model, tokenizer, recipe, seed if is_random else None)
+    if recipe.quantize is None:
+        return _load_whole(recipe, task, tokenizer)
+    config = _written_config(recipe, task) if recipe.quantize.get("residual", True) else None
+    is_random = str(getattr(config, "init_lora_weights", "")).startswith(_DRAWN)
+    drawn_with = seed if is_random else None
+    has_head = isinstance(task, LabelTask | StructureTask)  # which every seed draws anew
+    if not has_head and (folder := find_kept(recipe, drawn_with)) is not None:
+        arguments = {key: value for key, value in recipe.model_arguments.items() if key not in _ELSEWHERE}
+        model = _load(AutoModelForCausalLM, str(folder), arguments)
+        setattr(model, _START, read_start(folder))
+        return model
+    model, start = _quantise(_load_whole(recipe, task, tokenizer), recipe.quantize, config, task)
+    setattr(model, _START, start)
+    keep_base(model, tokenizer, start, recipe, drawn_with)
     return model
+
+
+def _load_whole(recipe: Recipe, task: Task, tokenizer: PreTrainedTokenizerBase | None) -> Any:
+    """The model before it is quantised."""
+    arguments = dict(recipe.model_arguments)
+    if isinstance(task, StructureTask):
+        return _load_folding_model(recipe.model, arguments)
+    if not isinstance(task, LabelTask):
+        return _load(AutoModelForCausalLM, recipe.model, arguments)
+    assert tokenizer is not None
+    arguments.setdefault("num_labels", max(len(task.label_names), 1))
+    model: Any = _load_classifier(recipe.model, arguments)
+    if task.label_names:
+        model.config.id2label = dict(enumerate(task.label_names))
+        model.config.label2id = {name: label for label, name in enumerate(task.label_names)}
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def _quantise(
+    model: Any,
+    quantize: Mapping[str, Any],
+    config: Any,  # of the adapter whose start is left out; None: of none
+    task: Task,
+) -> tuple[Any, dict[str, Tensor]]:
+    """The model in 4 bits, and the start that its weights lack and it does not keep itself."""
+    arguments = {key: value for key, value in quantize.items() if key != "residual"}
+    check_keys(arguments, ("rounds", "double_quant", "skip_modules"), "quantize")
+    if config is not None:
+        train_new(config, model)
+    if new := new_modules(model):
+        arguments["skip_modules"] = (*arguments.get("skip_modules", ()), *new)
+    start: dict[str, Tensor] = {}
+    if _leaves_residual(config):
+        _check_residual(config, task, arguments.get("rounds", 1))
+        model, start, config = *_without_start(model, config), None
+    return quantize_residual(model, config, **arguments), start
 
 
 def _leaves_residual(config: PeftConfig | None) -> bool:
@@ -135,7 +162,7 @@ def _check_dtype(arguments: Mapping[str, Any]) -> None:
 
 def _load_classifier(name: str, arguments: dict[str, Any]) -> PreTrainedModel:
     try:
-        return _load(AutoModelForSequenceClassification, name, arguments)
+        model, info = _load(AutoModelForSequenceClassification, name, {**arguments, "output_loading_info": True})
     except ValueError as error:
         if not isinstance(error.__cause__, RuntimeError):
             raise
@@ -144,6 +171,8 @@ def _load_classifier(name: str, arguments: dict[str, Any]) -> PreTrainedModel:
             "head is of another task, write model_arguments: {ignore_mismatched_sizes: true}; it then starts from "
             "noise."
         ) from None
+    note_new(model, {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    return model
 
 
 def _load_folding_model(name: str, arguments: dict[str, Any]) -> PreTrainedModel:
@@ -152,8 +181,11 @@ def _load_folding_model(name: str, arguments: dict[str, Any]) -> PreTrainedModel
     folding = {key: arguments.pop(key) for key in fields if key in arguments}
     if random_esm is not None:
         check_keys(arguments, fields, "model_arguments")
-        return build_folding_model(EsmConfig(**_ESM2, **random_esm), **folding)
-    return build_folding_model(loading.load_pretrained(EsmModel, name, **arguments), **folding)
+        model = build_folding_model(EsmConfig(**_ESM2, **random_esm), **folding)
+    else:
+        model = build_folding_model(loading.load_pretrained(EsmModel, name, **arguments), **folding)
+    note_new(model, [f"head.{parameter}" for parameter, _ in model.head.named_parameters()])
+    return model
 
 
 def adapter_config(recipe: Recipe, task: Task) -> PeftConfig | None:
@@ -178,9 +210,10 @@ def adapt(model: nn.Module, recipe: Recipe, task: Task) -> nn.Module:
     config = adapter_config(recipe, task)
     if config is None:
         return model
+    train_new(config, model)
     start: dict[str, Tensor] = getattr(model, _START, {})
     adapted = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
     for name, parameter in adapted.named_parameters():
         if name in start:
-            parameter.data = start[name].clone()
+            parameter.data = start[name].clone().to(parameter.device)
     return adapted

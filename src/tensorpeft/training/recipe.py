@@ -1,7 +1,6 @@
 """A recipe: one YAML file that says what is fine-tuned, with which adapter, on which data, with which arguments."""
 
 import difflib
-import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -14,7 +13,8 @@ from yaml import YAMLError
 
 from tensorpeft.loading.packages import package_folder
 from tensorpeft.recipes import find_recipe
-from tensorpeft.training.fields import is_whole
+from tensorpeft.tasks.task import loss_unit
+from tensorpeft.training.fields import is_number, is_whole
 from tensorpeft.training.head_recipe import HeadRecipe
 
 RECIPE_FILE = "recipe.yaml"  # of a run, in its folder
@@ -37,7 +37,8 @@ class DataRecipe:
         start_rows: the adapter's frames are set from the gradient of so many training rows, drawn by the run's seed
             (`tensorpeft.initialize_from_gradients`); None: they start as the method says.
         seed: of the drawing; the same for all ``seeds`` of a recipe.
-        max_length: tokens of a row to classify; longer ones are cut. Language models: trainer.max_length.
+        max_length: tokens of a row to classify; longer ones are cut, of the tests, too, unless ``evaluate`` says
+            another. Language models: trainer.max_length.
         loss_on: "text" (prompt and response, as LLM-Adapters does) or "response"; for questions.
         chat: write questions, of the tests, too, in the model's chat template; for questions.
     """
@@ -130,15 +131,14 @@ class Recipe:
             raise ValueError(
                 f"seeds={list(self.seeds)}: expected a list of different whole numbers, such as [0, 1, 2]."
             )
-        if self.rewards is not None and not (self.rewards and all(map(_is_weight, self.rewards.values()))):
+        if self.rewards is not None and not (self.rewards and all(map(is_number, self.rewards.values()))):
             raise ValueError(
                 f"rewards={dict(self.rewards)}: expected a number by name, such as {{answer: 1, format: 0.5}}."
             )
-        rate = self.head_learning_rate
-        if rate is not None and (isinstance(rate, bool) or not isinstance(rate, int | float)):
-            raise ValueError(f"head_learning_rate={rate!r}: expected a number, such as 1e-3, or null.")
-        bound = self.max_step_kl
-        if bound is not None and (isinstance(bound, bool) or not isinstance(bound, int | float) or not bound > 0):
+        rate, bound = self.head_learning_rate, self.max_step_kl
+        if rate is not None and not is_number(rate, above=0):
+            raise ValueError(f"head_learning_rate={rate!r}: expected a number above 0, such as 1e-3, or null.")
+        if bound is not None and not is_number(bound, above=0):
             raise ValueError(f"max_step_kl={bound!r}: expected nats above 0, such as 0.01, or null.")
         if self.adapter is not None and "method" not in self.adapter:
             raise ValueError(
@@ -148,8 +148,10 @@ class Recipe:
 
     @property
     def loss_unit(self) -> str:
-        """What its validation loss is."""
-        return "nats" if self.rewards is None else "minus the reward"
+        """What its validation loss is, or is in."""
+        from tensorpeft.tasks.registry import find_task  # here, because it imports every task
+
+        return loss_unit(find_task(self.task)) if self.rewards is None else "minus the reward"
 
     def to_yaml(self) -> str:
         """The recipe as YAML; `load_recipe` reads it back."""
@@ -366,10 +368,6 @@ def _as_recipe(tree: dict[str, Any], place: str) -> Recipe:
 
 def _without_nulls(tree: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in tree.items() if value is not None}
-
-
-def _is_weight(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _as_yaml(value: Any) -> Any:

@@ -22,6 +22,16 @@ class RewardTrainer(GRPOTrainer):
             torch.manual_seed(self.args.seed + self.accelerator.process_index)
             return super().evaluate(*arguments, **more)
 
+    def _generate_and_score_completions(self, inputs: Any) -> Any:
+        """TRL's; of a validation batch, whose rewards it notes down by their mean, that weighs as much as its rows."""
+        scored = super()._generate_and_score_completions(inputs)
+        model: Any = self.model
+        if not model.training:
+            for name, means in self._metrics["eval"].items():
+                if name.startswith("reward"):
+                    means.extend(means[-1:] * (len(inputs) - 1))
+        return scored
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, and put the reward where the validation loss is looked for."""
         if "eval_loss" in logs and (rewards := self._metrics["eval"]["reward"]):

@@ -62,7 +62,7 @@ def plot_training(recipe: Recipe, results: Sequence[SeedResult], path: Path) -> 
     figure, axes = make_figure(1 + 5.5 * panels, 4.5, panels, columns=panels)
     for key, label, style in (("loss", "training", ":"), ("eval_loss", "validation", "-"))[: 1 if is_rewarded else 2]:
         _draw(axes[0], results, key, label, style)
-    axes[0].set(title="Loss", ylabel="GRPO's loss" if is_rewarded else "loss (nats)")
+    axes[0].set(title="Loss", ylabel="GRPO's loss" if is_rewarded else f"loss ({recipe.loss_unit})")
     if is_rewarded:
         _draw(axes[1], results, "reward", "reward in training", ":")
     for key in metrics:

@@ -107,8 +107,10 @@ def check_recipe(
     adapter_config(recipe, task)
     find_rewards(recipe.rewards or {}, task)
     check_keys(recipe.evaluate, EvaluationOptions.__dataclass_fields__, "evaluate")
-    # Questions are tested as they are asked in training, the DPO loss with the beta that it is trained with.
+    # Questions are tested as they are asked in training, rows to classify as they are cut, the DPO loss with its beta.
     trained: dict[str, Any] = {"chat": recipe.data.chat}
+    if isinstance(task, LabelTask):
+        trained |= {"max_length": recipe.data.max_length}
     if isinstance(task, PreferenceTask):
         trained |= {"beta": arguments.beta}  # pyright: ignore[reportAttributeAccessIssue]
     return EvaluationOptions(**{**trained, **recipe.evaluate})
@@ -119,6 +121,10 @@ def _check_fields(recipe: Recipe, task: Task) -> None:
     if isinstance(task, PreferenceTask) and recipe.adapter is None and recipe.data.test is not None:
         raise ValueError(
             "data.test: preferences are tested against the base, which is gone where all weights are trained."
+        )
+    if recipe.quantize is not None and recipe.adapter is None:
+        raise ValueError(
+            "quantize: weights in 4 bits are not trained, and there is no adapter. Name one, or remove quantize."
         )
     if recipe.data.start_rows is not None and recipe.adapter is None:
         raise ValueError("data.start_rows: frames are an adapter's, and all weights are trained. Remove it.")

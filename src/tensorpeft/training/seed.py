@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from omegaconf import OmegaConf
 from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
@@ -14,7 +15,7 @@ from tensorpeft.evaluation.evaluate import evaluate_task
 from tensorpeft.evaluation.options import EvaluationOptions
 from tensorpeft.reports.files import write_json_lines, write_lines
 from tensorpeft.reports.terminal import plain
-from tensorpeft.training.checkpoints import last_whole_checkpoint, train_from
+from tensorpeft.training.checkpoints import kept_step, last_whole_checkpoint, train_from
 from tensorpeft.training.head import fold_head
 from tensorpeft.training.models import load_tokenizer
 from tensorpeft.training.recipe import RECIPE_FILE, Recipe
@@ -31,9 +32,11 @@ WHOLE_MODEL = "model"
 def _claim(output: Path, recipe: Recipe) -> None:
     """Make the folder that of this recipe: from here on it holds a run."""
     file, text = output / RECIPE_FILE, f"{recipe.to_yaml().rstrip()}\n"
-    # Not written again: other seeds may run at the same time, and do the same.
-    if not file.is_file() or file.read_text(encoding="utf-8") != text:
-        write_lines(file, text.splitlines())
+    output.mkdir(parents=True, exist_ok=True)
+    # Other seeds may run at the same time, and do the same.
+    with FileLock(output / f".{RECIPE_FILE}.lock"):
+        if not file.is_file() or file.read_text(encoding="utf-8") != text:
+            write_lines(file, text.splitlines())
 
 
 def check_output(
@@ -113,7 +116,7 @@ def run_seed(
         seed=arguments.seed,
         history=history,
         validation=_only_numbers(validation),
-        best_step=trainer.state.best_global_step if arguments.load_best_model_at_end else None,
+        best_step=kept_step(trainer),
         steps=trainer.state.max_steps,
         tests=_test(trainer, recipe, tokenizer, splits, options, saved, console),
         trained_parameters=sum(size for size, is_trained in counts if is_trained),

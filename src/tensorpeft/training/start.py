@@ -57,7 +57,8 @@ def row_batches(
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     chosen = [order[part * num_rows : (part + 1) * num_rows] for part in range(parts)]
     subsets: list[Any] = [rows.select(part) if hasattr(rows, "select") else [rows[k] for k in part] for part in chosen]
-    return [map(trainer._prepare_inputs, trainer.get_eval_dataloader(subset)) for subset in subsets]
+    # Not `get_eval_dataloader`, which with persistent workers hands out the loader of its first call ever after.
+    return [map(trainer._prepare_inputs, trainer.get_test_dataloader(subset)) for subset in subsets]
 
 
 def loss_on(trainer: Trainer, batch: Any) -> torch.Tensor:

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from tensorpeft.evaluation.chat_template import as_chat, find_turn_end
+from tensorpeft.evaluation.tokens import find_limit
 from tensorpeft.models.folding import collate_structures
 from tensorpeft.tasks.task import LabelTask, PreferenceTask, QuestionTask, Structure, StructureTask
 from tensorpeft.training.head import is_head
@@ -49,7 +50,7 @@ class HeadRateTrainer(Trainer):
         optimizer = super().create_optimizer(model)
         if self.head_learning_rate is not None:
             trained: Any = self.model if model is None else model
-            head = {id(p) for name, p in trained.named_parameters() if is_head(name)}
+            head = {id(p) for name, p in trained.named_parameters() if is_head(name, trained)}
             groups = list(optimizer.param_groups)
             optimizer.param_groups.clear()
             for group in groups:
@@ -143,12 +144,13 @@ def _label_trainer(
         labels = np.asarray(predicted.label_ids)
         return {name: float(metric(labels.tolist(), values.tolist())) for name, metric in task.metrics.items()}
 
+    limit = find_limit(model, tokenizer, recipe.data.max_length)  # as the tests have it
     return HeadRateTrainer(
         head_learning_rate=recipe.head_learning_rate,
         model=model,
         args=arguments,
-        train_dataset=_label_rows(splits.train, task, tokenizer, recipe.data.max_length),
-        eval_dataset=_label_rows(splits.validation, task, tokenizer, recipe.data.max_length),
+        train_dataset=_label_rows(splits.train, task, tokenizer, limit),
+        eval_dataset=_label_rows(splits.validation, task, tokenizer, limit),
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=scores,
@@ -221,9 +223,8 @@ def _preference_rows(examples: Sequence[Any], data: DataRecipe, tokenizer: Any) 
 def _sft_trainer(**arguments: Any) -> Trainer:
     from trl.trainer.sft_trainer import SFTTrainer
 
-    trainer: Any = SFTTrainer(**arguments)
-    if not trainer.args.packing:
-        _check_left_rows(trainer, arguments)
+    trainer = SFTTrainer(**arguments)
+    _check_left_rows(trainer, arguments)
     return trainer
 
 
@@ -259,10 +260,15 @@ def _check_left_rows(trainer: Any, arguments: dict[str, Any]) -> None:
 
 def tell_dropped_rows(trainer: Any, splits: Splits) -> None:
     """TRL drops rows of which ``max_length`` leaves nothing to learn, and does not say so."""
-    if getattr(trainer.args, "packing", False) or not trainer.is_world_process_zero():
+    if not trainer.is_world_process_zero():
         return
-    for name, rows in (("train_dataset", splits.train), ("eval_dataset", splits.validation)):
-        if (kept := len(getattr(trainer, name))) < len(rows):
+    packs = getattr(trainer.args, "packing", False)
+    packs_eval = getattr(trainer.args, "eval_packing", None)
+    for name, rows, is_packed in (
+        ("train_dataset", splits.train, packs),
+        ("eval_dataset", splits.validation, packs if packs_eval is None else packs_eval),
+    ):
+        if not is_packed and (kept := len(getattr(trainer, name))) < len(rows):
             print(
                 f"{len(rows) - kept} of {len(rows)} rows of {name} left out: their prompts alone fill "
                 f"trainer.max_length={trainer.args.max_length}."

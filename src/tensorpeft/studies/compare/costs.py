@@ -59,7 +59,7 @@ class TrainedStep:
     def parameters(self) -> tuple[int, int]:
         """Trained parameters: the new head apart, and of the head."""
         sizes = {name: p.numel() for name, p in self.model.named_parameters() if p.requires_grad}
-        head = sum(size for name, size in sizes.items() if is_head(name))
+        head = sum(size for name, size in sizes.items() if is_head(name, self.model))
         return sum(sizes.values()) - head, head
 
 

@@ -78,4 +78,4 @@ def _count(entry: Entry, base: nn.Module, task: Task, value: int) -> int:
     config: Any = adapter_config(_with_knob(entry, value), task)
     with torch.device("meta"):  # what an adapter draws at random, too
         model: Any = get_peft_model(copy.deepcopy(base), config, low_cpu_mem_usage=True)  # pyright: ignore[reportArgumentType]
-    return sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and not is_head(name))
+    return sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and not is_head(name, model))

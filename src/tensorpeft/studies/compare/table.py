@@ -71,7 +71,7 @@ def legend(comparison: Comparison, results: Sequence[EntryResult]) -> list[str]:
     """What a reader of the table must know, a sentence or two per line."""
     spread = "mean ± standard deviation over the seeds" if comparison.seeds > 1 else "one seed"
     head = next((result.costs.head_parameters for result in results if result.costs is not None), 0)
-    loss = "in nats" if comparison.recipe.rewards is None else comparison.recipe.loss_unit
+    loss = "in nats" if comparison.recipe.loss_unit == "nats" else comparison.recipe.loss_unit
     lines = [f"Scores: test rows, scored once per final run, {spread}. Valid. loss: {loss}, of the kept checkpoint."]
     searched = [result.entry.label for result in results if len(result.search) > 1]
     fixed = [result.entry.label for result in results if len(result.search) == 1]
