@@ -26,9 +26,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output",
         type=Path,
-        default=Path("runs/demo"),
         metavar="DIR",
-        help="where the report goes (default: %(default)s)",
+        help="where the report goes (default: runs/demo; with --quick, runs/demo-smoke)",
     )
     add_cache(parser)
     parser.set_defaults(run=_run, extra="train")
