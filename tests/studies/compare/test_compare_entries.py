@@ -164,10 +164,8 @@ def test_a_trial_has_a_folder_of_its_own(write):
     assert output("compare: {output: runs/mine}") == "runs/mine-smoke"
     assert output("") == "runs/compare/some-smoke"
     assert output("compare: {output: runs/mine}", overrides=["compare.output=there"]) == "there"
-    recipe = load_entries(
-        write("output: '${compare.output}/train'\nsmoke: {}\ncompare: {output: a}"), smoke=True
-    ).recipe
-    assert recipe.output == "a-smoke/train"
+    path = write("output: '${compare.output}/train'\nsmoke: {}\ncompare: {output: a}")
+    assert load_entries(path, smoke=True).recipe.output == "a-smoke/train"
 
 
 def test_overrides_are_of_the_recipe_and_reach_every_entry(write):

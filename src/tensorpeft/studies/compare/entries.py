@@ -181,7 +181,8 @@ def _make_entry(
         raise ValueError(
             f"compare.methods.{key}.adapter={described['adapter']!r}: expected a mapping of fields, or null."
         )
-    if "learning_rate" in (described.get("trainer") or {}):
+    trainer = described.get("trainer")
+    if isinstance(trainer, Mapping) and "learning_rate" in trainer:
         raise ValueError(f"compare.methods.{key}.trainer.learning_rate: an entry says this with rates. Write it there.")
     on_top = {name: described[name] for name in _ON_TOP if name in described}
     if method is not None and method.quantize is not None:
