@@ -107,9 +107,17 @@ def check_recipe(
     adapter_config(recipe, task)
     find_rewards(recipe.rewards or {}, task)
     check_keys(recipe.evaluate, EvaluationOptions.__dataclass_fields__, "evaluate")
+    return evaluation_options(recipe, arguments)
+
+
+def evaluation_options(
+    recipe: Recipe,
+    arguments: TrainingArguments,  # of any of its seeds
+) -> EvaluationOptions:
+    """How the recipe is tested."""
     # Questions are tested as they are asked in training, the DPO loss with the beta that it is trained with.
     trained: dict[str, Any] = {"chat": recipe.data.chat}
-    if isinstance(task, PreferenceTask):
+    if isinstance(find_task(recipe.task), PreferenceTask):
         trained |= {"beta": arguments.beta}  # pyright: ignore[reportAttributeAccessIssue]
     return EvaluationOptions(**{**trained, **recipe.evaluate})
 

@@ -77,6 +77,11 @@ class Comparison:
     note: str = ""
 
 
+def entry_folder(output: Path, entry: Entry) -> Path:
+    """Where the cells of an entry, its costs and what they share are kept, in a comparison's folder."""
+    return output / "entries" / entry.key
+
+
 def with_untrained(comparison: Comparison) -> Comparison:
     """The comparison with the model before training as its first entry."""
     untrained = Entry("untrained", "before training", without_adapter(comparison.recipe), rates=())
