@@ -296,7 +296,7 @@ def test_a_folder_that_other_machines_do_not_see_is_named(place, monkeypatch, tm
 
 def test_a_mode_that_suits_no_test_is_refused_before_anything_is_trained(asked, tmp_path):
     comparison = load_entries(asked / "asked.yaml", "lora", 1, ["evaluate.mode=likelihood"], output=tmp_path / "run")
-    with pytest.raises(ValueError, match="0 choices .* Use mode generate or loss"):
+    with pytest.raises(ValueError, match=r"0 choices .* Use mode generate or loss"):
         run_compare(comparison, 0, terminal=io.StringIO())
     assert not (tmp_path / "run" / "entries").exists()
 
