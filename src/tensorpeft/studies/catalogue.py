@@ -156,11 +156,18 @@ def most_like(
 ) -> Method:
     """The method that an adapter is, whatever its size; one of its own where there is none."""
     name = None if adapter is None else adapter["method"]
-    alike = [
+    unknown = Method(str(name), str(name), adapter, knob="r" if "r" in (adapter or {}) else None)
+    return max(all_like(adapter), key=lambda method: len(variant_fields(method)), default=unknown)
+
+
+def all_like(
+    adapter: Mapping[str, Any] | None,  # of a recipe; None: all weights are trained
+) -> list[Method]:
+    """All methods that an adapter is, whatever its size: PiSSA is LoRA, too."""
+    name, fields = (None, {}) if adapter is None else (adapter["method"], adapter)
+    return [
         method
         for method in METHODS
         if method.adapter_method == name
-        and all((adapter or {}).get(field) == (method.adapter or {})[field] for field in variant_fields(method))
+        and all(fields.get(field) == (method.adapter or {})[field] for field in variant_fields(method))
     ]
-    unknown = Method(str(name), str(name), adapter, knob="r" if "r" in (adapter or {}) else None)
-    return max(alike, key=lambda method: len(variant_fields(method)), default=unknown)

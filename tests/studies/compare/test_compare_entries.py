@@ -150,6 +150,9 @@ def test_a_method_of_the_catalogue_is_no_variant_of_it_though_the_recipe_has_one
     assert own.recipe.quantize == {"rounds": 1, "skip_modules": ["k"]}
     assert lora.recipe.quantize == dora.recipe.quantize == {"residual": False, "skip_modules": ["k"]}
     assert full.recipe.quantize is None
+    # What makes it no other method of the catalogue is the recipe's adapter as it is.
+    (balanced,) = load_entries(write(recipe=random.replace("random", "balanced")), "dota").entries
+    assert balanced.recipe.adapter["init_weights"] == "balanced"
     # An entry that is the recipe's, under a name of its own, is it.
     (mine,) = load_entries(write("compare: {methods: {mine: {adapter: {r: 4}}}}", random)).entries
     assert mine.recipe.adapter["init_weights"] == "random"

@@ -56,11 +56,12 @@ class TrainedStep:
         """One step."""
         # Not training_step, which only a running Trainer can take.
         self.model.train()
-        for number in range(self.trainer.args.gradient_accumulation_steps):
-            if hasattr(self.trainer, "_step"):  # TRL's GRPO: by it the answers to one batch are dealt out, once drawn
-                self.trainer._step = number
-            with self.trainer.accelerator.autocast():
-                loss: Any = self.trainer.compute_loss(self.model, self.trainer._prepare_inputs(copy.copy(self.batch)))
+        trainer: Any = self.trainer
+        for number in range(trainer.args.gradient_accumulation_steps):
+            if hasattr(trainer, "_step"):  # TRL's GRPO: by it the answers to one batch, drawn once, are dealt out
+                trainer._step = number
+            with trainer.accelerator.autocast():
+                loss = trainer.compute_loss(self.model, trainer._prepare_inputs(copy.copy(self.batch)))
             loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()

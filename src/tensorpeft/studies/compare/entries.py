@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from tensorpeft.studies.budget import parse_count
-from tensorpeft.studies.catalogue import DEFAULT_COMPARED, METHODS, Method, methods_by_key, most_like, variant_fields
+from tensorpeft.studies.catalogue import DEFAULT_COMPARED, Method, all_like, methods_by_key, most_like, variant_fields
 from tensorpeft.studies.rates import rate_grid
 from tensorpeft.training.adapters import make_config
 from tensorpeft.training.learning_rate import BOUNDED_RATE, MAX_STEP_KL, can_be_bounded, with_learning_rate
@@ -201,7 +201,7 @@ def _make_entry(
     adapter = entry_recipe.adapter
     if adapter is not None and "adapter" in on_top:
         # Put on top, the fields were merged with the recipe's, of which some are not the entry's.
-        adapter = {name: value for name, value in adapter.items() if name in on_top["adapter"]}
+        adapter = {name: value for name, value in adapter.items() if name in (on_top["adapter"] or {})}
         entry_recipe = replace(entry_recipe, adapter=adapter)
     if adapter is None:
         if own := [name for name in ("quantize", "head", "start_rows") if described.get(name) is not None]:
@@ -255,7 +255,7 @@ def _adapter(
     own = dict(of_recipe) if of_recipe.get("method") == name else {}
     if method is not None:
         # The recipe's may be another variant of it: a LoRA beside a recipe of PiSSA starts as LoRA does.
-        for other in (other for other in METHODS if other.adapter_method == name):
+        for other in all_like(own) if own else ():
             for field in variant_fields(other):
                 own.pop(field, None)
         own |= {field: fields[field] for field in variant_fields(method)}
