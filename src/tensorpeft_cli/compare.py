@@ -9,8 +9,8 @@ from tensorpeft_cli.options import (
     find_recipe,
     known_methods,
     method_keys,
+    number,
     parse_budget,
-    positive,
     read_catalogue,
     whole,
 )
@@ -39,7 +39,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--budget", metavar="N", help="equal size: ranks that come closest to it, such as 50k")
     parser.add_argument(
-        "--target-loss", type=positive, metavar="L", help="for the time to a loss (default: all reach it)"
+        "--target-loss", type=number, metavar="L", help="for the time to a loss (default: all reach it)"
     )
     parser.add_argument(
         "--timing-rounds",
@@ -59,7 +59,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="ADDRESS",
         help="run on a Ray cluster; without ADDRESS: the one here, or a new one",
     )
-    parser.add_argument("--output", type=Path, metavar="DIR", help="(default: the recipe's, or runs/compare/RECIPE)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="(default: the recipe's, or runs/compare/RECIPE; with --smoke, one beside it)",
+    )
     add_cache(parser)
     parser.set_defaults(run=_run, extra="train")
 

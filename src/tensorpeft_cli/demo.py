@@ -27,7 +27,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=Path,
         metavar="DIR",
-        help="where the report goes (default: runs/demo, with --quick runs/smoke/demo)",
+        help="where the report goes (default: runs/demo; with --quick, runs/demo-smoke)",
     )
     add_cache(parser)
     parser.set_defaults(run=_run, extra="train")

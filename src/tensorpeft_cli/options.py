@@ -38,6 +38,17 @@ def whole(at_least: int, at_most: int = 2**31 - 1) -> Callable[[str], int]:
     return parse
 
 
+def number(text: str) -> float:
+    """What argparse takes as `type`: a number, of any sign."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text}: expected a number, such as 0.1.")
+    return value
+
+
 def positive(text: str) -> float:
     """What argparse takes as `type`: a number above 0."""
     try:

@@ -7,7 +7,9 @@ from torch import Tensor
 
 from tensorpeft.networks.mpo import contract, decompose
 from tensorpeft.networks.sketch import exact
+from tensorpeft.studies import update_report
 from tensorpeft.studies.update import Seen, Sizes, TangentSpace, reaches
+from tensorpeft.training.recipe import DataRecipe, Recipe
 
 OUT_MODES, IN_MODES = (2, 3, 4), (3, 2, 4)
 
@@ -124,3 +126,16 @@ def test_no_mpo_keeps_more_than_the_bound_says():
             assert bound.update is not None
             assert kept.update <= bound.update + 1e-6
             assert bound.update <= 1 + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("adapter", "of_lora"), [({"method": "lora"}, 1), ({"method": "dota", "init_weights": "random"}, 3)]
+)
+def test_all_weights_are_trained_in_full_at_the_rate_that_a_comparison_has_for_them(adapter, of_lora):
+    data = DataRecipe(train="a", validation="b", start_rows=4)
+    recipe = Recipe(
+        "a/model", "gsm8k", data, adapter, quantize={"rounds": 1}, trainer={"learning_rate": of_lora * 1e-3}
+    )
+    full = update_report._as_full(recipe, 5)
+    assert full.trainer["learning_rate"] == pytest.approx(0.03e-3)
+    assert full.adapter is full.quantize is full.data.start_rows is None

@@ -138,6 +138,12 @@ def test_a_method_that_cannot_serve_the_model_says_why_and_the_others_are_planne
     assert any("LoRTA: not on this model" in line for line in legend(plan))
 
 
+def test_a_ratio_to_lora_is_to_lora_at_the_budget_though_it_is_not_planned(small):
+    (lotr,) = plan_model(str(small), choose_methods("lotr"), budget=3000, length=8).methods
+    _, beside = plan_model(str(small), choose_methods("lora,lotr"), budget=3000, length=8).methods
+    assert lotr == beside
+
+
 def test_a_budget_sets_the_rank_of_lorettas_trains(small):
     (loretta,) = plan_model(str(small), choose_methods("loretta"), budget=10_000, length=8).methods
     (smaller,) = plan_model(str(small), choose_methods("loretta"), budget=5_000, length=8).methods

@@ -143,3 +143,31 @@ def choose_methods(
     if unknown := sorted(wanted - set(known)):
         raise ValueError(f"--methods {keys}: no method {unknown[0]!r}. Choose from {', '.join(known)}.")
     return tuple(method for key, method in known.items() if key in wanted)
+
+
+def variant_fields(method: Method) -> list[str]:
+    """What makes a method another one than the first of its configuration: DoRA's use_dora."""
+    plain = next(other.adapter for other in METHODS if other.adapter_method == method.adapter_method)
+    return [name for name in method.adapter or () if name not in (plain or {})]
+
+
+def most_like(
+    adapter: Mapping[str, Any] | None,  # of a recipe; None: all weights are trained
+) -> Method:
+    """The method that an adapter is, whatever its size; one of its own where there is none."""
+    name = None if adapter is None else adapter["method"]
+    unknown = Method(str(name), str(name), adapter, knob="r" if "r" in (adapter or {}) else None)
+    return max(all_like(adapter), key=lambda method: len(variant_fields(method)), default=unknown)
+
+
+def all_like(
+    adapter: Mapping[str, Any] | None,  # of a recipe; None: all weights are trained
+) -> list[Method]:
+    """All methods that an adapter is, whatever its size: PiSSA is LoRA, too."""
+    name, fields = (None, {}) if adapter is None else (adapter["method"], adapter)
+    return [
+        method
+        for method in METHODS
+        if method.adapter_method == name
+        and all(fields.get(field) == (method.adapter or {})[field] for field in variant_fields(method))
+    ]

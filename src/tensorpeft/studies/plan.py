@@ -135,8 +135,7 @@ def plan_model(
         plans.append(plan)
     reference = next((plan.step.flops for plan in plans if plan.method.key == REFERENCE), 0)
     if reference == 0 and any(not plan.problem for plan in plans):
-        lora = MethodPlan(methods_by_key()[REFERENCE], "r", rank or _RANK)
-        reference = planner.count_step(lora).flops
+        reference = planner.count_step(planner.size(methods_by_key()[REFERENCE])).flops
     plans = [replace(plan, flops_ratio=plan.step.flops / (reference or 1)) for plan in plans]  # 0: there is none
     return ModelPlan(
         name, model.num_parameters(), _base_bytes(model), tuple(plans), batch, length, gradient_checkpointing
@@ -190,12 +189,12 @@ class _Planner:
         """The plan, without the ratio to LoRA; a method that the model cannot have is one with a problem."""
         plan = MethodPlan(method)
         try:
-            plan = self._size(method)
+            plan = self.size(method)
             return replace(plan, **self.measure_adapter(plan)._asdict(), step=self.count_step(plan))
         except ValueError as error:
             return replace(plan, problem=str(error))
 
-    def _size(self, method: Method) -> MethodPlan:
+    def size(self, method: Method) -> MethodPlan:
         """The method at the size that is asked for, and no more known of it."""
         if method.adapter is None:
             raise ValueError("all weights are trained: a plan is of adapters.")

@@ -22,13 +22,13 @@ from tensorpeft.reports.files import write_json, write_lines
 from tensorpeft.reports.folders import sole_writer
 from tensorpeft.reports.tables import Table, markdown_tables, model_title
 from tensorpeft.reports.terminal import counting, print_table, say
-from tensorpeft.studies.catalogue import methods_by_key
+from tensorpeft.studies.catalogue import methods_by_key, most_like
 from tensorpeft.studies.inspected_model import kind_of
 from tensorpeft.studies.update import Reach, Seen, Sizes, reaches
 from tensorpeft.tasks.registry import find_task
 from tensorpeft.training.arguments import make_arguments
 from tensorpeft.training.models import load_tokenizer
-from tensorpeft.training.recipe import Recipe
+from tensorpeft.training.recipe import Recipe, without_adapter
 from tensorpeft.training.splits import load_splits
 from tensorpeft.training.start import loss_on, row_batches
 from tensorpeft.training.trainers import make_trainer
@@ -85,18 +85,15 @@ def _inspect(
 
 def _as_full(recipe: Recipe, steps: int) -> Recipe:
     """The recipe with all weights trained, at the rate that the catalogue has for that, and nothing saved."""
-    assert recipe.adapter is not None
-    catalogue = methods_by_key()
-    own = next((m for m in catalogue.values() if m.adapter_method == recipe.adapter["method"]), None)
     named = recipe.trainer.get("learning_rate")
     if not isinstance(named, int | float) or isinstance(named, bool) or not named > 0:
         raise ValueError(
             f"trainer.learning_rate={named!r}: expected a number above 0, which the rate of all weights follows from."
         )
-    rate = named * catalogue["full"].rate / (own.rate if own else 1)
+    rate = named * methods_by_key()["full"].rate / most_like(recipe.adapter).rate
     on_top = {"learning_rate": rate, "max_steps": max(steps, 1), "eval_strategy": "no", "save_strategy": "no"}
     given = {key: value for key, value in recipe.trainer.items() if not key.startswith(("eval_", "save_", "load_best"))}
-    return replace(recipe, adapter=None, data=replace(recipe.data, start_rows=None), trainer={**given, **on_top})
+    return replace(without_adapter(recipe), trainer={**given, **on_top})
 
 
 def _look(

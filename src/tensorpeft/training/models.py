@@ -16,6 +16,7 @@ from transformers import (
     set_seed,
 )
 
+from tensorpeft import DotaConfig
 from tensorpeft.loading import models as loading
 from tensorpeft.models.folding import VOCABULARY, build_folding_model
 from tensorpeft.quantization import quantize_residual
@@ -116,6 +117,11 @@ def _quantise(
         _check_residual(config, task, arguments.get("rounds", 1))
         model, start, config = *_without_start(model, config), None
     return quantize_residual(model, config, **arguments), start
+
+
+def starts_in_base(config: PeftConfig | None) -> bool:
+    """Whether an adapter's start can be left out of what a base in 4 bits keeps of its weights (``residual``)."""
+    return isinstance(config, DotaConfig) or _leaves_residual(config)
 
 
 def _leaves_residual(config: PeftConfig | None) -> bool:

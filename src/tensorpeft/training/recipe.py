@@ -3,7 +3,7 @@
 import difflib
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from tensorpeft.training.head_recipe import HeadRecipe
 RECIPE_FILE = "recipe.yaml"  # of a run, in its folder
 # Keys of a file that are no part of the finished recipe.
 _INHERITS, _SMOKE, _VALUES, _COMPARE = "inherits", "smoke", "values", "compare"
+SMOKE_ENDING = "-smoke"  # of the folder of a comparison that is tried
 _NUM_SEEDS = 2**32  # numpy takes no others
 
 
@@ -167,7 +168,8 @@ def load_recipe(
     """The recipe of a YAML file, which is given as `tensorpeft.recipes.find_recipe` takes it: by path, or by name.
 
     ``inherits: OTHER`` puts a file under it, one beside it or a packaged one; ``smoke`` is put on top where it is asked
-    for; ``values`` are free, for others to refer to; ``compare`` is for `load_comparison`. ``${values.name}``,
+    for; ``values`` are free, for others to refer to; ``compare`` is for `load_comparison`, and its folder gets another
+    name with ``smoke``. ``${values.name}``,
     ``${oc.env:NAME,default}`` and ``${package:NAME}`` (the folder of an installed package) are filled in. A mapping is
     merged field by field, but a source of data or an adapter of another method replaces the one below. Smoke sections
     are put on in the order of their files; what one says of an adapter goes with an adapter that is replaced. Null
@@ -205,6 +207,14 @@ def _load_plain(path: str | Path, overrides: Sequence[str], smoke: bool, on_top:
     except OmegaConfBaseException as error:
         raise ValueError(f"{path}: {error}") from None
     return plain
+
+
+def without_adapter(recipe: Recipe) -> Recipe:
+    """The recipe for its model without an adapter, where nothing or everything is trained: what only stands beside an
+    adapter (4-bit weights, a part of a head, a start from gradients) goes with it.
+    """
+    data = replace(recipe.data, start_rows=None)
+    return replace(recipe, adapter=None, quantize=None, head=None, data=data)
 
 
 def check_keys(
@@ -261,6 +271,9 @@ def _compose(layers: Sequence[DictConfig], smoke: bool, place: str) -> DictConfi
     if smoke and not sections:
         raise ValueError(f"{place}: it has no section smoke. Run it without --smoke, or write one.")
     whole = tree
+    output = _raw(tree, _COMPARE).get("output")
+    if smoke and isinstance(output, str):  # a folder of its own, unless a section says which: the real one is taken
+        tree = _put_on(tree, OmegaConf.create({_COMPARE: {"output": f"{output}{SMOKE_ENDING}"}}))
     for section, written_for in sections if smoke else ():
         if not isinstance(section, DictConfig):
             raise ValueError(f"{place}: smoke={section!r}: expected a mapping such as the recipe's own.")

@@ -107,8 +107,17 @@ def check_recipe(
     adapter_config(recipe, task)
     find_rewards(recipe.rewards or {}, task)
     check_keys(recipe.evaluate, EvaluationOptions.__dataclass_fields__, "evaluate")
+    return evaluation_options(recipe, arguments)
+
+
+def evaluation_options(
+    recipe: Recipe,
+    arguments: TrainingArguments,  # of any of its seeds
+) -> EvaluationOptions:
+    """How the recipe is tested."""
     # Questions are tested as they are asked in training, rows to classify as they are cut, the DPO loss with its beta.
     trained: dict[str, Any] = {"chat": recipe.data.chat}
+    task = find_task(recipe.task)
     if isinstance(task, LabelTask):
         trained |= {"max_length": recipe.data.max_length}
     if isinstance(task, PreferenceTask):

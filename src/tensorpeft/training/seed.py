@@ -152,15 +152,13 @@ def score_seed(
 
 
 def score_untrained(
-    recipe: Recipe,
+    recipe: Recipe,  # without an adapter (`without_adapter`)
     splits: Splits,
     arguments: TrainingArguments,  # its folder, too
     options: EvaluationOptions,
     console: Console,
 ) -> SeedResult:
     """The result of the recipe's model as it is before training, validated and tested; written to the folder."""
-    data = dataclasses.replace(recipe.data, start_rows=None)
-    recipe = dataclasses.replace(recipe, adapter=None, quantize=None, head=None, data=data)
     folder, tokenizer = Path(str(arguments.output_dir)), load_tokenizer(recipe, splits.task)
     few = dataclasses.replace(splits, train=shortest(splits.train))
     trainer = make_trainer(recipe, few, tokenizer, arguments)

@@ -21,7 +21,7 @@ def step(asked, tmp_path, monkeypatch):
         comparison = load_entries(asked / "asked.yaml", "lora", overrides=same, output=tmp_path)
         splits = load_splits(comparison.recipe)
         rows = [*map(change, splits.train[:-1]), splits.train[-1]]
-        return costs.TrainedStep(comparison.entries[0], dataclasses.replace(splits, train=rows))
+        return costs.TrainedStep(comparison.entries[0], dataclasses.replace(splits, train=rows), tmp_path)
 
     return make
 
@@ -41,3 +41,39 @@ def test_a_row_that_is_not_too_long_is_among_them(step):
     chosen = step("trainer.max_length=2000", change=lambda row: dataclasses.replace(row, prompt=200 * row.prompt))
     assert len(chosen.trainer.train_dataset) == 1
     chosen()
+
+
+def test_a_step_is_of_all_batches_that_are_accumulated(step, monkeypatch):
+    accumulated, calls = step("trainer.gradient_accumulation_steps=3"), []
+    compute_loss = accumulated.trainer.compute_loss
+    monkeypatch.setattr(accumulated.trainer, "compute_loss", lambda *given: calls.append(1) or compute_loss(*given))
+    accumulated()
+    assert len(calls) == 3
+
+
+def test_the_base_in_4_bits_is_that_of_the_cells(step, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    step("quantize.residual=false")
+    (file,) = (tmp_path / "base").glob("*.safetensors")
+    written = file.stat().st_mtime_ns
+    step("quantize.residual=false")
+    assert file.stat().st_mtime_ns == written
+
+
+def test_all_seconds_are_of_one_measurement_of_the_reference(asked, tmp_path, monkeypatch):
+    def measure(methods):
+        comparison = load_entries(asked / "asked.yaml", methods, output=tmp_path)
+        meter = costs.CostMeter(comparison, load_splits(comparison.recipe), rounds=1)
+        return {entry.key: meter.costs(entry) for entry in comparison.entries}
+
+    assert measure("lorta")["lorta"].ratio == 0
+    beside = measure("lorta,lora")
+    assert beside["lora"].ratio == 1
+    assert beside["lorta"].ratio > 0
+    more = measure("lora,lorta,lotr")
+    assert (more["lora"], more["lorta"]) == (beside["lora"], beside["lorta"])
+    for found in more.values():
+        assert found.step_seconds == pytest.approx(found.ratio * more["lora"].step_seconds)
+    monkeypatch.setattr(costs.platform, "node", lambda: "another machine")
+    elsewhere = measure("lora,lorta")
+    assert all(elsewhere[key].step_seconds != beside[key].step_seconds for key in elsewhere)

@@ -134,6 +134,43 @@ compare:
     assert [entry.key for entry in load_entries(write(section), "dora,slow").entries] == ["dora", "slow"]
 
 
+def test_a_method_of_the_catalogue_is_no_variant_of_it_though_the_recipe_has_one(write):
+    random = RECIPE.replace("num_cores: 4", "num_cores: 4, init_weights: random")
+    dota, drawn = load_entries(write(recipe=random), "dota,dota-random").entries
+    assert "init_weights" not in dota.recipe.adapter
+    assert drawn.recipe.adapter == {**dota.recipe.adapter, "init_weights": "random"}
+    assert dota.recipe.adapter["num_cores"] == 4
+    pissa = RECIPE.replace("method: dota, r: 32, num_cores: 4", "method: lora, r: 16, init_lora_weights: pissa")
+    in_4_bits = f"{pissa}quantize: {{rounds: 1, skip_modules: [k]}}\n"
+    lora, dora, own, full = load_entries(write(recipe=in_4_bits), "lora,dora,pissa,full").entries
+    assert lora.recipe.adapter == {"method": "lora", "r": 16, "lora_alpha": 16, "target_modules": ["q", "v"]}
+    assert dora.recipe.adapter == {**lora.recipe.adapter, "use_dora": True}
+    assert own.recipe.adapter["init_lora_weights"] == "pissa"
+    # Of weights in 4 bits only PiSSA's lack a start; where all are trained they are in full.
+    assert own.recipe.quantize == {"rounds": 1, "skip_modules": ["k"]}
+    assert lora.recipe.quantize == dora.recipe.quantize == {"residual": False, "skip_modules": ["k"]}
+    assert full.recipe.quantize is None
+    # What makes it no other method of the catalogue is the recipe's adapter as it is.
+    (balanced,) = load_entries(write(recipe=random.replace("random", "balanced")), "dota").entries
+    assert balanced.recipe.adapter["init_weights"] == "balanced"
+    # An entry that is the recipe's, under a name of its own, is it.
+    (mine,) = load_entries(write("compare: {methods: {mine: {adapter: {r: 4}}}}", random)).entries
+    assert mine.recipe.adapter["init_weights"] == "random"
+
+
+def test_a_trial_has_a_folder_of_its_own(write):
+    def output(section, smoke=True, **arguments):
+        trial = "smoke: {trainer: {max_steps: 1}}\n"
+        return str(load_entries(write(trial + section), "lora", smoke=smoke, **arguments).output)
+
+    assert output("compare: {output: runs/mine}", smoke=False) == "runs/mine"
+    assert output("compare: {output: runs/mine}") == "runs/mine-smoke"
+    assert output("") == "runs/compare/some-smoke"
+    assert output("compare: {output: runs/mine}", overrides=["compare.output=there"]) == "there"
+    path = write("output: '${compare.output}/train'\nsmoke: {}\ncompare: {output: a}")
+    assert load_entries(path, smoke=True).recipe.output == "a-smoke/train"
+
+
 def test_overrides_are_of_the_recipe_and_reach_every_entry(write):
     comparison = load_entries(write(), "lora,dota", overrides=["trainer.max_steps=7", "adapter.target_modules=[k]"])
     for entry in comparison.entries:
@@ -163,6 +200,14 @@ def test_a_section_is_no_part_of_the_recipe_that_train_runs(write):
         ("compare: {methods: {dota: {adapter: lora}}}", {}, "adapter='lora': expected a mapping"),
         ("compare: {sedes: 3}", {}, "Did you mean seeds"),
         ("compare: {budget: many}", {}, "expected a number of parameters"),
+        ("compare: {target_loss: low}", {}, "target_loss='low': expected a number"),
+        ("compare: {rate_scale: null}", {}, "rate_scale=None: expected a number above 0"),
+        ("compare: {rate_scale: 0}", {}, "rate_scale=0: expected"),
+        ("compare: {rate_scale: [1]}", {}, r"rate_scale=\[1\]: expected"),
+        ("compare: {output: 5}", {}, "output=5: expected a folder"),
+        ("compare: {methods: {lora: {rates: [.inf]}}}", {}, "numbers above 0"),
+        ("compare: {methods: {lora: {trainer: {learning_rate: 0.5}}}}", {}, "an entry says this with rates"),
+        ("compare: {methods: {full: {quantize: {rounds: 1}}}}", {}, "full.quantize: all weights are trained"),
         ("compare: 3", {}, "expected a mapping"),
     ],
 )

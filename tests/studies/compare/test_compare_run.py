@@ -19,12 +19,19 @@ pytest.importorskip("omegaconf")
 pytest.importorskip("trl")
 pytest.importorskip("psutil")
 import psutil
+from rich.console import Console
 
 from tensorpeft.evaluation.options import EvaluationOptions
-from tensorpeft.studies.compare import cells
+from tensorpeft.studies.compare import cells, run
+from tensorpeft.studies.compare.engine import Engine
 from tensorpeft.studies.compare.entries import load_entries
+from tensorpeft.studies.compare.progress import CellsBar
+from tensorpeft.studies.compare.results import EntryResult, Run
 from tensorpeft.studies.compare.run import run_compare
+from tensorpeft.studies.compare.runner import Runner
 from tensorpeft.studies.compare.slots import LostCellError
+from tensorpeft.training.results import SeedResult
+from tensorpeft.training.splits import load_splits
 from tensorpeft_cli import main
 
 
@@ -285,6 +292,36 @@ def test_a_folder_that_other_machines_do_not_see_is_named(place, monkeypatch, tm
     assert "left nothing here: cells on several machines need one output folder that all see" in lora.problem
     cell = cells.Cell("train", "a cell", lora.entry.recipe, 0, tmp_path / "elsewhere", None)
     assert re.match(r"no folder .*elsewhere on .*: cells on several machines need", cells.run_cell(cell, print))
+
+
+def test_a_mode_that_suits_no_test_is_refused_before_anything_is_trained(asked, tmp_path):
+    comparison = load_entries(asked / "asked.yaml", "lora", 1, ["evaluate.mode=likelihood"], output=tmp_path / "run")
+    with pytest.raises(ValueError, match=r"0 choices .* Use mode generate or loss"):
+        run_compare(comparison, 0, terminal=io.StringIO())
+    assert not (tmp_path / "run" / "entries").exists()
+
+
+@pytest.mark.parametrize("last", ["lora", "lorta"])
+def test_tests_of_preferences_have_the_recipes_beta(asked, tmp_path, last):
+    pair = {"prompt": "one", "chosen": " two", "rejected": " three"}
+    (tmp_path / "pairs.jsonl").write_text(10 * f"{json.dumps(pair)}\n", encoding="utf-8")
+    rows = {name: str(tmp_path / "pairs.jsonl") for name in ("train", "validation", "test")}
+    overrides = ["task=preferences", "evaluate=null", "trainer.beta=0.2", "compare.methods.lora.trainer.beta=0.5"]
+    overrides += [f"data.{name}={path}" for name, path in rows.items()]
+    methods = ",".join(sorted(("lora", "lorta"), key=last.__eq__))
+    comparison = load_entries(asked / "asked.yaml", methods, 1, overrides, output=tmp_path / "run")
+    assert run._check_entries(comparison, load_splits(comparison.recipe)).beta == 0.2
+
+
+def test_what_comes_next_is_done_with_the_best_run_that_finished(asked, tmp_path):
+    comparison = load_entries(asked / "asked.yaml", "lora", 3, output=tmp_path)
+    (entry,) = comparison.entries
+    losses = (None, 1.0, 0.5)
+    results = [None if x is None else SeedResult(0, (), {"loss": x}, None, 1, {}, 1, 1) for x in losses]
+    final = tuple(Run(1e-2, seed, result) for seed, result in enumerate(results))
+    runner = Runner(comparison, True, EvaluationOptions(), Engine([]), CellsBar(Console(quiet=True), 1))
+    lines = run._next_commands([EntryResult(entry, (), final, None)], runner)
+    assert f"  tensorpeft chat {tmp_path}/entries/lora/rate-0.01/seed-2/adapter" in lines
 
 
 def test_cells_of_another_recipe_are_not_taken_for_ones_own(place, finished):

@@ -97,6 +97,12 @@ def test_called_again_it_is_not_tested_again(finished, asked, monkeypatch):
     assert [run.loss for run in again[0].final] == [run.loss for run in results[0].final]
 
 
+def test_called_again_the_model_before_training_has_no_start_from_gradients(asked, tmp_path):
+    comparison = load_entries(asked / "asked.yaml", "lora", overrides=["data.start_rows=4"], output=tmp_path / "run")
+    first, second = (run_compare(comparison, 0, "", io.StringIO()) for _ in range(2))
+    assert [run.loss for run in second[0].final] == [run.loss for run in first[0].final]
+
+
 def test_tests_that_are_added_later_test_what_is_trained_already(finished, asked, tmp_path, monkeypatch):
     from tensorpeft.studies.compare import cells
 

@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import json
+import platform
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -9,10 +11,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import Trainer
 
+from tensorpeft.reports.files import to_json, write_json
+from tensorpeft.reports.versions import find_versions
 from tensorpeft.studies.catalogue import REFERENCE
-from tensorpeft.studies.compare.entries import Comparison, Entry
+from tensorpeft.studies.compare.entries import Comparison, Entry, entry_folder
 from tensorpeft.studies.compare.results import EntryCosts
 from tensorpeft.studies.measure import median_step_times, peak_memory
 from tensorpeft.training.arguments import make_arguments
@@ -32,14 +37,15 @@ class TrainedStep:
     Args:
         entry: what is trained, at the rate in the middle of its grid.
         splits: its rows.
+        folder: of its cells, which have its base in 4 bits, if it has one; written there where they have not.
     """
 
-    def __init__(self, entry: Entry, splits: Splits) -> None:
+    def __init__(self, entry: Entry, splits: Splits, folder: Path) -> None:
         rate = entry.rates[len(entry.rates) // 2]
         trainer = {**entry.recipe.trainer, "learning_rate": rate}
         self._folder = tempfile.TemporaryDirectory()
         arguments = make_arguments(trainer, splits.task, Path(self._folder.name), 0, entry.recipe.rewards)
-        recipe = dataclasses.replace(entry.recipe, trainer=trainer, output=self._folder.name)
+        recipe = dataclasses.replace(entry.recipe, trainer=trainer, output=str(folder))
         tokenizer = load_tokenizer(recipe, splits.task)
         self.trainer: Trainer = make_trainer(recipe, _few(splits, arguments), tokenizer, arguments)
         self.model: Any = self.trainer.model
@@ -50,9 +56,13 @@ class TrainedStep:
         """One step."""
         # Not training_step, which only a running Trainer can take.
         self.model.train()
-        with self.trainer.accelerator.autocast():
-            loss: Any = self.trainer.compute_loss(self.model, self.trainer._prepare_inputs(copy.copy(self.batch)))
-        loss.backward()
+        trainer: Any = self.trainer
+        for number in range(trainer.args.gradient_accumulation_steps):
+            if hasattr(trainer, "_step"):  # TRL's GRPO: by it the answers to one batch, drawn once, are dealt out
+                trainer._step = number
+            with trainer.accelerator.autocast():
+                loss = trainer.compute_loss(self.model, trainer._prepare_inputs(copy.copy(self.batch)))
+            loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -66,6 +76,9 @@ class TrainedStep:
 class CostMeter:
     """Measures entries one after the other, each in turns with the reference: two models in memory at a time.
 
+    What was measured is kept beside an entry's cells. It holds for as long as the reference, the machine and the
+    libraries are the same, so that all seconds of a table are those of one measurement of the reference.
+
     Args:
         comparison: its reference is the entry `REFERENCE`; where there is none, no ratio is given.
         splits: the rows.
@@ -73,35 +86,65 @@ class CostMeter:
     """
 
     def __init__(self, comparison: Comparison, splits: Splits, rounds: int) -> None:
-        self._reference: TrainedStep | None = None
-        self._reference_seconds = 0.0
-        self._entry = next((entry for entry in comparison.entries if entry.key == REFERENCE), None)
+        self._step_of_reference: TrainedStep | None = None
+        self._reference = next((entry for entry in comparison.entries if entry.key == REFERENCE), None)
         self._splits = splits
-        self.rounds = rounds
+        self._output = comparison.output
+        self._rounds = rounds
 
-    def measure(self, entry: Entry) -> EntryCosts:
-        """The costs of an entry."""
-        if self.rounds == 0:
-            return EntryCosts(*TrainedStep(entry, self._splits).parameters())
-        if self._reference is None and self._entry is not None:
-            self._reference = TrainedStep(self._entry, self._splits)
-            self._reference_seconds = self._median_seconds({"": self._reference})[""]
-        if self._reference is None:
-            step = TrainedStep(entry, self._splits)
-            ratio, seconds = 0.0, self._median_seconds({"": step})[""]
-        elif entry is self._entry:
-            step, ratio, seconds = self._reference, 1.0, self._reference_seconds
+    def costs(self, entry: Entry) -> EntryCosts:
+        """The costs of an entry, which are measured where its folder has none that hold here."""
+        path, holds_for = self._folder(entry) / "costs.json", json.loads(to_json(self._conditions(entry)))
+        if path.is_file():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if found["of"] == holds_for:
+                return EntryCosts(**found["costs"])
+        costs = self._measure(entry)
+        write_json(path, {"of": holds_for, "costs": dataclasses.asdict(costs)})
+        return costs
+
+    def _conditions(self, entry: Entry) -> dict[str, Any]:
+        """What the costs of an entry depend on, besides the recipe of its cells."""
+        conditions = {"rounds": self._rounds, "adapter": entry.recipe.adapter}
+        if self._rounds == 0:
+            return conditions
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+        return {
+            **conditions,
+            "reference": None if self._reference is None else self._reference.recipe.adapter,
+            "machine": [platform.node(), device],
+            "versions": find_versions(),
+        }
+
+    def _measure(self, entry: Entry) -> EntryCosts:
+        if self._rounds == 0:
+            return EntryCosts(*self._step(entry).parameters())
+        reference = self._reference
+        if reference is None or entry.key == reference.key:
+            step = self._step(entry)
+            ratio, seconds = float(reference is not None), self._median_seconds({"": step})[""]
         else:
-            step = TrainedStep(entry, self._splits)
-            medians = self._median_seconds({"": self._reference, "entry": step})
-            ratio = medians["entry"] / medians[""]
             # In the reference's own seconds: the machine may have been in another mood when this one was measured.
-            seconds = ratio * self._reference_seconds
-        peak = peak_memory(step, step.trainer.args.device)
-        return EntryCosts(*step.parameters(), seconds, ratio, peak)
+            reference_seconds = self.costs(reference).step_seconds
+            step = self._step(entry)
+            medians = self._median_seconds({"": self._step(reference), "entry": step})
+            ratio = medians["entry"] / medians[""]
+            seconds = ratio * reference_seconds
+        return EntryCosts(*step.parameters(), seconds, ratio, peak_memory(step, step.trainer.args.device))
+
+    def _step(self, entry: Entry) -> TrainedStep:
+        """An entry's step; the reference's is kept."""
+        if self._reference is None or entry.key != self._reference.key:
+            return TrainedStep(entry, self._splits, self._folder(entry))
+        if self._step_of_reference is None:
+            self._step_of_reference = TrainedStep(entry, self._splits, self._folder(entry))
+        return self._step_of_reference
+
+    def _folder(self, entry: Entry) -> Path:
+        return entry_folder(self._output, entry)
 
     def _median_seconds(self, steps: dict[str, TrainedStep]) -> dict[str, float]:
-        return {name: statistics.median(times) for name, times in median_step_times(steps, self.rounds).items()}
+        return {name: statistics.median(times) for name, times in median_step_times(steps, self._rounds).items()}
 
 
 def _few(splits: Splits, arguments: Any) -> Splits:

@@ -4,14 +4,17 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from math import isfinite
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from tensorpeft.studies.budget import parse_count
-from tensorpeft.studies.catalogue import DEFAULT_COMPARED, METHODS, Method, methods_by_key
+from tensorpeft.studies.catalogue import DEFAULT_COMPARED, Method, all_like, methods_by_key, most_like, variant_fields
 from tensorpeft.studies.rates import rate_grid
+from tensorpeft.training.adapters import make_config
 from tensorpeft.training.learning_rate import BOUNDED_RATE, MAX_STEP_KL, can_be_bounded, with_learning_rate
-from tensorpeft.training.recipe import Recipe, check_keys, load_comparison, load_recipe
+from tensorpeft.training.models import starts_in_base
+from tensorpeft.training.recipe import SMOKE_ENDING, Recipe, check_keys, load_comparison, load_recipe, without_adapter
 
 # What of the recipe's adapter every other method is given too: which weights are adapted, which modules are trained.
 _TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
@@ -74,10 +77,14 @@ class Comparison:
     note: str = ""
 
 
+def entry_folder(output: Path, entry: Entry) -> Path:
+    """Where the cells of an entry, its costs and what they share are kept, in a comparison's folder."""
+    return output / "entries" / entry.key
+
+
 def with_untrained(comparison: Comparison) -> Comparison:
     """The comparison with the model before training as its first entry."""
-    recipe = replace(comparison.recipe, adapter=None, quantize=None, head=None)
-    untrained = Entry("untrained", "before training", recipe, rates=())
+    untrained = Entry("untrained", "before training", without_adapter(comparison.recipe), rates=())
     return replace(comparison, entries=(untrained, *comparison.entries))
 
 
@@ -87,7 +94,7 @@ def load_entries(
     seeds: int | None = None,  # None: the recipe's, or 3
     overrides: Sequence[str] = (),  # of the recipe, as `load_recipe` takes them
     smoke: bool = False,
-    output: Path | None = None,  # None: the recipe's
+    output: Path | None = None,  # None: the recipe's, or runs/compare/RECIPE; another one with ``smoke``
     budget: int | None = None,  # trained parameters of every entry; None: the recipe's, or as the entries are
     target_loss: float | None = None,  # None: the recipe's, or the lowest that all reach
 ) -> Comparison:
@@ -131,8 +138,10 @@ def load_entries(
     rate = recipe.trainer.get("learning_rate")
     if rate is not None and not _is_rate(rate):
         raise ValueError(f"{path}: trainer.learning_rate={rate!r}: expected a number above 0, for grids to begin from.")
-    scale = float(section.get("rate_scale", 1)) / _most_like(recipe.adapter).rate
-    base_rate = None if rate is None else rate * scale
+    scale = section.get("rate_scale", 1)
+    if not _is_rate(scale):
+        raise ValueError(f"compare.rate_scale={scale!r}: expected a number above 0, which rates are multiplied by.")
+    base_rate = None if rate is None else rate * scale / most_like(recipe.adapter).rate
     if missing := [key for key in keys if key not in catalogue and described.get(key) is None]:
         raise ValueError(f"{path}: compare.methods.{missing[0]} is empty, and the catalogue has no such method.")
     read = partial(load_recipe, path, overrides, smoke)
@@ -141,14 +150,22 @@ def load_entries(
     for name, value, least in (("seeds", wanted, 1), ("widenings", section.get("widenings", 2), 0)):
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= 1000:
             raise ValueError(f"{name}={value!r}: expected a whole number of at least {least}, and at most 1000.")
+    folder = section.get("output")
+    if folder is None:
+        folder = f"runs/compare/{Path(path).stem}{SMOKE_ENDING if smoke else ''}"
+    if not isinstance(folder, str) or not folder.strip():
+        raise ValueError(f"compare.output={folder!r}: expected a folder.")
+    target = target_loss if target_loss is not None else section.get("target_loss")
+    if target is not None and not _is_number(target):
+        raise ValueError(f"compare.target_loss={target!r}: expected a number, or null.")
     return Comparison(
         recipe=recipe,
         entries=entries,
         seeds=wanted,
         widenings=section.get("widenings", 2),
-        target_loss=target_loss if target_loss is not None else section.get("target_loss"),
+        target_loss=target,
         budget=budget if budget is not None or "budget" not in section else parse_count(str(section["budget"])),
-        output=output or Path(section.get("output") or f"runs/compare/{Path(path).stem}"),
+        output=output or Path(folder),
         note=_WITHOUT_FULL if without_full else "",
     )
 
@@ -169,6 +186,9 @@ def _make_entry(
         raise ValueError(
             f"compare.methods.{key}.adapter={described['adapter']!r}: expected a mapping of fields, or null."
         )
+    trainer = described.get("trainer")
+    if isinstance(trainer, Mapping) and "learning_rate" in trainer:
+        raise ValueError(f"compare.methods.{key}.trainer.learning_rate: an entry says this with rates. Write it there.")
     on_top = {name: described[name] for name in _ON_TOP if name in described}
     if method is not None and method.quantize is not None:
         on_top.setdefault("quantize", method.quantize)
@@ -179,9 +199,17 @@ def _make_entry(
         on_top["adapter"] = _adapter(described.get("adapter", {}), method, recipe.adapter)
     entry_recipe = read(on_top) if on_top else recipe
     adapter = entry_recipe.adapter
+    if adapter is not None and "adapter" in on_top:
+        # Put on top, the fields were merged with the recipe's, of which some are not the entry's.
+        adapter = {name: value for name, value in adapter.items() if name in (on_top["adapter"] or {})}
+        entry_recipe = replace(entry_recipe, adapter=adapter)
     if adapter is None:
-        entry_recipe = replace(entry_recipe, head=None)  # all weights are trained
-    like = _most_like(adapter)
+        if own := [name for name in ("quantize", "head", "start_rows") if described.get(name) is not None]:
+            raise ValueError(f"compare.methods.{key}.{own[0]}: all weights are trained, without an adapter. Remove it.")
+        entry_recipe = without_adapter(entry_recipe)
+    elif "quantize" not in on_top:
+        entry_recipe = _with_its_base(entry_recipe)
+    like = most_like(adapter)
     rates = described.get("rates")
     usual = None if base_rate is None else base_rate * like.rate
     if not rates and bound is not None and can_be_bounded(entry_recipe):
@@ -224,29 +252,29 @@ def _adapter(
     shared = {name: of_recipe[name] for name in names if name in of_recipe}
     fields = {} if method is None or method.adapter is None else dict(method.adapter)
     name = described.get("method", fields.get("method", of_recipe.get("method")))
-    own = of_recipe if of_recipe.get("method") == name else {}
-    variant = {} if method is None else {field: fields[field] for field in _variant_fields(method)}
-    return {**shared, **fields, **own, **variant, **described, "method": name}
+    own = dict(of_recipe) if of_recipe.get("method") == name else {}
+    if method is not None:
+        # The recipe's may be another variant of it: a LoRA beside a recipe of PiSSA starts as LoRA does.
+        for other in all_like(own) if own else ():
+            for field in variant_fields(other):
+                own.pop(field, None)
+        own |= {field: fields[field] for field in variant_fields(method)}
+    return {**shared, **fields, **own, **described, "method": name}
 
 
-def _variant_fields(method: Method) -> list[str]:
-    """What makes a method another one than the first of its configuration: DoRA's use_dora."""
-    plain = next(other.adapter for other in METHODS if other.adapter_method == method.adapter_method)
-    return [name for name in method.adapter or () if name not in (plain or {})]
-
-
-def _most_like(adapter: Mapping[str, Any] | None) -> Method:
-    """The method of the catalogue that an adapter is, whatever its size."""
-    name = None if adapter is None else adapter["method"]
-    alike = [
-        method
-        for method in METHODS
-        if method.adapter_method == name
-        and all((adapter or {}).get(field) == (method.adapter or {})[field] for field in _variant_fields(method))
-    ]
-    unknown = Method(str(name), str(name), adapter, knob="r" if "r" in (adapter or {}) else None)
-    return max(alike, key=lambda method: len(_variant_fields(method)), default=unknown)
+def _with_its_base(recipe: Recipe) -> Recipe:
+    """The recipe on plain NF4, QLoRA's base, where its 4-bit weights are to lack a start that its adapter has not."""
+    if recipe.quantize is None or not recipe.quantize.get("residual", True):
+        return recipe
+    if starts_in_base(make_config(recipe.adapter or {}, None)):
+        return recipe
+    kept = {name: value for name, value in recipe.quantize.items() if name != "rounds"}
+    return replace(recipe, quantize={**kept, "residual": False})
 
 
 def _is_rate(value: Any) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+    return _is_number(value) and value > 0
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)

@@ -79,8 +79,13 @@ class EntryResult:
         return self.final[0].rate
 
     @property
+    def finished_runs(self) -> list[Run]:
+        """The final runs that did not fail."""
+        return [run for run in self.final if run.result is not None]
+
+    @property
     def finished(self) -> list[SeedResult]:
-        """The results of the final runs that did not fail."""
+        """Their results."""
         return [run.result for run in self.final if run.result is not None]
 
     @property
@@ -100,7 +105,7 @@ class EntryResult:
 
     def losses(self) -> list[float]:
         """The validation losses of the finished final runs."""
-        return [run.loss for run in self.final if run.result is not None]
+        return [run.loss for run in self.finished_runs]
 
     def behind(self, other: "EntryResult") -> list[float]:
         """By how much the loss is above another's, for each seed that both finished."""

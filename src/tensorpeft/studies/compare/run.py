@@ -1,19 +1,19 @@
 """``tensorpeft compare``: from the recipe to the table and the report; called again, it goes on where it stood."""
 
 import contextlib
-import dataclasses
-import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
 import datasets
 from rich.console import Console
+from transformers import TrainingArguments
 
+from tensorpeft.evaluation.evaluate import check_mode
 from tensorpeft.evaluation.options import EvaluationOptions
 from tensorpeft.loading.quiet import quiet
-from tensorpeft.reports.files import to_json, write_json, write_lines
+from tensorpeft.reports.files import write_json, write_lines
 from tensorpeft.reports.folders import sole_writer
 from tensorpeft.reports.terminal import print_table, say
 from tensorpeft.reports.versions import find_versions
@@ -27,15 +27,17 @@ from tensorpeft.studies.compare.equal_size import fit_budget
 from tensorpeft.studies.compare.html import write_html
 from tensorpeft.studies.compare.plots import plot_curves, plot_front
 from tensorpeft.studies.compare.progress import CellsBar
-from tensorpeft.studies.compare.results import EntryCosts, EntryResult, Run, find_metrics, to_tree
+from tensorpeft.studies.compare.results import EntryResult, Run, find_metrics, to_tree
 from tensorpeft.studies.compare.runner import Runner
 from tensorpeft.studies.compare.table import main_table, markdown_report
-from tensorpeft.tasks.task import QuestionTask, Task
+from tensorpeft.tasks.task import QuestionTask
 from tensorpeft.training.adapters import is_ours
 from tensorpeft.training.arguments import make_arguments
 from tensorpeft.training.models import load_tokenizer
-from tensorpeft.training.run import check_recipe
+from tensorpeft.training.recipe import Recipe
+from tensorpeft.training.run import check_recipe, evaluation_options
 from tensorpeft.training.seed import kept_folder
+from tensorpeft.training.splits import Splits
 
 _ANSWERS, _PRINTED_ANSWERS = 12, 4  # questions of a test whose answers the report has, and the terminal
 _NARROWEST = 100  # columns; a pipe counts as 80
@@ -68,40 +70,33 @@ def run_compare(
     check_engine(workers, ray)
     datasets.disable_progress_bars()
     console = Console(file=terminal)
-    with sole_writer(comparison.output):
+    with sole_writer(comparison.output), contextlib.ExitStack() as until_written:
         splits = load_rows(comparison.recipe, anew=True)
-        with contextlib.ExitStack() as until_written:
-            with open_engine(run_cell, comparison.output / "workers", workers, ray) as engine:
-                if workers is not None or ray is not None:
-                    until_written.enter_context(one_gpu())
-                options = _check_entries(comparison, splits.task)
-                if comparison.budget is not None:
-                    comparison = fit_budget(comparison, splits.task, comparison.budget)
-                if (
-                    isinstance(splits.task, QuestionTask) and splits.test
-                ):  # other tasks need a head that is trained first
-                    comparison = with_untrained(comparison)
-                for leak in splits.leaks:
-                    say(console, f"Leak: {leak}.")
-                num_cells = sum(_count_cells(entry, comparison.seeds) for entry in comparison.entries)
-                bar = until_written.enter_context(CellsBar(console, num_cells))
-                runner = Runner(comparison, bool(splits.test), options, engine, bar)
-                runner.check_folders()
-                runs = engine.each(runner.run, comparison.entries)
-            meter = CostMeter(comparison, splits, timing_rounds)
-            results = []
-            for entry, (search, final) in zip(comparison.entries, runs):
-                bar.describe(f"{entry.label}, costs of a step")
-                results.append(_make_result(entry, search, final, runner, meter))
-        folders = {r.entry.key: runner.folder(r.entry, r.rate, r.final[0].seed) for r in results if r.finished}
-        answers = _read_answers(results, folders)
+        with open_engine(run_cell, comparison.output / "workers", workers, ray) as engine:
+            if workers is not None or ray is not None:  # they have been shared out
+                until_written.enter_context(one_gpu())
+            options = _check_entries(comparison, splits)
+            if comparison.budget is not None:
+                comparison = fit_budget(comparison, splits.task, comparison.budget)
+            if isinstance(splits.task, QuestionTask) and splits.test:  # other tasks need a head that is trained first
+                comparison = with_untrained(comparison)
+            for leak in splits.leaks:
+                say(console, f"Leak: {leak}.")
+            num_cells = sum(_count_cells(entry, comparison.seeds) for entry in comparison.entries)
+            bar = until_written.enter_context(CellsBar(console, num_cells))
+            runner = Runner(comparison, bool(splits.test), options, engine, bar)
+            runner.check_folders()
+            runs = engine.each(runner.run, comparison.entries)
+        meter = CostMeter(comparison, splits, timing_rounds)
+        results = []
+        for entry, (search, final) in zip(comparison.entries, runs):
+            bar.describe(f"{entry.label}, costs of a step")
+            results.append(_make_result(entry, search, final, runner, meter))
+        until_written.close()
+        answers = _read_answers(results, runner)
         _write(comparison, results, answers, command)
-        for line in answer_lines(answers[:_PRINTED_ANSWERS], max(console.width, _NARROWEST)):
-            say(console, line)
-        say(console, "")
-        print_table(console, main_table(comparison, results))
-        say(console, f"Report, plots, raw results: {comparison.output}")
-        for line in _next_commands(results, folders) if isinstance(splits.task, QuestionTask) else ():
+        _tell(console, comparison, results, answers)
+        for line in _next_commands(results, runner) if isinstance(splits.task, QuestionTask) else ():
             say(console, line)
         return results
 
@@ -111,23 +106,38 @@ def _count_cells(entry: Entry, seeds: int) -> int:
     return len(entry.rates) + seeds - 1 if entry.rates else 1
 
 
-def _read_answers(results: Sequence[EntryResult], folders: Mapping[str, Path]) -> list[AnsweredQuestion]:
-    """Answers to the first questions of the first test, by the first run of every entry."""
-    tests = [test for test, _ in find_metrics(results)][:1]
-    labels = {result.entry.key: result.entry.label for result in results}
-    return read_answers(
-        [(labels[key], folder / f"predictions-{test}.jsonl") for test in tests for key, folder in folders.items()],
-        _ANSWERS,
-    )
+def _read_answers(results: Sequence[EntryResult], runner: Runner) -> list[AnsweredQuestion]:
+    """Answers to the first questions of the first test, by the first finished run of every entry."""
+    firsts = [(result.entry, result.finished_runs[0]) for result in results if result.finished_runs]
+    predictions = [
+        (entry.label, runner.folder(entry, run.rate, run.seed) / f"predictions-{test}.jsonl")
+        for test, _ in find_metrics(results)[:1]
+        for entry, run in firsts
+    ]
+    return read_answers(predictions, _ANSWERS)
 
 
-def _next_commands(results: Sequence[EntryResult], folders: Mapping[str, Path]) -> list[str]:
+def _tell(
+    console: Console, comparison: Comparison, results: Sequence[EntryResult], answers: Sequence[AnsweredQuestion]
+) -> None:
+    """Print some answers, the table, and where all is."""
+    for line in answer_lines(answers[:_PRINTED_ANSWERS], max(console.width, _NARROWEST)):
+        say(console, line)
+    say(console, "")
+    print_table(console, main_table(comparison, results))
+    say(console, f"Report, plots, raw results: {comparison.output}")
+
+
+def _next_commands(results: Sequence[EntryResult], runner: Runner) -> list[str]:
     """What to do with the adapter of the lowest validation loss."""
-    adapted = [result for result in results if result.finished and result.entry.recipe.adapter is not None]
+    adapted = [result for result in results if result.finished_runs and result.entry.recipe.adapter is not None]
     if not adapted:
         return []
-    best = min(adapted, key=lambda result: min(result.losses()))
-    adapter = shlex.quote(str(folders[best.entry.key] / kept_folder(best.entry.recipe)))
+    best, run = min(
+        ((result, run) for result in adapted for run in result.finished_runs), key=lambda found: found[1].loss
+    )
+    folder = runner.folder(best.entry, run.rate, run.seed)
+    adapter = shlex.quote(str(folder / kept_folder(best.entry.recipe)))
     commands = {f"chat {adapter}": "talk to it and to its base, side by side"}
     recipe = best.entry.recipe
     assert recipe.adapter is not None
@@ -142,17 +152,25 @@ def _next_commands(results: Sequence[EntryResult], folders: Mapping[str, Path]) 
     return ["", f"Next, with {best.entry.label}:", *lines]
 
 
-def _check_entries(comparison: Comparison, task: Task) -> EvaluationOptions:
-    """How all entries are tested."""
-    for entry in comparison.entries:
-        first = make_arguments(entry.recipe.trainer, task, comparison.output, 0, entry.recipe.rewards)
-        options = check_recipe(entry.recipe, first)
-    for recipe in {entry.recipe.model: entry.recipe for entry in comparison.entries}.values():
-        load_tokenizer(recipe, task)  # as every cell does first: a model that is nowhere fails none of them, but all
-    if first.world_size > 1:
+def _check_entries(comparison: Comparison, splits: Splits) -> EvaluationOptions:
+    """How all entries are tested, which is the recipe's way, after looking over all that a cell would refuse."""
+
+    def arguments_of(recipe: Recipe) -> TrainingArguments:
+        return make_arguments(recipe.trainer, splits.task, comparison.output, 0, recipe.rewards)
+
+    common = arguments_of(comparison.recipe)
+    if common.world_size > 1:
         raise ValueError(
-            f"{first.world_size} processes: a comparison starts its own. Start one process, with --workers N or --ray."
+            f"{common.world_size} processes: a comparison starts its own. Start one process, with --workers N or --ray."
         )
+    recipes = [entry.recipe for entry in comparison.entries]
+    for recipe in recipes:
+        check_recipe(recipe, arguments_of(recipe))
+    for recipe in {recipe.model: recipe for recipe in recipes}.values():
+        load_tokenizer(recipe, splits.task)  # as every cell does first: a model that is nowhere fails all at once
+    options = evaluation_options(comparison.recipe, common)
+    for task, examples in splits.test.values():
+        check_mode(task, examples, options)
     return options
 
 
@@ -164,26 +182,14 @@ def _make_result(
     if not final:
         return EntryResult(entry, search, (), None, problem=next(run.problem for run in search if run.problem))
     kept = [runner.folder(entry, run.rate, run.seed) / kept_folder(entry.recipe) for run in final]
-    costs, problem = _measure(entry, runner.comparison, meter)
+    costs, problem = None, ""
+    try:
+        costs = meter.costs(entry)
+    except Exception as error:
+        problem = f"costs: {type(error).__name__}: {error}"
     if all(run.result is None for run in final):
         problem = final[0].problem
     return EntryResult(entry, search, final, costs, saved_bytes(kept), problem)
-
-
-def _measure(entry: Entry, comparison: Comparison, meter: CostMeter) -> tuple[EntryCosts | None, str]:
-    """The costs, kept beside the entry's cells, and why there are none."""
-    path = comparison.output / "entries" / entry.key / "costs.json"
-    wanted = {"rounds": meter.rounds, "adapter": entry.recipe.adapter}
-    if path.is_file():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found["of"] == json.loads(to_json(wanted)):
-            return EntryCosts(**found["costs"]), ""
-    try:
-        costs = meter.measure(entry)
-    except Exception as error:
-        return None, f"costs: {type(error).__name__}: {error}"
-    write_json(path, {"of": wanted, "costs": dataclasses.asdict(costs)})
-    return costs, ""
 
 
 def _write(

@@ -10,7 +10,7 @@ from tensorpeft.evaluation.options import EvaluationOptions
 from tensorpeft.reports.files import write_lines
 from tensorpeft.studies.compare.cells import FAILURE, Cell, Kind
 from tensorpeft.studies.compare.engine import Engine
-from tensorpeft.studies.compare.entries import Comparison, Entry
+from tensorpeft.studies.compare.entries import Comparison, Entry, entry_folder
 from tensorpeft.studies.compare.progress import CellsBar
 from tensorpeft.studies.compare.results import Run
 from tensorpeft.studies.compare.slots import LostCellError
@@ -71,7 +71,7 @@ class Runner:
 
     def folder(self, entry: Entry, rate: float, seed: int) -> Path:
         """Where a cell is kept."""
-        return self.comparison.output / "entries" / entry.key / f"rate-{rate:g}" / f"seed-{seed}"
+        return entry_folder(self.comparison.output, entry) / f"rate-{rate:g}" / f"seed-{seed}"
 
     def check_folders(self) -> None:
         """Refuse to go on with the cells of another recipe.
@@ -90,7 +90,7 @@ class Runner:
     def _recipe(self, entry: Entry, rate: float) -> Recipe:
         """What a cell runs."""
         trainer = {**entry.recipe.trainer, **({"learning_rate": rate} if entry.rates else {})}
-        output = str(self.comparison.output / "entries" / entry.key)
+        output = str(entry_folder(self.comparison.output, entry))
         return dataclasses.replace(entry.recipe, trainer=trainer, output=output, seeds=(0,))
 
     def _train(self, entry: Entry, rate: float, seed: int, kind: Kind = "train") -> Run:
