@@ -3,9 +3,10 @@
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
 
-from cases import MODELS, Model, logits, over_models, perturb, tokens
+from cases import MODELS, Model, logits, over_models, perturb, tiny_llama, tokens
 from tensorpeft import DotaConfig, LortaConfig
 from tensorpeft.export import to_dense
 from tensorpeft_cli import main
@@ -117,3 +118,60 @@ def test_an_adapter_of_the_base_class_is_not_lost_in_one_with_a_head(tmp_path):
     with torch.no_grad():
         expected, found = (each(input_ids=tokens()).last_hidden_state for each in (adapted, dense))
     assert torch.allclose(found, expected, atol=2e-6)
+
+
+def test_a_base_that_lacks_weights_is_refused_and_an_adapter_s_own_head_is_none_of_them(tmp_path):
+    model = MODELS[0]
+    saved(model, config_of(model), tmp_path, quantised=False)
+    file = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.1.mlp.down_proj.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"base: no weights model.layers.1.mlp.down_proj.weight in its files"):
+        to_dense(tmp_path / "adapter", tmp_path / "dense")
+    assert not (tmp_path / "dense").exists()
+    bert = MODELS[2]
+    expected = saved(bert, config_of(bert), tmp_path / "bert", quantised=False)
+    file = tmp_path / "bert" / "base" / "model.safetensors"
+    tensors = {key: tensor for key, tensor in load_file(file).items() if not key.startswith("classifier")}
+    save_file(tensors, file, metadata={"format": "pt"})
+    dense = to_dense(tmp_path / "bert" / "adapter", tmp_path / "bert" / "dense", torch.float32)
+    assert torch.allclose(logits(dense.eval()), expected, atol=2e-6)
+
+
+def quantised(folder, **how):
+    """A base that transformers itself has quantised, saved and loaded again."""
+    torch.manual_seed(0)
+    tiny_llama(hidden_size=64).to(torch.bfloat16).save_pretrained(folder / "plain")
+    how = BitsAndBytesConfig(**how)
+    base = AutoModelForCausalLM.from_pretrained(folder / "plain", quantization_config=how, device_map="cpu")
+    base.save_pretrained(folder / "base")
+    return AutoModelForCausalLM.from_pretrained(folder / "base")
+
+
+def test_a_base_that_transformers_saved_in_4_bits(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    base = quantised(tmp_path, load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    adapted = get_peft_model(base, LortaConfig(r=4, target_modules=["q_proj", "o_proj"], task_type="CAUSAL_LM")).eval()
+    perturb(adapted)
+    adapted.save_pretrained(tmp_path / "adapter")
+    to_dense(tmp_path / "adapter", tmp_path / "dense", torch.float32)
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()
+    assert dense.dtype == torch.float32
+    torch.testing.assert_close(logits(dense), logits(adapted).float(), atol=3e-2, rtol=3e-2)
+
+
+def test_a_base_in_8_bits_is_refused_before_anything_of_it_is_changed(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    from tensorpeft.quantization import dequantize
+
+    base = quantised(tmp_path, load_in_8bit=True)
+    adapted = get_peft_model(base, LortaConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    adapted.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"Bnb8BitHfQuantizer \(bitsandbytes\).*Load the base without quantisation"):
+        to_dense(tmp_path / "adapter", tmp_path / "dense")
+    assert not (tmp_path / "dense").exists()
+    with pytest.raises(ValueError, match="expected bitsandbytes' 4 bits"):
+        dequantize(plain := adapted.unload(), torch.float32)
+    assert plain.config.quantization_config.load_in_8bit
+    assert plain.hf_quantizer is not None

@@ -259,6 +259,13 @@ def test_a_base_in_16_bits_gets_factors_in_16_bits_and_their_error_is_told(tmp_p
         assert 0 < layer.error < (1e-3 if expected is torch.float16 else 1e-2)
 
 
+def test_an_update_of_nothing_in_16_bits_has_no_error(tmp_path: Path):
+    base = tiny_llama().to(torch.bfloat16)
+    base.config.dtype = torch.bfloat16
+    model = get_peft_model(base, LortaConfig(r=5, target_modules=["q_proj"]))  # not trained yet
+    assert [layer.error for layer in to_lora(model, tmp_path)] == [0.0, 0.0]
+
+
 def test_a_module_without_a_configuration(tmp_path: Path):
     model = get_peft_model(nn.Sequential(nn.Linear(6, 5)), FloraConfig(r=2, target_modules=["0"]))
     with pytest.warns(UserWarning, match="does not say which base model"):

@@ -61,7 +61,7 @@ def merge(
     base = base or base_of(config, adapter)
     tensors = Source(str(adapter), {}).read_shapes() or {}
     labels = next((tensor.shape[0] for name, tensor in tensors.items() if name.endswith(_HEADS)), None)
-    model = load_as_saved(base, config, dtype="auto", **({} if labels is None else {"num_labels": labels}))
+    model = load_as_saved(base, config, tensors, dtype="auto", **({} if labels is None else {"num_labels": labels}))
     if not any(name.endswith(BASE_DIGEST) for name in tensors):
         # Merging into a 4-bit layer would quantise the sum. An adapter that starts from its residual base needs the
         # layer as it is, and merges into a plain one by itself.

@@ -149,7 +149,8 @@ class LowRank(NamedTuple):
         if all(torch.equal(factor, other.to(factor)) for factor, other in zip(self.factors, written)):
             return 0.0
         (down, up), (other_down, other_up) = (map(Tensor.double, pair) for pair in (self.factors, written))
-        return _norm(torch.cat([down, other_down]), torch.cat([up, -other_up], 1)) / _norm(down, up)
+        norm = _norm(down, up)
+        return _norm(torch.cat([down, other_down]), torch.cat([up, -other_up], 1)) / norm if norm > 0 else 0.0
 
 
 def low_rank_updates(

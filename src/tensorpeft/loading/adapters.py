@@ -18,7 +18,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from tensorpeft.loading.architectures import build_empty, find_class
 from tensorpeft.loading.errors import explained
-from tensorpeft.loading.models import load_config, load_pretrained, load_tokenizer
+from tensorpeft.loading.models import lacking_weights, load_config, load_pretrained, load_tokenizer
 from tensorpeft.loading.names import resolve
 from tensorpeft.loading.quiet import quiet
 from tensorpeft.plugin.checkpoint import Source, check_config_file
@@ -169,7 +169,7 @@ def _check_head(base: str, adapter: str | None, missing: set[str]) -> None:
     """Refuse a model with weights that started from noise."""
     with explained(str(adapter)):
         saved = set() if adapter is None else set(Source(adapter, {}).read_shapes() or ())
-    if lacking := sorted(key for key in missing if f"base_model.model.{key}" not in saved):
+    if lacking := lacking_weights(missing, saved):
         where = base if adapter is None else f"{base} and {adapter}"
         raise ValueError(
             f"{where}: no trained weights {', '.join(lacking[:3])} for this task. Pass a model, or an adapter, that "

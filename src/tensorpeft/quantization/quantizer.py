@@ -97,10 +97,7 @@ class ResidualHfQuantizer(Bnb4BitHfQuantizer):
         for name, parameter in model.named_parameters():
             if parameter.is_floating_point() and name in self._dtypes:  # a weight in 4 bits is not
                 parameter.data = parameter.data.to(self._dtypes[name])
-        # transformers saves through the reverse of what it loaded through, and bitsandbytes' reading has no reverse. It
-        # needs none: the state dict has the checkpoint's own keys. Until transformers saves a loaded 4-bit model.
-        conversions = getattr(model, "_weight_conversions", None) or []
-        model._weight_conversions = [item for item in conversions if not _is_of_quantizer(item)] or None  # type: ignore
+        forget_reading(model)
         return super()._process_model_after_weight_loading(model, **kwargs)
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, Any]]:
@@ -130,6 +127,16 @@ class ResidualHfQuantizer(Bnb4BitHfQuantizer):
 
         dequantize_layers(model, dtype)
         return model
+
+
+def forget_reading(model: Any) -> None:
+    """Let transformers save a loaded 4-bit model, or what became of one; until it does by itself.
+
+    It saves through the reverse of what it loaded through, and bitsandbytes' reading has no reverse. It needs none:
+    the state dict has the checkpoint's own keys.
+    """
+    conversions = getattr(model, "_weight_conversions", None) or []
+    model._weight_conversions = [item for item in conversions if not _is_of_quantizer(item)] or None
 
 
 def _is_of_quantizer(conversion: Any) -> bool:
