@@ -13,11 +13,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from tensorpeft.export.lora import active_adapter, adapted_layers, trained_in_full
+from tensorpeft.export.lora import active_adapter, adapted_layers, refuse_trained_in_full
+from tensorpeft.export.places import check_folder
 from tensorpeft.loading.adapters import load_on_skeleton
 from tensorpeft.networks.rounded_blocks import BLOCK_SIZE, from_blocks, to_blocks
 from tensorpeft.plugin.layer import check_weight_update
-from tensorpeft.quantization.delta import BITS, CONFIG_NAME, WEIGHTS_NAME, DeltaConfig, digest_of
+from tensorpeft.quantization.delta import BITS, CONFIG_NAME, WEIGHTS_NAME, DeltaConfig, check_ties, digest_of
 from tensorpeft.reports.folders import replace_files, sole_writer
 
 
@@ -70,23 +71,26 @@ def to_delta(
     Raises:
         BlockingIOError: another process writes to `out_dir`.
         ValueError: no adapter of ours in the model, one that is not linear, other bits, an update that is not finite,
-            or weights besides the layers' updates (`modules_to_save`, `trainable_token_indices`).
+            or weights besides the layers' updates (`modules_to_save`, `trainable_token_indices`); `out_dir` is the
+            adapter's or the base's, or holds an adapter or a model.
 
     >>> to_delta("runs/my-dota", "runs/my-delta", bits=4)  # doctest: +SKIP
     """
     if bits not in BITS:
         raise ValueError(f"bits={bits}: expected {' or '.join(map(str, BITS))}.")
+    check_folder(out_dir, CONFIG_NAME, model_or_path, base)
     with sole_writer(Path(out_dir)):
         is_path = isinstance(model_or_path, (str, os.PathLike))
         model = load_on_skeleton(model_or_path, base) if is_path else model_or_path
         name = adapter_name or active_adapter(model)
         layers = adapted_layers(model, name)
         config = model.peft_config[name]
-        for field, value in trained_in_full(config).items():
-            raise ValueError(
-                f"{field}={value}: a delta has nothing but layers' updates. Merge the adapter into its base instead "
-                "(merge_and_unload, or `tensorpeft export dense`)."
-            )
+        refuse_trained_in_full(
+            config,
+            "a delta has nothing but layers' updates. Merge the adapter into its base instead (merge_and_unload, or "
+            "`tensorpeft export dense`).",
+        )
+        check_ties(model.get_base_model(), {key: layer.get_base_layer() for key, layer in layers.items()})
         updates = {key: check_weight_update(name, layer.updates[name]) for key, layer in layers.items()}
         exported, shapes, tensors = list[DeltaLayer](), dict[str, tuple[int, int]](), dict[str, Tensor]()
         for key, update in tqdm(updates.items(), "Exporting", disable=not progress):

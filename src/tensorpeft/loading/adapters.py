@@ -18,7 +18,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from tensorpeft.loading.architectures import build_empty, find_class
 from tensorpeft.loading.errors import explained
-from tensorpeft.loading.models import lacking_weights, load_config, load_pretrained, load_tokenizer
+from tensorpeft.loading.models import lacking_weights, load_config, load_pretrained, load_tokenizer, pinned
 from tensorpeft.loading.names import resolve
 from tensorpeft.loading.quiet import quiet
 from tensorpeft.plugin.checkpoint import Source, check_config_file
@@ -91,8 +91,9 @@ def load_model(
         raise ValueError(f"dtype={dtype!r}: expected {', '.join(_DTYPES)}, or None for that of the checkpoint.")
     with quiet():
         own = adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file()
-        tokenizer = load_tokenizer(adapter if own else base)  # pyright: ignore[reportArgumentType]
-        model, missing = _load_base(base, task, dtype, tokenizer)
+        pin = {} if adapter is None else pinned(load_adapter_config(adapter), base)
+        tokenizer = load_tokenizer(adapter) if adapter is not None and own else load_tokenizer(base, **pin)
+        model, missing = _load_base(base, task, dtype, tokenizer, pin)
         if torch.cuda.is_available() and next(model.parameters()).device.type == "cpu":
             model = model.to("cuda")  # pyright: ignore[reportArgumentType]
         _check_head(base, adapter, missing)
@@ -110,7 +111,7 @@ def load_on_skeleton(
     """
     config = load_adapter_config(adapter)
     base = base or base_of(config, adapter, "Load the adapter on its model, and pass that PeftModel.")
-    model_config = load_config(base)
+    model_config = load_config(base, **pinned(config, base))
     model = build_empty(find_class(model_config, base, config), model_config)
     with explained(adapter):
         return PeftModel.from_pretrained(model, str(adapter), low_cpu_mem_usage=True)  # pyright: ignore[reportArgumentType]
@@ -145,10 +146,10 @@ def _is_all_in_its_file(config: PeftConfig) -> bool:
 
 
 def _load_base(
-    base: str, task: Task | None, dtype: str | None, tokenizer: PreTrainedTokenizerBase
+    base: str, task: Task | None, dtype: str | None, tokenizer: PreTrainedTokenizerBase, pin: dict[str, str]
 ) -> tuple[PreTrainedModel, set[str]]:
     """The base, and the names of its weights that were not in the checkpoint."""
-    arguments: dict[str, Any] = {"dtype": dtype or "auto", "output_loading_info": True}
+    arguments: dict[str, Any] = {"dtype": dtype or "auto", "output_loading_info": True, **pin}
     if isinstance(task, StructureTask):
         raise ValueError(
             f"{base}: a model that folds proteins cannot be loaded from a folder yet. Evaluate it in Python: "

@@ -15,6 +15,7 @@ from tensorpeft.quantization import quantizer as _quantizer  # noqa: F401  # res
 
 def load_config(
     name: str,  # as `resolve` takes it
+    **arguments: Any,  # of from_pretrained
 ) -> PretrainedConfig:
     """The model's configuration.
 
@@ -24,7 +25,19 @@ def load_config(
     folder = resolve(name)
     require_config(Path(folder))
     with explained(folder):
-        return AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder, **arguments)
+
+
+def pinned(
+    adapter: PeftConfig | None,
+    base: str,  # name of the model that it is put on
+) -> dict[str, str]:  # arguments of from_pretrained
+    """The revision of the base that the adapter was trained on, if that is said, and the base is the one that it names.
+
+    PEFT's auto classes load it, too.
+    """
+    is_its_own = adapter is not None and base == adapter.base_model_name_or_path
+    return {"revision": adapter.revision} if is_its_own and adapter.revision else {}  # pyright: ignore[reportReturnType]
 
 
 def load_tokenizer(
@@ -76,8 +89,9 @@ def load_as_saved(
     Raises:
         ValueError: there is no such model, or it lacks weights that are not the adapter's.
     """
-    model_cls = find_class(load_config(name), name, adapter)
-    model, info = load_pretrained(model_cls, name, output_loading_info=True, **arguments)
+    pin = pinned(adapter, name)
+    model_cls = find_class(load_config(name, **pin), name, adapter)
+    model, info = load_pretrained(model_cls, name, output_loading_info=True, **pin, **arguments)
     if lacking := lacking_weights(info["missing_keys"], saved):
         # A model may have what its user never reads, such as a pooler.
         remedy = "" if adapter is None else ", or, if nothing reads them, merge in memory (merge_and_unload)"
