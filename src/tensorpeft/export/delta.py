@@ -13,12 +13,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from tensorpeft.export.lora import active_adapter, adapted_layers, refuse_trained_in_full
+from tensorpeft.export.lora import active_adapter, adapted_layers, refuse_trained_in_full, tied_head
 from tensorpeft.export.places import check_folder
 from tensorpeft.loading.adapters import load_on_skeleton
 from tensorpeft.networks.rounded_blocks import BLOCK_SIZE, from_blocks, to_blocks
 from tensorpeft.plugin.layer import check_weight_update
-from tensorpeft.quantization.delta import BITS, CONFIG_NAME, WEIGHTS_NAME, DeltaConfig, check_ties, digest_of
+from tensorpeft.quantization.delta import BITS, CONFIG_NAME, WEIGHTS_NAME, DeltaConfig, digest_of
 from tensorpeft.reports.folders import replace_files, sole_writer
 
 
@@ -90,7 +90,11 @@ def to_delta(
             "a delta has nothing but layers' updates. Merge the adapter into its base instead (merge_and_unload, or "
             "`tensorpeft export dense`).",
         )
-        check_ties(model.get_base_model(), {key: layer.get_base_layer() for key, layer in layers.items()})
+        if (head := tied_head(model, layers)) is not None:
+            raise ValueError(
+                f"{head}: its weight is that of the embedding too, and the delta would be for one of them. Merge the "
+                "adapter into its base instead (merge_and_unload, or `tensorpeft export dense`)."
+            )
         updates = {key: check_weight_update(name, layer.updates[name]) for key, layer in layers.items()}
         exported, shapes, tensors = list[DeltaLayer](), dict[str, tuple[int, int]](), dict[str, Tensor]()
         for key, update in tqdm(updates.items(), "Exporting", disable=not progress):

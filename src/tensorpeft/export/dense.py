@@ -14,7 +14,6 @@ from tensorpeft.export.tokenizer import TOKENIZER_FILES, load_tokenizer
 from tensorpeft.loading.adapters import base_of, load_adapter_config, put_adapter
 from tensorpeft.loading.models import load_as_saved, pinned
 from tensorpeft.loading.names import resolve
-from tensorpeft.networks.update import BASE_DIGEST
 from tensorpeft.plugin.checkpoint import Source
 from tensorpeft.plugin.config import TensorConfig
 from tensorpeft.quantization import dequantize
@@ -65,12 +64,13 @@ def merge(
     """A saved adapter in its base, and their tokenizer where there is one; arguments and errors are `to_dense`'s."""
     config = load_adapter_config(adapter)
     base = base or base_of(config, adapter)
-    tensors = Source(str(adapter), {}).read_shapes() or {}
+    source = Source(str(adapter), {})
+    tensors = source.read_shapes() or {}
     labels = next((tensor.shape[0] for name, tensor in tensors.items() if name.endswith(_HEADS)), None)
     model = load_as_saved(base, config, tensors, dtype="auto", **({} if labels is None else {"num_labels": labels}))
     # The sum is rounded once: a base in 32 bits is not cast to 16 before the update is added.
     wide = torch.promote_types(model.dtype, dtype)
-    if not any(name.endswith(BASE_DIGEST) for name in tensors):
+    if not source.is_of_residual_base():
         # Merging into a 4-bit layer would quantise the sum. An adapter that starts from its residual base needs the
         # layer as it is, and merges into a plain one by itself.
         model = dequantize(model, wide)

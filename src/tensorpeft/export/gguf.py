@@ -20,6 +20,7 @@ from tensorpeft.export.lora import (
     adapted_layers,
     low_rank_updates,
     refuse_trained_in_full,
+    tied_head,
 )
 from tensorpeft.export.places import check_file
 from tensorpeft.loading.adapters import load_on_skeleton
@@ -87,9 +88,9 @@ def to_gguf_lora(
             "llama.cpp's adapters have nothing but layers' updates. Merge the adapter into its base instead "
             "(--merged).",
         )
-        if "lm_head" in layers and plain.config.tie_word_embeddings:  # type: ignore[union-attr]
+        if (head := tied_head(model, layers)) is not None:
             raise ValueError(
-                "lm_head: it is the embedding too, and llama.cpp adds no adapter to its use as the head alone. Merge "
+                f"{head}: it is the embedding too, and llama.cpp adds no adapter to its use as the head alone. Merge "
                 "the adapter into its base instead (--merged)."
             )
         tensors: dict[str, Tensor] = {}

@@ -203,6 +203,14 @@ def adapted_layers(model: PeftModel, name: str) -> dict[str, TensorLayer]:
     return layers
 
 
+def tied_head(model: PeftModel, layers: Mapping[str, TensorLayer]) -> str | None:
+    """The name of an adapted head whose weight is the embedding's, too; the tie itself may be lost on a skeleton."""
+    base: Any = model.get_base_model()
+    is_tied = getattr(getattr(base, "config", None), "tie_word_embeddings", False)
+    head = base.get_output_embeddings() if is_tied and hasattr(base, "get_output_embeddings") else None
+    return next((key for key, layer in layers.items() if layer is head), None)
+
+
 def trained_in_full(config: PeftConfig) -> dict[str, Any]:
     """The fields of a configuration that say what of the model is trained besides the layers' updates."""
     values = {name: getattr(config, name, None) for name in ("modules_to_save", "trainable_token_indices")}

@@ -107,9 +107,16 @@ def load_on_skeleton(
     """The adapter on its base on the meta device: all that needs the adapter's numbers and the base's shapes.
 
     Raises:
-        ValueError: the adapter does not say what its base model is, or that has no configuration to be found.
+        ValueError: the adapter does not say what its base model is, that has no configuration to be found, or the
+            adapter needs numbers of it: QDoTA's start is its base's.
     """
     config = load_adapter_config(adapter)
+    if Source(str(adapter), {}).is_of_residual_base():
+        raise ValueError(
+            f"{adapter}: it was trained on a residual base (QDoTA), which has the cores that it starts from. Load it "
+            "on that base (PeftModel.from_pretrained), and pass the PeftModel to the function that this command "
+            "calls, or merge the two (tensorpeft export dense, or export gguf --merged)."
+        )
     base = base or base_of(config, adapter, "Load the adapter on its model, and pass that PeftModel.")
     model_config = load_config(base, **pinned(config, base))
     model = build_empty(find_class(model_config, base, config), model_config)

@@ -109,7 +109,7 @@ def load_delta(model: _Model, folder: str | os.PathLike[str]) -> _Model:
         )
     modules = dict(model.named_modules())
     bases = {name: _find_layer(modules, name, shape, folder) for name, shape in config.shapes.items()}
-    check_ties(model, bases)
+    _check_ties(model, bases)
     with _opened(folder / WEIGHTS_NAME) as file:
         _check_file(folder / WEIGHTS_NAME, file, config)
         for name in bases:  # what could fail does so before the first weight is changed
@@ -218,7 +218,7 @@ _PLAIN = (
 )
 
 
-def check_ties(model: nn.Module, bases: Mapping[str, nn.Module]) -> None:
+def _check_ties(model: nn.Module, bases: Mapping[str, nn.Module]) -> None:
     """Raise a `ValueError` if a weight is another layer's, too, which would change with it."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
