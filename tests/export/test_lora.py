@@ -425,9 +425,11 @@ def test_errors_say_what_to_do(tmp_path: Path, capsys):
 def test_the_commands_that_are_printed_run(place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     pytest.importorskip("gguf")
-    for size in (["--rank", "3"], ["--energy", "0.4"]):
-        assert main(["export", "lora", "dota", f"printed{size[0]}", *size, "--no-check"]) == 0
+    Path("as_if_moved").symlink_to("base")
+    for more in (["--rank", "3"], ["--energy", "0.4"], ["--rank", "3", "--base", "as_if_moved"]):
+        assert main(["export", "lora", "dota", "printed", *more, "--no-check"]) == 0
         (line,) = re.findall(r"llama.cpp tensorpeft (.*)", capsys.readouterr().out)
+        assert line.endswith(" ".join(more))
         assert main(line.split()) == 0
     assert Path("OUT.gguf").is_file()
     saved_base(MODELS[1].build, Path("gpt2"))

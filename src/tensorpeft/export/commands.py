@@ -27,6 +27,8 @@ def start_commands(
     """How each engine is started with an exported adapter; llama.cpp, if its form of the model is known."""
     folder = Path(lora).absolute()
     config = PeftConfig.from_pretrained(str(folder))
+    # Not where the adapter says: our own commands have to be told, too.
+    moved = "" if base is None else f" --base {shlex.quote(base)}"
     base = base or config.base_model_name_or_path
     has_gguf = base is not None and _has_gguf(base, config)
     pin = pinned(config, base or "")
@@ -36,14 +38,16 @@ def start_commands(
     max_rank = next(size for size in SERVED_RANKS if size >= max(layer.rank for layer in layers))
     peft = ("PEFT", f"PeftModel.from_pretrained(base, {str(folder)!r})")
     if in_full := trained_in_full(config):
-        refused = f"refuses {' and '.join(in_full)}: serve the merged model, tensorpeft export dense {adapter} OUT"
-        merged = f"tensorpeft export gguf {adapter} OUT.gguf --merged"
+        refused = (
+            f"refuses {' and '.join(in_full)}: serve the merged model, tensorpeft export dense {adapter} OUT{moved}"
+        )
+        merged = f"tensorpeft export gguf {adapter} OUT.gguf --merged{moved}"
         return [peft, ("vLLM", refused), *[("llama.cpp", merged)] * has_gguf]
     return [
         peft,
         ("vLLM", f"vllm serve {base} --enable-lora --max-lora-rank {max_rank} --lora-modules {name}={path}"),
         ("SGLang", f"python -m sglang.launch_server --model-path {base} --enable-lora --lora-paths {name}={path}"),
-        *[("llama.cpp", f"tensorpeft export gguf {adapter} OUT.gguf{size}")] * has_gguf,
+        *[("llama.cpp", f"tensorpeft export gguf {adapter} OUT.gguf{size}{moved}")] * has_gguf,
     ]
 
 

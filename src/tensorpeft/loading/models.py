@@ -36,8 +36,9 @@ def pinned(
 
     PEFT's auto classes load it, too.
     """
-    is_its_own = adapter is not None and base == adapter.base_model_name_or_path
-    return {"revision": adapter.revision} if is_its_own and adapter.revision else {}  # pyright: ignore[reportReturnType]
+    if adapter is None or base != adapter.base_model_name_or_path or not adapter.revision:
+        return {}
+    return {"revision": adapter.revision}
 
 
 def load_tokenizer(
