@@ -511,21 +511,41 @@ def test_the_base_s_revision_comes_along(place, monkeypatch):
     assert json.loads(Path("pinned/adapter_config.json").read_text())["revision"] == "v2"
     layers = [ExportedLayer("q_proj", 2, 0.0)]
     assert "vllm serve base --revision v2 --enable-lora" in dict(start_commands(layers, "pinned"))["vLLM"]
+    for fields in ({"base_model_name_or_path": None}, {"auto_mapping": {"base_model_class": "Mystery"}}):
+        written = json.loads(Path("pinned/adapter_config.json").read_text())
+        shutil.copytree("pinned", "unknown", dirs_exist_ok=True)
+        Path("unknown/adapter_config.json").write_text(json.dumps(written | fields))
+        assert [engine for engine, _ in start_commands(layers, "unknown")] == ["PEFT", "vLLM", "SGLang"]
     model.save_pretrained("of_v2")
     to_lora("of_v2", "moved", base=str(place / "base"))  # which need not have that revision
     assert json.loads(Path("moved/adapter_config.json").read_text())["revision"] is None
 
 
-def test_an_adapter_of_a_residual_base_says_where_its_start_is(tmp_path, capsys):
+def test_an_adapter_of_a_residual_base_is_exported_from_its_folder(tmp_path, capsys):
     pytest.importorskip("bitsandbytes")
     from tensorpeft.quantization import quantize_residual
 
     config = DotaConfig(r=4, num_cores=3, target_modules=MODELS[0].targets, task_type="CAUSAL_LM")
-    quantize_residual(tiny_llama(), config).save_pretrained(tmp_path / "base")
+    quantize_residual(tiny_llama(), config).save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    assert len(list((tmp_path / "base").glob("*.safetensors"))) > 1
     model = adapted(tmp_path / "base", config)
     model.save_pretrained(tmp_path / "adapter")
-    for form in ("lora", "delta", "gguf"):
-        command = ["export", form, str(tmp_path / "adapter"), str(tmp_path / "out")]
-        assert main([*command, *([] if form == "delta" else ["--rank", "4"])]) == 2
-        assert "Load it on that base (PeftModel.from_pretrained)" in capsys.readouterr().err
-    assert len(to_lora(model, tmp_path / "lora", 4)) == len(to_delta(model, tmp_path / "delta"))
+    to_lora(model, tmp_path / "lora", 4)
+    to_delta(model, tmp_path / "delta")
+    for form, *more in (["lora", "--rank", "4"], ["delta"]):
+        out = tmp_path / f"{form}-of-folder"
+        assert main(["export", form, str(tmp_path / "adapter"), str(out), *more, "--no-check"]) == 0
+        (file,) = out.glob("*.safetensors")
+        expected, found = load_file(tmp_path / form / file.name), load_file(file)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+    assert "vllm" not in capsys.readouterr().out  # which has no such base
+    quantize_residual(tiny_llama(), config, rounds=3).save_pretrained(tmp_path / "other")
+    tiny_llama().save_pretrained(tmp_path / "plain")
+    for base in ("other", "plain"):
+        with pytest.raises(ValueError, match=r"q_proj: this adapter was trained on (the|a) residual base"):
+            to_lora(tmp_path / "adapter", tmp_path / "out", 4, base=str(tmp_path / base))
+    for file in (tmp_path / "base").glob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(ValueError, match=r"start.core_1: the checkpoint of this residual base lacks it"):
+        to_lora(tmp_path / "adapter", tmp_path / "out", 4)

@@ -14,6 +14,7 @@ from tensorpeft.export.lora import SERVED_RANKS, ExportedLayer, trained_in_full
 from tensorpeft.loading.architectures import class_name
 from tensorpeft.loading.models import load_config, pinned
 from tensorpeft.loading.names import resolve
+from tensorpeft.quantization.quantizer import is_residual
 
 
 def start_commands(
@@ -24,19 +25,22 @@ def start_commands(
     rank: int | None = None,  # that, or
     energy: float | None = None,  # that, with which it was cut
 ) -> list[tuple[str, str]]:  # engine, command line or why there is none
-    """How each engine is started with an exported adapter; llama.cpp, if its form of the model is known."""
+    """How each engine is started with an exported adapter: those that know the model, and llama.cpp's form of it."""
     folder = Path(lora).absolute()
     config = PeftConfig.from_pretrained(str(folder))
     # Not where the adapter says: our own commands have to be told, too.
     moved = "" if base is None else f" --base {shlex.quote(base)}"
     base = base or config.base_model_name_or_path
-    has_gguf = base is not None and _has_gguf(base, config)
+    model_class, is_ours = _look_at(base, config)
+    has_gguf = model_class in ARCHITECTURES
     pin = pinned(config, base or "")
     base = " --revision ".join(shlex.quote(word) for word in (resolve(base) if base else "BASE", *pin.values()))
     size = f" --rank {rank}" if rank is not None else f" --energy {energy}" if energy is not None else ""
     name, path, adapter = (shlex.quote(str(word)) for word in (folder.name, folder, adapter))
     max_rank = next(size for size in SERVED_RANKS if size >= max(layer.rank for layer in layers))
     peft = ("PEFT", f"PeftModel.from_pretrained(base, {str(folder)!r})")
+    if is_ours:  # we alone load such a base
+        return [peft]
     if in_full := trained_in_full(config):
         refused = (
             f"refuses {' and '.join(in_full)}: serve the merged model, tensorpeft export dense {adapter} OUT{moved}"
@@ -51,8 +55,12 @@ def start_commands(
     ]
 
 
-def _has_gguf(base: str, config: PeftConfig) -> bool:
+def _look_at(base: str | None, adapter: PeftConfig) -> tuple[str | None, bool]:
+    """The name of the base's class, None if that is not known, and whether it is a residual base."""
+    if base is None:
+        return None, False
     try:
-        return class_name(load_config(base, **pinned(config, base)), base, config) in ARCHITECTURES
-    except ValueError:  # such as a base that is no longer there
-        return False
+        model = load_config(base, **pinned(adapter, base))
+        return class_name(model, base, adapter), is_residual(model)
+    except ValueError:  # such as of a base that is no longer there
+        return None, False

@@ -55,7 +55,7 @@ def to_delta(
 
     Args:
         model_or_path: a PeftModel with an adapter of ours, of any method that merges, or the folder of a saved one; of
-            that, the base model is only read as a configuration.
+            that, the base model is only read as a configuration, of a residual one the cores too.
         out_dir: folder for delta_config.json and delta.safetensors; made where it does not exist.
         bits: 8 or 4.
         adapter_name: which adapter; None: the active one.

@@ -53,7 +53,7 @@ def to_gguf_lora(
 
     Args:
         model_or_path: a PeftModel with an adapter of ours, or the folder of a saved one; of that, the base model is
-            only read as a configuration.
+            only read as a configuration, of a residual one the cores too.
         out_file: file to write; one that is there is replaced.
         rank: what an update of high rank is cut to; must not be given for the others.
         adapter_name: which adapter; None: the active one.

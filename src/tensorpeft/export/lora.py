@@ -75,7 +75,8 @@ def to_lora(
 
     Args:
         model_or_path: a PeftModel with an adapter of ours, or the folder of a saved one; of that, the base model is
-            only read as a configuration, and the tokenizer, where it has one, is copied.
+            only read as a configuration, of a residual one the cores too, and the tokenizer, where it has one, is
+            copied.
         out_dir: folder for adapter_config.json, adapter_model.safetensors and a model card; made where it does not
             exist.
         rank: what an update of high rank is cut to, at most 512; must not be given for the others.

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import (
@@ -23,8 +24,10 @@ from tensorpeft.loading.names import resolve
 from tensorpeft.loading.quiet import quiet
 from tensorpeft.plugin.checkpoint import Source, check_config_file
 from tensorpeft.plugin.config import TensorConfig
+from tensorpeft.quantization.quantizer import is_residual, put_starts
 from tensorpeft.tasks.task import LabelTask, StructureTask, Task
 
+_WEIGHTS = "*.safetensors"
 _DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -106,20 +109,21 @@ def load_on_skeleton(
 ) -> PeftModel:
     """The adapter on its base on the meta device: all that needs the adapter's numbers and the base's shapes.
 
+    QDoTA's adapters start from their base's cores, which are read, too.
+
     Raises:
-        ValueError: the adapter does not say what its base model is, that has no configuration to be found, or the
-            adapter needs numbers of it: QDoTA's start is its base's.
+        ValueError: the adapter does not say what its base model is, or that has no configuration to be found.
     """
     config = load_adapter_config(adapter)
-    if Source(str(adapter), {}).is_of_residual_base():
-        raise ValueError(
-            f"{adapter}: it was trained on a residual base (QDoTA), which has the cores that it starts from. Load it "
-            "on that base (PeftModel.from_pretrained), and pass the PeftModel to the function that this command "
-            "calls, or merge the two (tensorpeft export dense, or export gguf --merged)."
-        )
     base = base or base_of(config, adapter, "Load the adapter on its model, and pass that PeftModel.")
-    model_config = load_config(base, **pinned(config, base))
+    pin = pinned(config, base)
+    model_config = load_config(base, **pin)
     model = build_empty(find_class(model_config, base, config), model_config)
+    if is_residual(model_config) and Source(str(adapter), {}).is_of_residual_base():
+        with explained(base):
+            folder = resolve(base)
+            is_here = Path(folder).is_dir()
+            put_starts(model, Path(folder if is_here else snapshot_download(folder, allow_patterns=_WEIGHTS, **pin)))
     with explained(adapter):
         return PeftModel.from_pretrained(model, str(adapter), low_cpu_mem_usage=True)  # pyright: ignore[reportArgumentType]
 
