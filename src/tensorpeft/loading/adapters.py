@@ -27,7 +27,6 @@ from tensorpeft.plugin.config import TensorConfig
 from tensorpeft.quantization.quantizer import is_residual, put_starts
 from tensorpeft.tasks.task import LabelTask, StructureTask, Task
 
-_WEIGHTS = "*.safetensors"
 _DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -122,8 +121,9 @@ def load_on_skeleton(
     if is_residual(model_config) and Source(str(adapter), {}).is_of_residual_base():
         with explained(base):
             folder = resolve(base)
-            is_here = Path(folder).is_dir()
-            put_starts(model, Path(folder if is_here else snapshot_download(folder, allow_patterns=_WEIGHTS, **pin)))
+            if not Path(folder).is_dir():
+                folder = snapshot_download(folder, revision=pin.get("revision"), allow_patterns="*.safetensors")
+            put_starts(model, Path(folder))
     with explained(adapter):
         return PeftModel.from_pretrained(model, str(adapter), low_cpu_mem_usage=True)  # pyright: ignore[reportArgumentType]
 
