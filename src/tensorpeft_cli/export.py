@@ -1,7 +1,6 @@
 """``tensorpeft export``: its forms and their options."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -66,7 +65,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     gguf.add_argument("out", type=Path, metavar="OUT", help="file to write, such as adapter.gguf")
     gguf.add_argument("--merged", action="store_true", help="the whole model, the adapter merged into it")
     _add_size(gguf)
-    gguf.add_argument("--base", type=model_name, metavar="MODEL", help="with --merged: see `tensorpeft export dense`")
+    _add_base(gguf)
     gguf.add_argument(
         "--outtype", choices=OUTTYPES, help="of the numbers (default: f32 for an adapter, f16 for a merged model)"
     )
@@ -77,26 +76,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def _add_folders(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter", type=existing, metavar="ADAPTER", help="folder of the saved adapter")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
-
-
-def _check_out(arguments: argparse.Namespace) -> None:
-    """Refuse to write an export over an adapter that it may be of.
-
-    Raises:
-        ValueError: OUT is the adapter's own folder, or holds one that is no plain LoRA.
-    """
-    file = arguments.out / "adapter_config.json"
-    if not file.is_file():
-        return
-    try:
-        method = json.loads(file.read_text(encoding="utf-8")).get("peft_type")
-    except (AttributeError, OSError, ValueError):
-        method = None
-    if method != "LORA" or arguments.out.samefile(arguments.adapter):
-        raise ValueError(
-            f"{one_line(arguments.out)} holds an adapter ({method}), which would be written over. Name another folder, "
-            "or remove it first."
-        )
 
 
 def _add_size(parser: argparse.ArgumentParser) -> None:
@@ -121,7 +100,6 @@ def _add_base(parser: argparse.ArgumentParser) -> None:
 
 def _lora(arguments: argparse.Namespace, command: str) -> int:
     is_cut = arguments.rank is not None or arguments.energy is not None
-    _check_out(arguments)
     _check_check(arguments)
     if arguments.distil is not None and not is_cut:
         raise ValueError("--distil: only what is cut has something to learn. Pass --rank or --energy, too.")
@@ -167,13 +145,13 @@ def _lora(arguments: argparse.Namespace, command: str) -> int:
         _print_check(check)
     file = arguments.out / "adapter_model.safetensors"
     print(f"{len(layers)} layers, {file.stat().st_size / 1e6:.2f} MB, written to {one_line(arguments.out)}")
-    for engine, line in start_commands(layers, arguments.out, arguments.base, arguments.adapter):
+    size = (arguments.rank, arguments.energy)
+    for engine, line in start_commands(layers, arguments.out, arguments.base, arguments.adapter, *size):
         print(f"{engine:9s} {one_line(line)}")
     return 0
 
 
 def _delta(arguments: argparse.Namespace, command: str) -> int:
-    _check_out(arguments)
     _check_check(arguments)
     import_package()
     from tensorpeft.export import to_delta
@@ -212,7 +190,7 @@ def _check(arguments: argparse.Namespace, folder: Path, by_default: bool) -> lis
     """
     from tensorpeft.export import check_export, is_measurable
 
-    is_asked = not arguments.no_check and by_default and is_measurable(arguments.adapter)
+    is_asked = not arguments.no_check and by_default and is_measurable(arguments.adapter, arguments.base)
     if arguments.check is None and not is_asked:
         return []
     check = check_export(arguments.adapter, folder, arguments.base, arguments.check)
@@ -257,7 +235,6 @@ def _print_check(check: Any) -> None:
 
 
 def _dense(arguments: argparse.Namespace, command: str) -> None:
-    _check_out(arguments)
     import_package()
     import torch
 
@@ -271,8 +248,6 @@ def _gguf(arguments: argparse.Namespace, command: str) -> None:
     is_cut = arguments.rank is not None or arguments.energy is not None
     if arguments.merged and is_cut:
         raise ValueError("--rank, --energy: a merged model has the whole update. Leave them out, or --merged.")
-    if arguments.base is not None and not arguments.merged:
-        raise ValueError("--base: an adapter's file needs no base. Leave --base out, or pass --merged.")
     import_package()
     from tensorpeft.export import to_gguf_lora, to_gguf_model
 
@@ -281,6 +256,6 @@ def _gguf(arguments: argparse.Namespace, command: str) -> None:
         print(f"Merged model written to {one_line(arguments.out)}")
         return
     outtype, size = arguments.outtype or "f32", {"rank": arguments.rank, "energy": arguments.energy}
-    layers = to_gguf_lora(arguments.adapter, arguments.out, outtype=outtype, progress=True, **size)
+    layers = to_gguf_lora(arguments.adapter, arguments.out, outtype=outtype, progress=True, base=arguments.base, **size)
     _print_layers(layers)
     print(f"{len(layers)} layers written to {one_line(arguments.out)}")

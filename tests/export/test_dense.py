@@ -1,13 +1,17 @@
 """An adapter and its base as one plain model, from the folders alone."""
 
+import shutil
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from cases import MODELS, Model, logits, over_models, perturb, tokens
+from cases import MODELS, Model, logits, over_models, perturb, tiny_llama, tokens
+from evaluation.evaluated import word_tokenizer
 from tensorpeft import DotaConfig, LortaConfig
-from tensorpeft.export import to_dense
+from tensorpeft.export import to_delta, to_dense, to_lora
 from tensorpeft_cli import main
 
 
@@ -117,3 +121,131 @@ def test_an_adapter_of_the_base_class_is_not_lost_in_one_with_a_head(tmp_path):
     with torch.no_grad():
         expected, found = (each(input_ids=tokens()).last_hidden_state for each in (adapted, dense))
     assert torch.allclose(found, expected, atol=2e-6)
+
+
+def test_a_base_that_lacks_weights_is_refused_and_an_adapter_s_own_head_is_none_of_them(tmp_path):
+    model = MODELS[0]
+    saved(model, config_of(model), tmp_path, quantised=False)
+    file = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.1.mlp.down_proj.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"base: no weights model.layers.1.mlp.down_proj.weight in its files"):
+        to_dense(tmp_path / "adapter", tmp_path / "dense")
+    assert not (tmp_path / "dense").exists()
+    bert = MODELS[2]
+    expected = saved(bert, config_of(bert), tmp_path / "bert", quantised=False)
+    file = tmp_path / "bert" / "base" / "model.safetensors"
+    tensors = {key: tensor for key, tensor in load_file(file).items() if not key.startswith("classifier")}
+    save_file(tensors, file, metadata={"format": "pt"})
+    dense = to_dense(tmp_path / "bert" / "adapter", tmp_path / "bert" / "dense", torch.float32)
+    assert torch.allclose(logits(dense.eval()), expected, atol=2e-6)
+
+
+def quantised(folder, **how):
+    """A base that transformers itself has quantised, saved and loaded again."""
+    torch.manual_seed(0)
+    tiny_llama(hidden_size=64).to(torch.bfloat16).save_pretrained(folder / "plain")
+    how = BitsAndBytesConfig(**how)
+    base = AutoModelForCausalLM.from_pretrained(folder / "plain", quantization_config=how, device_map="cpu")
+    base.save_pretrained(folder / "base")
+    return AutoModelForCausalLM.from_pretrained(folder / "base")
+
+
+def test_a_base_that_transformers_saved_in_4_bits(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    base = quantised(tmp_path, load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    adapted = get_peft_model(base, LortaConfig(r=4, target_modules=["q_proj", "o_proj"], task_type="CAUSAL_LM")).eval()
+    perturb(adapted)
+    adapted.save_pretrained(tmp_path / "adapter")
+    to_dense(tmp_path / "adapter", tmp_path / "dense", torch.float32)
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()
+    assert dense.dtype == torch.float32
+    torch.testing.assert_close(logits(dense), logits(adapted).float(), atol=3e-2, rtol=3e-2)
+
+
+def test_a_base_in_8_bits_is_refused_before_anything_of_it_is_changed(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    from tensorpeft.quantization import dequantize
+
+    base = quantised(tmp_path, load_in_8bit=True)
+    adapted = get_peft_model(base, LortaConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    adapted.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"Bnb8BitHfQuantizer \(bitsandbytes\).*Load the base without quantisation"):
+        to_dense(tmp_path / "adapter", tmp_path / "dense")
+    assert not (tmp_path / "dense").exists()
+    with pytest.raises(ValueError, match="expected bitsandbytes' 4 bits"):
+        dequantize(plain := adapted.unload(), torch.float32)
+    assert plain.config.quantization_config.load_in_8bit
+    assert plain.hf_quantizer is not None
+
+
+def rows(folder, template=None) -> None:
+    """A tokenizer beside an adapter or a model."""
+    tokenizer = word_tokenizer(bos=True)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+
+
+def test_no_form_is_written_where_another_is_nor_over_what_it_is_made_of(tmp_path):
+    model = MODELS[0]
+    adapted = get_peft_model(model.fresh(), config_of(model)).eval()
+    saved(model, config_of(model), tmp_path, quantised=False)
+    adapter, base, out = tmp_path / "adapter", tmp_path / "base", tmp_path / "out"
+    adapted.peft_config["default"].base_model_name_or_path = str(base)
+    forms = {
+        "lora": lambda source, out: to_lora(source, out, 2),
+        "delta": to_delta,
+        "dense": lambda source, out: to_dense(adapter, out, torch.float32),
+    }
+    for form, export in forms.items():
+        for own, message in ((adapter, r"an adapter \(DOTA\)"), (base, "a model")):
+            for source in (adapter, adapted):
+                before = {path.name: path.read_bytes() for path in own.iterdir()}
+                with pytest.raises(ValueError, match=f"{own.name} holds {message}, which would be written over"):
+                    export(source, own)
+                assert {path.name: path.read_bytes() for path in own.iterdir()} == before
+        export(adapter, out / form)
+        export(adapter, out / form)  # the same form again
+    kinds = {"lora": r"an adapter \(LORA\)", "delta": "a delta", "dense": "a model"}
+    for form, export in forms.items():
+        for other in kinds.keys() - {form}:
+            with pytest.raises(ValueError, match=f"{other} holds {kinds[other]}, which would be written over"):
+                export(adapter, out / other)
+
+
+def test_a_base_in_32_bits_is_rounded_once(tmp_path):
+    model = MODELS[0]
+    saved(model, LortaConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"), tmp_path, quantised=False)
+    to_dense(tmp_path / "adapter", tmp_path / "exact", torch.float32)
+    to_dense(tmp_path / "adapter", tmp_path / "dense", torch.bfloat16)
+    exact, dense = (load_file(tmp_path / name / "model.safetensors") for name in ("exact", "dense"))
+    assert exact.keys() == dense.keys()
+    for key, tensor in exact.items():
+        assert torch.equal(dense[key], tensor.to(torch.bfloat16)), key
+
+
+def test_of_an_earlier_tokenizer_nothing_is_left(tmp_path):
+    model = MODELS[0]
+    saved(model, config_of(model), tmp_path, quantised=False)
+    for template in ({"default": "{{ 'OLD' }}", "tool": "{{ 'TOOL' }}"}, "{{ 'OLD' }}", None):
+        shutil.rmtree(tmp_path / "adapter" / "additional_chat_templates", ignore_errors=True)
+        (tmp_path / "adapter" / "chat_template.jinja").unlink(missing_ok=True)
+        rows(tmp_path / "adapter", template)
+        for name, export in (("dense", to_dense), ("lora", lambda adapter, out: to_lora(adapter, out, 2))):
+            export(tmp_path / "adapter", tmp_path / name)
+            assert AutoTokenizer.from_pretrained(tmp_path / name).chat_template == template
+
+
+def test_a_damaged_tokenizer_beside_the_adapter_is_not_replaced_by_the_base_s(tmp_path):
+    model = MODELS[0]
+    saved(model, config_of(model), tmp_path, quantised=False)
+    rows(tmp_path / "base")
+    to_dense(tmp_path / "adapter", tmp_path / "dense")
+    assert (tmp_path / "dense" / "tokenizer.json").is_file()
+    rows(tmp_path / "adapter")
+    (tmp_path / "adapter" / "tokenizer.json").write_text("{")
+    for export in (to_dense, lambda adapter, out: to_lora(adapter, out, 2)):
+        with pytest.raises(ValueError, match="adapter: its tokenizer cannot be loaded"):
+            export(tmp_path / "adapter", tmp_path / "out")
+        assert not (tmp_path / "out").exists()

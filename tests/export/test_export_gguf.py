@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -240,6 +241,34 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(more, message, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["qwen3", "gemma3"])
+def test_biases_that_llama_cpp_does_not_read_are_refused(name, tmp_path):
+    model_class, config_class, more = ARCHITECTURES[name]
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"num_hidden_layers": 2, "vocab_size": 64, "attention_bias": True}
+    model = get_peft_model(model_class(config_class(**more | sizes)), LortaConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=f"attention_bias=True in the configuration: llama.cpp's {name} computes as"):
+        to_gguf_lora(model, tmp_path / "out.gguf")
+
+
+def test_a_base_may_have_moved_and_is_not_written_over(base, tmp_path):
+    folder = shutil.copytree(resolve(base), tmp_path / "base")
+    adapted(folder, LortaConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"), tmp_path / "adapter")
+    to_gguf_lora(tmp_path / "adapter", tmp_path / "first.gguf")
+    folder.rename(tmp_path / "moved")
+    command = ["export", "gguf", str(tmp_path / "adapter"), str(tmp_path / "second.gguf")]
+    assert main(command) == 2
+    assert main([*command, "--base", str(tmp_path / "moved")]) == 0
+    (_, first), (_, second) = (read(tmp_path / f"{name}.gguf") for name in ("first", "second"))
+    assert first.keys() == second.keys()
+    assert all((first[key] == second[key]).all() for key in first)
+    file = Path(shutil.copy(base, tmp_path / "base.gguf"))
+    for export in (to_gguf_lora, to_gguf_model):
+        with pytest.raises(ValueError, match=r"base.gguf is the base, which would be written over"):
+            export(tmp_path / "adapter", file, base=str(file))
+    assert file.read_bytes() == base.read_bytes()
+
+
 def test_other_architectures_and_other_weights_are_refused(tmp_path):
     out = tmp_path / "out.gguf"
     with pytest.raises(ValueError, match=r"GPT2LMHeadModel: no GGUF file of this class.*export lora.*convert_lora_to"):
@@ -269,7 +298,6 @@ def test_a_failure_leaves_the_older_file(base, tmp_path, capsys):
     assert main([*command, "--merged"]) == 2
     assert "the tokenizer is WordLevel, expected BPE" in capsys.readouterr().err
     assert main([*command, "--merged", "--rank", "2"]) == 2
-    assert main([*command, "--base", resolve(base)]) == 2
     with sole_writer(tmp_path, out.name):
         assert main(command) == 2
         assert "out.gguf: another process is writing to this file" in capsys.readouterr().err

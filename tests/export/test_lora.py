@@ -6,20 +6,21 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import OrderedDict
 from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModel, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from cases import MODELS, logits, perturb, tiny_llama
 from commanded import fill
 from tensorpeft import DotaConfig, FactConfig, FloraConfig, LortaConfig, LotrConfig
-from tensorpeft.export import ExportCheck, check_export, distil, to_lora
+from tensorpeft.export import ExportCheck, ExportedLayer, check_export, distil, start_commands, to_delta, to_lora
 from tensorpeft_cli import main
 
 STORIES = Path(os.environ.get("TENSORPEFT_DATA", "../shared")) / "models" / "stories260K"
@@ -259,6 +260,13 @@ def test_a_base_in_16_bits_gets_factors_in_16_bits_and_their_error_is_told(tmp_p
         assert 0 < layer.error < (1e-3 if expected is torch.float16 else 1e-2)
 
 
+def test_an_update_of_nothing_in_16_bits_has_no_error(tmp_path: Path):
+    base = tiny_llama().to(torch.bfloat16)
+    base.config.dtype = torch.bfloat16
+    model = get_peft_model(base, LortaConfig(r=5, target_modules=["q_proj"]))  # not trained yet
+    assert [layer.error for layer in to_lora(model, tmp_path)] == [0.0, 0.0]
+
+
 def test_a_module_without_a_configuration(tmp_path: Path):
     model = get_peft_model(nn.Sequential(nn.Linear(6, 5)), FloraConfig(r=2, target_modules=["0"]))
     with pytest.warns(UserWarning, match="does not say which base model"):
@@ -412,3 +420,132 @@ def test_errors_say_what_to_do(tmp_path: Path, capsys):
     assert main(["export", "lora", str(tmp_path / "nameless"), str(tmp_path / "out")]) == 2
     assert "names no base model. Load the adapter on its model" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_commands_that_are_printed_run(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    pytest.importorskip("gguf")
+    Path("as_if_moved").symlink_to("base")
+    for more in (["--rank", "3"], ["--energy", "0.4"], ["--rank", "3", "--base", "as_if_moved"]):
+        assert main(["export", "lora", "dota", "printed", *more, "--no-check"]) == 0
+        (line,) = re.findall(r"llama.cpp tensorpeft (.*)", capsys.readouterr().out)
+        assert line.endswith(" ".join(more))
+        assert main(line.split()) == 0
+    assert Path("OUT.gguf").is_file()
+    saved_base(MODELS[1].build, Path("gpt2"))
+    gpt2 = AutoModelForCausalLM.from_pretrained("gpt2")
+    get_peft_model(gpt2, LortaConfig(r=2, target_modules=["c_attn"])).save_pretrained("of_gpt2")
+    capsys.readouterr()
+    assert main(["export", "lora", "of_gpt2", "lora_of_gpt2"]) == 0
+    assert "llama.cpp" not in capsys.readouterr().out
+
+
+def test_distillation_trains_the_cut_factors_alone(place, monkeypatch):
+    monkeypatch.chdir(place)
+    config = DotaConfig(r=6, num_cores=3, target_modules=MODELS[0].targets, modules_to_save=["lm_head"])
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained("base"), config).eval()
+    perturb(model)
+    model.save_pretrained("with_head")
+    with pytest.warns(UserWarning, match="modules_to_save"):
+        to_lora("with_head", "head_cut", 2)
+    before = load_file("head_cut/adapter_model.safetensors")
+    distil("with_head", "head_cut", Path("text.txt"), steps=2)
+    after = load_file("head_cut/adapter_model.safetensors")
+    assert {key for key, tensor in before.items() if not torch.equal(tensor, after[key])} == {
+        key for key in before if "lora_" in key
+    }
+    assert "base_model.model.lm_head.weight" in before
+
+
+def test_an_encoder_without_a_task_is_loaded_by_peft_s_auto_class_and_not_asked_for_tokens(tmp_path, capsys):
+    saved_base(lambda: MODELS[2].build().bert, tmp_path / "bert")
+    config = DotaConfig(r=4, num_cores=3, target_modules=["query"])
+    model = get_peft_model(AutoModel.from_pretrained(tmp_path / "bert"), config).eval()
+    perturb(model)
+    model.save_pretrained(tmp_path / "adapter")
+    to_lora(model, tmp_path / "from-model", 4)
+    adapter = str(tmp_path / "adapter")
+    assert main(["export", "lora", adapter, str(tmp_path / "from-path"), "--rank", "4"]) == 0
+    assert main(["export", "delta", adapter, str(tmp_path / "delta")]) == 0
+    assert "loss" not in capsys.readouterr().out
+    ids = torch.arange(3, 10)[None]
+    for name in ("from-model", "from-path"):
+        loaded = AutoPeftModel.from_pretrained(tmp_path / name).eval()
+        assert type(loaded.get_base_model()) is type(model.get_base_model())
+        assert loaded(input_ids=ids).last_hidden_state.isfinite().all()
+
+
+def test_an_adapted_head_comes_without_the_base_s(tmp_path):
+    path = saved_base(tiny_llama, tmp_path / "base")
+    model = adapted(path, FloraConfig(r=2, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path / "adapter")
+    for source in (model, tmp_path / "adapter"):
+        to_lora(source, tmp_path / "lora")
+        assert all(".lora_" in key for key in load_file(tmp_path / "lora" / "adapter_model.safetensors"))
+        found = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(path), tmp_path / "lora").eval()
+        torch.testing.assert_close(logits(found), logits(model), atol=1e-5, rtol=1e-5)
+
+
+def test_a_layer_whose_name_ends_another_s_keeps_its_own_rank(tmp_path):
+    def net() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(OrderedDict(fc=nn.Linear(16, 16), block=nn.Sequential(OrderedDict(fc=nn.Linear(16, 32)))))
+
+    model = get_peft_model(net(), DotaConfig(r=4, num_cores=2, target_modules=["fc"])).eval()
+    perturb(model)
+    x = torch.randn(3, 16)
+    for energy in (0.3, 0.6, 0.9):
+        with pytest.warns(UserWarning, match="does not say which base model"):
+            ranks = {layer.name: layer.rank for layer in to_lora(model, tmp_path, energy=energy)}
+        found = PeftModel.from_pretrained(net(), tmp_path).eval()
+        for name, rank in ranks.items():
+            assert len(found.get_base_model().get_submodule(name).lora_A["default"].weight) == rank
+        assert found(x).isfinite().all()
+    assert len(set(ranks.values())) == 2
+
+
+def test_the_base_s_revision_comes_along(place, monkeypatch):
+    monkeypatch.chdir(place)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained("base"), LortaConfig(r=2), revision="v2")
+    to_lora(model, "pinned")
+    assert json.loads(Path("pinned/adapter_config.json").read_text())["revision"] == "v2"
+    layers = [ExportedLayer("q_proj", 2, 0.0)]
+    assert "vllm serve base --revision v2 --enable-lora" in dict(start_commands(layers, "pinned"))["vLLM"]
+    for fields in ({"base_model_name_or_path": None}, {"auto_mapping": {"base_model_class": "Mystery"}}):
+        written = json.loads(Path("pinned/adapter_config.json").read_text())
+        shutil.copytree("pinned", "unknown", dirs_exist_ok=True)
+        Path("unknown/adapter_config.json").write_text(json.dumps(written | fields))
+        assert [engine for engine, _ in start_commands(layers, "unknown")] == ["PEFT", "vLLM", "SGLang"]
+    model.save_pretrained("of_v2")
+    to_lora("of_v2", "moved", base=str(place / "base"))  # which need not have that revision
+    assert json.loads(Path("moved/adapter_config.json").read_text())["revision"] is None
+
+
+def test_an_adapter_of_a_residual_base_is_exported_from_its_folder(tmp_path, capsys):
+    pytest.importorskip("bitsandbytes")
+    from tensorpeft.quantization import quantize_residual
+
+    config = DotaConfig(r=4, num_cores=3, target_modules=MODELS[0].targets, task_type="CAUSAL_LM")
+    quantize_residual(tiny_llama(), config).save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    assert len(list((tmp_path / "base").glob("*.safetensors"))) > 1
+    model = adapted(tmp_path / "base", config)
+    model.save_pretrained(tmp_path / "adapter")
+    to_lora(model, tmp_path / "lora", 4)
+    to_delta(model, tmp_path / "delta")
+    for form, *more in (["lora", "--rank", "4"], ["delta"]):
+        out = tmp_path / f"{form}-of-folder"
+        assert main(["export", form, str(tmp_path / "adapter"), str(out), *more, "--no-check"]) == 0
+        (file,) = out.glob("*.safetensors")
+        expected, found = load_file(tmp_path / form / file.name), load_file(file)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+    assert "vllm" not in capsys.readouterr().out  # which has no such base
+    quantize_residual(tiny_llama(), config, rounds=3).save_pretrained(tmp_path / "other")
+    tiny_llama().save_pretrained(tmp_path / "plain")
+    for base in ("other", "plain"):
+        with pytest.raises(ValueError, match=r"q_proj: this adapter was trained on (the|a) residual base"):
+            to_lora(tmp_path / "adapter", tmp_path / "out", 4, base=str(tmp_path / base))
+    for file in (tmp_path / "base").glob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(ValueError, match=r"start.core_1: the checkpoint of this residual base lacks it"):
+        to_lora(tmp_path / "adapter", tmp_path / "out", 4)

@@ -8,13 +8,18 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from cases import MODELS, logits, perturb, tiny_llama
+from evaluation.evaluated import word_tokenizer
 from tensorpeft import DotaConfig
+from tensorpeft.export import to_dense
 from tensorpeft.loading import errors
-from tensorpeft.loading.adapters import find_base, load_on_skeleton, put_adapter
+from tensorpeft.loading.adapters import find_base, load_model, load_on_skeleton, put_adapter
 from tensorpeft.loading.architectures import build_empty, find_class
 from tensorpeft.loading.models import load_as_saved, load_config, load_pretrained, load_tokenizer
 from tensorpeft.loading.texts import first_lines
 from tensorpeft.studies.plan import plan_model
+from tensorpeft.tasks.registry import find_task
+from tensorpeft.training.models import adapt, load_base
+from tensorpeft.training.recipe import DataRecipe, Recipe
 
 
 @pytest.fixture
@@ -153,3 +158,35 @@ def test_a_base_that_is_gone_has_to_be_passed(saved):
     with pytest.raises(ValueError, match=r"no longer in .*base. Load the adapter on its model"):
         load_on_skeleton(saved / "adapter")
     assert find_base(str(saved / "moved"), str(saved / "adapter")) == (str(saved / "moved"), str(saved / "adapter"))
+
+
+def put_on_hub(model, cache, commit: str, *names: str) -> None:
+    """As if `owner/model` had been downloaded at a commit, which has these names."""
+    folder = cache / "models--owner--model"
+    model.save_pretrained(folder / "snapshots" / commit)
+    word_tokenizer(bos=True).save_pretrained(folder / "snapshots" / commit)
+    (folder / "refs").mkdir(exist_ok=True)
+    for name in names:
+        (folder / "refs" / name).write_text(commit)
+
+
+def test_the_base_is_loaded_at_the_revision_that_the_adapter_was_trained_on(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    torch.manual_seed(1)
+    old = tiny_llama(num_hidden_layers=3)
+    put_on_hub(old, tmp_path, "1" * 40, "v1")
+    put_on_hub(tiny_llama(), tmp_path, "2" * 40, "main")
+    adapter = {"method": "lorta", "r": 2, "target_modules": ["q_proj"]}
+    recipe = Recipe(
+        "owner/model", "instructions", DataRecipe("train.json", 1), adapter, model_arguments={"revision": "v1"}
+    )
+    task = find_task(recipe.task)
+    adapted = adapt(load_base(recipe, task, None, seed=0), recipe, task).eval()
+    perturb(adapted)
+    adapter = str(tmp_path / "adapter")
+    adapted.save_pretrained(adapter)
+    found, saved = find_base(adapter, None)
+    assert torch.equal(logits(load_model(found, saved, None)[0]), logits(adapted))
+    assert load_on_skeleton(adapter).config.num_hidden_layers == 3
+    torch.testing.assert_close(logits(to_dense(adapter, tmp_path / "dense", torch.float32)), logits(adapted))
+    assert load_as_saved("owner/model").config.num_hidden_layers == 2

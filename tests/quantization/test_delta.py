@@ -256,6 +256,15 @@ def test_models_that_no_delta_is_added_to(saved, tmp_path):
     to_delta(untied, tmp_path / "head")
     with pytest.raises(ValueError, match=r"its weight is that of .*embed_tokens.*merge_and_unload"):
         load_delta(tiny_llama(tie_word_embeddings=True), tmp_path / "head")
+    # Nor is one written that could not be added.
+    model = tiny_llama(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "base")
+    model = get_peft_model(type(model).from_pretrained(tmp_path / "base"), tied)
+    model.save_pretrained(tmp_path / "adapter")
+    for source in (model, tmp_path / "adapter"):
+        with pytest.raises(ValueError, match=r"lm_head: its weight is that of the embedding too.*merge_and_unload"):
+            to_delta(source, tmp_path / "tied")
+        assert not (tmp_path / "tied").exists()
 
 
 def test_a_base_in_4_bits_is_dequantised_first(tmp_path):

@@ -45,6 +45,23 @@ def test_each_error_is_its_formula():
         assert layer.output[name] == pytest.approx(expected.item(), rel=1e-3)
 
 
+def test_inputs_are_taken_from_all_batches_alike():
+    linear = nn.Linear(64, 64, bias=False)
+    model = nn.Sequential(linear)
+    batches = [torch.randn(300, 64) * 10**k for k in range(7)]  # the last ones outweigh all others
+
+    def run():
+        for batch in batches:
+            model(batch)
+
+    config = DotaConfig(r=4, num_cores=3, target_modules=["0"])
+    (layer,) = quantization_errors(model, config, rounds=1, run=run)
+    x = torch.cat(batches)[::8].double()  # 2100 rows: every eighth is the most that keeps within 512
+    error = (linear.weight - nf4(linear.weight)).double()
+    expected = (x @ error.T).norm() / (x @ linear.weight.double().T).norm()
+    assert layer.output["QLoRA"] == pytest.approx(expected.item(), rel=1e-4)
+
+
 def test_qpissa_has_about_the_size_of_the_cores():
     for layer in quantization_errors(MODELS[0].fresh(), config(), rounds=1):
         sizes = [abs(rank * sum(layer.shape) - layer.adapter_size) for rank in (layer.svd_rank, layer.svd_rank + 1)]

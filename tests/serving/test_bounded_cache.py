@@ -1,6 +1,7 @@
 """A folder is whole or not there, and they are never more than was allowed, whoever dies when."""
 
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -126,6 +127,17 @@ def test_what_a_living_process_uses_is_kept(tmp_path):
         os.waitpid(child, 0)
     BoundedCache(tmp_path, 3_500).find_or_make("d", writes(1_000))
     assert names(tmp_path) == {"a", "b", "d"}
+
+
+def test_what_a_process_uses_after_the_cache_was_cleared_is_kept(tmp_path):
+    folder = tmp_path / "cache"
+    cache = BoundedCache(folder, 1_500)
+    cache.find_or_make("a", writes(1_000))
+    shutil.rmtree(folder)
+    cache.find_or_make("a", writes(1_000))
+    with pytest.raises(OSError, match="1 folders are in use"):
+        BoundedCache(folder, 1_500).find_or_make("b", writes(1_000))
+    assert names(folder) == {"a"}
 
 
 def test_a_folder_that_is_larger_than_all_is_refused(tmp_path):

@@ -16,7 +16,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 import tensorpeft_vllm
 from cases import logits, named, over_cases, perturb, tiny_llama
@@ -196,6 +196,19 @@ def test_modules_that_were_trained_in_full_are_refused(base, folder, served):
     save(base, folder / "mine", modules_to_save=["lm_head"])
     with pytest.raises(ValueError, match=r"modules_to_save=\['lm_head'\].* export dense"):
         served.find("mine", base)
+
+
+@pytest.mark.parametrize("task", ["FEATURE_EXTRACTION", None])
+def test_an_adapter_of_another_class_is_not_served_as_the_bare_base(task, base, folder, served, tmp_path):
+    """Its layers are called otherwise, and vLLM would find none of them, without a word."""
+    config = case_of("lorta").make(target_modules=TARGETS, task_type=task)
+    get_peft_model(AutoModel.from_pretrained(base), config).save_pretrained(folder / "mine")
+    with pytest.raises(ValueError, match=r"'mine' was trained on a LlamaModel, but .* is served as a LlamaForCausalLM"):
+        served.find("mine", base)
+    assert not (tmp_path / "cache").exists()
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(folder / "other")
+    if task is None:  # it says what it was trained on
+        assert served.find("other", base) is not None
 
 
 def test_a_changed_adapter_is_expanded_anew_and_an_equal_one_is_not(base, folder, served):

@@ -1,11 +1,12 @@
 """Leaving our world: adapters in forms that other libraries read."""
 
 from tensorpeft.export.check import ExportCheck, check_export, is_measurable
+from tensorpeft.export.commands import start_commands
 from tensorpeft.export.delta import DeltaLayer, to_delta
 from tensorpeft.export.dense import to_dense
 from tensorpeft.export.distil import distil
 from tensorpeft.export.gguf import to_gguf_lora, to_gguf_model
-from tensorpeft.export.lora import ExportedLayer, has_exact_lora, start_commands, to_lora
+from tensorpeft.export.lora import ExportedLayer, has_exact_lora, to_lora
 
 __all__ = [
     "DeltaLayer",

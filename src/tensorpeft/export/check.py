@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
 from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tensorpeft.export.text import Row, batches, read_rows, sample_rows
 from tensorpeft.loading.adapters import base_of, load_adapter_config, load_model, put_adapter
+from tensorpeft.loading.architectures import class_name
+from tensorpeft.loading.models import load_config, pinned
 from tensorpeft.quantization import dequantize, load_delta
 from tensorpeft.quantization.delta import is_delta
 
@@ -73,9 +74,19 @@ class _Read:
         return (self.best == other.best).double().mean().item()
 
 
-def is_measurable(adapter: str | os.PathLike[str]) -> bool:
-    """Whether the saved adapter's model says what token comes next."""
-    return load_adapter_config(adapter).task_type in (None, "CAUSAL_LM")
+def is_measurable(
+    adapter: str | os.PathLike[str],
+    base: str | None = None,  # None: what the adapter's configuration names
+) -> bool:
+    """Whether the saved adapter's model says what token comes next.
+
+    Raises:
+        ValueError: the adapter names no base, or one that is gone.
+    """
+    config = load_adapter_config(adapter)
+    base = base or base_of(config, adapter)
+    name = class_name(load_config(base, **pinned(config, base)), base, config)
+    return name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
 
 def check_export(
@@ -102,7 +113,7 @@ def check_export(
     model: Any
     model, tokenizer = load_model(base, str(adapter), None)
     rows = sample_rows(model, tokenizer) if text is None else read_rows(text, tokenizer, _MAX_ROWS, _MAX_LENGTH)
-    with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
+    with model.disable_adapter():
         of_base = _Read(model, rows)
     of_adapter = _Read(model, rows)
     plain = model.unload()

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from tensorpeft.export.lora import active_adapter, adapted_layers, trained_in_full
+from tensorpeft.export.lora import active_adapter, adapted_layers, refuse_trained_in_full, tied_head
+from tensorpeft.export.places import check_folder
 from tensorpeft.loading.adapters import load_on_skeleton
 from tensorpeft.networks.rounded_blocks import BLOCK_SIZE, from_blocks, to_blocks
 from tensorpeft.plugin.layer import check_weight_update
@@ -54,7 +55,7 @@ def to_delta(
 
     Args:
         model_or_path: a PeftModel with an adapter of ours, of any method that merges, or the folder of a saved one; of
-            that, the base model is only read as a configuration.
+            that, the base model is only read as a configuration, of a residual one the cores too.
         out_dir: folder for delta_config.json and delta.safetensors; made where it does not exist.
         bits: 8 or 4.
         adapter_name: which adapter; None: the active one.
@@ -70,22 +71,29 @@ def to_delta(
     Raises:
         BlockingIOError: another process writes to `out_dir`.
         ValueError: no adapter of ours in the model, one that is not linear, other bits, an update that is not finite,
-            or weights besides the layers' updates (`modules_to_save`, `trainable_token_indices`).
+            or weights besides the layers' updates (`modules_to_save`, `trainable_token_indices`); `out_dir` is the
+            adapter's or the base's, or holds an adapter or a model.
 
     >>> to_delta("runs/my-dota", "runs/my-delta", bits=4)  # doctest: +SKIP
     """
     if bits not in BITS:
         raise ValueError(f"bits={bits}: expected {' or '.join(map(str, BITS))}.")
+    check_folder(out_dir, CONFIG_NAME, model_or_path, base)
     with sole_writer(Path(out_dir)):
         is_path = isinstance(model_or_path, (str, os.PathLike))
         model = load_on_skeleton(model_or_path, base) if is_path else model_or_path
         name = adapter_name or active_adapter(model)
         layers = adapted_layers(model, name)
         config = model.peft_config[name]
-        for field, value in trained_in_full(config).items():
+        refuse_trained_in_full(
+            config,
+            "a delta has nothing but layers' updates. Merge the adapter into its base instead (merge_and_unload, or "
+            "`tensorpeft export dense`).",
+        )
+        if (head := tied_head(model, layers)) is not None:
             raise ValueError(
-                f"{field}={value}: a delta has nothing but layers' updates. Merge the adapter into its base instead "
-                "(merge_and_unload, or `tensorpeft export dense`)."
+                f"{head}: its weight is that of the embedding too, and the delta would be for one of them. Merge the "
+                "adapter into its base instead (merge_and_unload, or `tensorpeft export dense`)."
             )
         updates = {key: check_weight_update(name, layer.updates[name]) for key, layer in layers.items()}
         exported, shapes, tensors = list[DeltaLayer](), dict[str, tuple[int, int]](), dict[str, Tensor]()

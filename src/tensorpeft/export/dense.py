@@ -9,16 +9,18 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tensorpeft.export.tokenizer import load_tokenizer
+from tensorpeft.export.places import MODEL_NAME, check_folder
+from tensorpeft.export.tokenizer import TOKENIZER_FILES, load_tokenizer
 from tensorpeft.loading.adapters import base_of, load_adapter_config, put_adapter
-from tensorpeft.loading.models import load_as_saved
+from tensorpeft.loading.models import load_as_saved, pinned
 from tensorpeft.loading.names import resolve
-from tensorpeft.networks.update import BASE_DIGEST
 from tensorpeft.plugin.checkpoint import Source
 from tensorpeft.plugin.config import TensorConfig
 from tensorpeft.quantization import dequantize
 from tensorpeft.reports.folders import replace_files, sole_writer
 
+# Of an earlier export.
+_STALE = ("model*.safetensors*", "generation_config.json", *TOKENIZER_FILES)
 _HEADS = ("classifier.weight", "score.weight", "classifier.out_proj.weight")
 
 
@@ -31,7 +33,8 @@ def to_dense(
     """Merge a saved adapter into its base and write a model that plain transformers loads; with its tokenizer.
 
     A base in 4 bits is dequantised first and the update added to the matrix: nothing is quantised again, which would
-    ruin the update.
+    ruin the update. The sum is made in the wider of the base's dtype and `dtype`, and cast at the end: a base in 32
+    bits is in memory as it is, whatever `dtype` is.
 
     Args:
         adapter: folder of the saved adapter.
@@ -41,12 +44,14 @@ def to_dense(
 
     Raises:
         BlockingIOError: another process writes to `out_dir`.
-        ValueError: the adapter names no base, or one that is gone, or does not belong to it.
+        ValueError: the adapter names no base, or one that is gone, or does not belong to it; `out_dir` is the folder of
+            one of them, or holds an adapter.
     """
     adapter = Path(adapter)
+    check_folder(out_dir, MODEL_NAME, adapter, base)
     with sole_writer(Path(out_dir)):
         merged, tokenizer = merge(adapter, dtype, base)
-        with replace_files(Path(out_dir), last="config.json", stale="model*.safetensors*") as unfinished:
+        with replace_files(Path(out_dir), last=MODEL_NAME, stale=_STALE) as unfinished:
             merged.save_pretrained(unfinished)
             if tokenizer is not None:
                 tokenizer.save_pretrained(unfinished)
@@ -59,13 +64,17 @@ def merge(
     """A saved adapter in its base, and their tokenizer where there is one; arguments and errors are `to_dense`'s."""
     config = load_adapter_config(adapter)
     base = base or base_of(config, adapter)
-    tensors = Source(str(adapter), {}).read_shapes() or {}
+    source = Source(str(adapter), {})
+    tensors = source.read_shapes() or {}
     labels = next((tensor.shape[0] for name, tensor in tensors.items() if name.endswith(_HEADS)), None)
-    model = load_as_saved(base, config, dtype="auto", **({} if labels is None else {"num_labels": labels}))
-    if not any(name.endswith(BASE_DIGEST) for name in tensors):
+    model = load_as_saved(base, config, tensors, dtype="auto", **({} if labels is None else {"num_labels": labels}))
+    # The sum is rounded once: a base in 32 bits is not cast to 16 before the update is added.
+    wide = torch.promote_types(model.dtype, dtype)
+    if not source.is_of_residual_base():
         # Merging into a 4-bit layer would quantise the sum. An adapter that starts from its residual base needs the
         # layer as it is, and merges into a plain one by itself.
-        model = dequantize(model, dtype)
+        model = dequantize(model, wide)
     into: Any = put_adapter(model, str(adapter), base).merge_and_unload
-    merged: Any = dequantize(into(dtype=dtype) if isinstance(config, TensorConfig) else into(), dtype)
-    return merged, load_tokenizer((str(adapter), resolve(base)))
+    merged: Any = dequantize(into(dtype=wide) if isinstance(config, TensorConfig) else into(), dtype)
+    tokenizer = load_tokenizer(adapter)
+    return merged, load_tokenizer(resolve(base), **pinned(config, base)) if tokenizer is None else tokenizer

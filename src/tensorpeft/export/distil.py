@@ -19,6 +19,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from tensorpeft.export.text import batches, read_rows
 from tensorpeft.loading.adapters import base_of, load_adapter_config, load_model
+from tensorpeft.reports.files import write_whole
 
 _MAX_LENGTH, _BATCH_SIZE = 256, 4
 
@@ -60,6 +61,8 @@ def distil(
     student: Any = PeftModel.from_pretrained(
         copy.deepcopy(teacher, shared).unload(), str(lora), is_trainable=True, autocast_adapter_dtype=True
     ).eval()
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(".lora_" in name)  # what was trained in full says what it should
     with TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder,
@@ -86,11 +89,9 @@ def distil(
             trainer.train()
     file = Path(lora, SAFETENSORS_WEIGHTS_NAME)
     saved, state = load_file(file), get_peft_model_state_dict(student)
-    save_file(
-        {key: state[key].to(tensor.dtype).cpu().contiguous() for key, tensor in saved.items()},
-        file,
-        metadata={"format": "pt"},
-    )
+    trained = {key: state[key].to(tensor.dtype).cpu().contiguous() for key, tensor in saved.items()}
+    with write_whole(file) as unfinished:
+        save_file(trained, unfinished, metadata={"format": "pt"})
 
 
 def _as_inputs(rows: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:

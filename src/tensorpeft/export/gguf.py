@@ -14,7 +14,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tensorpeft.export.dense import merge
-from tensorpeft.export.lora import ExportedLayer, active_adapter, adapted_layers, low_rank_updates, trained_in_full
+from tensorpeft.export.lora import (
+    ExportedLayer,
+    active_adapter,
+    adapted_layers,
+    low_rank_updates,
+    refuse_trained_in_full,
+    tied_head,
+)
+from tensorpeft.export.places import check_file
 from tensorpeft.loading.adapters import load_on_skeleton
 from tensorpeft.reports.files import write_whole
 from tensorpeft.reports.folders import sole_writer
@@ -35,6 +43,8 @@ def to_gguf_lora(
     outtype: str = "f32",
     progress: bool = False,
     energy: float | None = None,
+    *,
+    base: str | None = None,
 ) -> list[ExportedLayer]:
     """Write an adapter of any of our methods as a GGUF LoRA, which llama.cpp adds to a GGUF file of the same base.
 
@@ -43,13 +53,15 @@ def to_gguf_lora(
 
     Args:
         model_or_path: a PeftModel with an adapter of ours, or the folder of a saved one; of that, the base model is
-            only read as a configuration.
+            only read as a configuration, of a residual one the cores too.
         out_file: file to write; one that is there is replaced.
         rank: what an update of high rank is cut to; must not be given for the others.
         adapter_name: which adapter; None: the active one.
         outtype: f32, f16, bf16 or q8_0. Rows whose length is no multiple of 32 are f16 in a file of q8_0.
         progress: whether to show a progress bar, which an SVD of many layers needs.
         energy: instead of `rank`, as `to_lora` has it.
+        base: name of a folder's base model (`tensorpeft.loading.names.resolve`); None: what the adapter's configuration
+            names.
 
     Returns:
         The layers, in the model's order.
@@ -62,22 +74,23 @@ def to_gguf_lora(
 
     >>> to_gguf_lora("runs/my-lorta", "my-lorta.gguf")  # doctest: +SKIP
     """
-    out_file = _checked(out_file, outtype)
+    out_file = _checked(out_file, outtype, base)
     from tensorpeft.export.gguf_architectures import LlamaCppModel
 
     with sole_writer(out_file.parent, out_file.name):
-        model = load_on_skeleton(model_or_path) if isinstance(model_or_path, (str, os.PathLike)) else model_or_path
-        name, base = adapter_name or active_adapter(model), model.get_base_model()
-        form = LlamaCppModel(type(base).__name__, base.config)  # type: ignore[arg-type]
+        is_path = isinstance(model_or_path, (str, os.PathLike))
+        model = load_on_skeleton(model_or_path, base) if is_path else model_or_path
+        name, plain = adapter_name or active_adapter(model), model.get_base_model()
+        form = LlamaCppModel(type(plain).__name__, plain.config)  # type: ignore[arg-type]
         layers = adapted_layers(model, name)
-        for field, value in trained_in_full(model.peft_config[name]).items():
+        refuse_trained_in_full(
+            model.peft_config[name],
+            "llama.cpp's adapters have nothing but layers' updates. Merge the adapter into its base instead "
+            "(--merged).",
+        )
+        if (head := tied_head(model, layers)) is not None:
             raise ValueError(
-                f"{field}={value}: llama.cpp's adapters have nothing but layers' updates. Merge the adapter into its "
-                "base instead (--merged)."
-            )
-        if "lm_head" in layers and base.config.tie_word_embeddings:  # type: ignore[union-attr]
-            raise ValueError(
-                "lm_head: it is the embedding too, and llama.cpp adds no adapter to its use as the head alone. Merge "
+                f"{head}: it is the embedding too, and llama.cpp adds no adapter to its use as the head alone. Merge "
                 "the adapter into its base instead (--merged)."
             )
         tensors: dict[str, Tensor] = {}
@@ -127,7 +140,7 @@ def to_gguf_model(
         ModuleNotFoundError: the library gguf is not installed.
         ValueError: an architecture or a tokenizer whose form is not known, or what `to_dense` refuses.
     """
-    out_file = _checked(out_file, outtype)
+    out_file = _checked(out_file, outtype, base)
     from tensorpeft.export.gguf_architectures import LlamaCppModel
     from tensorpeft.export.gguf_vocabulary import add_vocabulary
 
@@ -155,7 +168,8 @@ def to_gguf_model(
         _write(out_file, form.name, add_fields, form.extra_tensors() | tensors, outtype)
 
 
-def _checked(out_file: str | os.PathLike[str], outtype: str) -> Path:
+def _checked(out_file: str | os.PathLike[str], outtype: str, base: str | None) -> Path:
+    check_file(out_file, base)  # which may be a GGUF file, too
     if outtype not in OUTTYPES:
         raise ValueError(f"outtype={outtype!r}: expected {', '.join(OUTTYPES)}.")
     if Path(out_file).is_dir():

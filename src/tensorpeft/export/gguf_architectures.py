@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,44 +10,8 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from tensorpeft.export.llama_cpp import ARCHITECTURES
 
-@dataclass(frozen=True)
-class _Architecture:
-    """A class of transformers as llama.cpp knows it.
-
-    Args:
-        name: llama.cpp's, `general.architecture`.
-        turns_neighbours: whether its rotary embedding turns rows 2k and 2k + 1 of a head, where transformers' turns k
-            and k + d/2: the rows of the query's and the key's projection are stored in that order.
-        norm_offset: what transformers adds to the weight of a norm when it is used, and llama.cpp does not.
-        fixed: what llama.cpp does whatever the configuration says; anything else would be computed wrongly.
-        has_window: whether some layers attend to the last `sliding_window` tokens alone.
-    """
-
-    name: str
-    turns_neighbours: bool = False
-    norm_offset: float = 0.0
-    fixed: dict[str, Any] = field(default_factory=dict)
-    has_window: bool = False
-
-
-_SILU = {"hidden_act": "silu"}
-_ARCHITECTURES = {
-    "LlamaForCausalLM": _Architecture("llama", turns_neighbours=True, fixed=_SILU),
-    "Qwen2ForCausalLM": _Architecture("qwen2", fixed={**_SILU, "use_sliding_window": False}),
-    "Qwen3ForCausalLM": _Architecture("qwen3", fixed={**_SILU, "use_sliding_window": False}),
-    "Gemma3ForCausalLM": _Architecture(
-        "gemma3",
-        norm_offset=1.0,
-        fixed={
-            "hidden_activation": "gelu_pytorch_tanh",
-            "attn_logit_softcapping": None,
-            "final_logit_softcapping": None,
-            "use_bidirectional_attention": False,
-        },
-        has_window=True,
-    ),
-}
 # Of Gemma 3: every sixth layer attends to all tokens, the others' rotary embedding has this base.
 _WINDOW_PERIOD, _WINDOW_ROPE_BASE = 6, 10_000.0
 
@@ -66,14 +29,14 @@ class LlamaCppModel:
     """
 
     def __init__(self, model_class: str, config: PretrainedConfig) -> None:
-        if model_class not in _ARCHITECTURES:
+        if model_class not in ARCHITECTURES:
             raise ValueError(
-                f"{model_class}: no GGUF file of this class is written, only of {', '.join(_ARCHITECTURES)}. Write the "
+                f"{model_class}: no GGUF file of this class is written, only of {', '.join(ARCHITECTURES)}. Write the "
                 "adapter with `tensorpeft export lora`, or merged with `export dense`, and give that to llama.cpp's "
                 "convert_lora_to_gguf.py or convert_hf_to_gguf.py."
             )
         self.config: Any = config
-        self._architecture = _ARCHITECTURES[model_class]
+        self._architecture = ARCHITECTURES[model_class]
         self._names = get_tensor_name_map(MODEL_ARCH[self.name.upper()], config.num_hidden_layers)
         expected = dict(self._architecture.fixed)
         if self._architecture.has_window:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,10 +19,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from tensorpeft.export.tokenizer import load_tokenizer
+from tensorpeft.export.places import check_folder
+from tensorpeft.export.tokenizer import TOKENIZER_FILES, load_tokenizer
 from tensorpeft.export.truncation import of_energy, of_rank
 from tensorpeft.loading.adapters import load_on_skeleton
-from tensorpeft.loading.names import resolve
+from tensorpeft.loading.models import pinned
 from tensorpeft.networks.dtypes import at_least_float32
 from tensorpeft.networks.low_rank import Pair
 from tensorpeft.networks.update import AbstractFactoredUpdate, AbstractUpdate
@@ -32,7 +32,6 @@ from tensorpeft.plugin.config import TensorConfig
 from tensorpeft.plugin.layer import TensorLayer, check_weight_update
 from tensorpeft.reports.folders import replace_files, sole_writer
 
-_TOKENIZER = "tokenizer_config.json"
 # What vLLM's --max-lora-rank may be; an adapter may have any rank up to it.
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -76,7 +75,8 @@ def to_lora(
 
     Args:
         model_or_path: a PeftModel with an adapter of ours, or the folder of a saved one; of that, the base model is
-            only read as a configuration, and the tokenizer, where it has one, is copied.
+            only read as a configuration, of a residual one the cores too, and the tokenizer, where it has one, is
+            copied.
         out_dir: folder for adapter_config.json, adapter_model.safetensors and a model card; made where it does not
             exist.
         rank: what an update of high rank is cut to, at most 512; must not be given for the others.
@@ -97,10 +97,12 @@ def to_lora(
         BlockingIOError: another process writes to `out_dir`.
         ValueError: no adapter of ours in the model, one that is not linear, a convolution that PEFT's LoRA does not
             match (groups, dilation, padding mode), a rank or energy missing, unneeded, or one that would need a rank
-            above 512, factors that the dtype does not hold.
+            above 512, factors that the dtype does not hold; `out_dir` is the adapter's or the base's, or holds a model,
+            or an adapter that is no plain LoRA.
 
     >>> to_lora("runs/my-lorta", "runs/my-lora")  # doctest: +SKIP
     """
+    check_folder(out_dir, CONFIG_NAME, model_or_path, base)
     with sole_writer(Path(out_dir)):
         is_path = isinstance(model_or_path, (str, os.PathLike))
         model = load_on_skeleton(model_or_path, base) if is_path else model_or_path
@@ -121,14 +123,16 @@ def to_lora(
         saved = (
             load_peft_weights(str(model_or_path), "cpu") if is_path else get_peft_model_state_dict(model, None, name)
         )
-        tensors |= {key: tensor for key, tensor in saved.items() if f".{prefix}." not in key}
+        # PEFT saves the weight of an adapted head or embedding beside it, which is the base's own.
+        tensors |= {
+            key: tensor for key, tensor in saved.items() if f".{prefix}." not in key and ".base_layer." not in key
+        }
         config = _config(model, name, layers, {layer.name: layer.rank for layer in exported}, base)
-        with replace_files(Path(out_dir), last=CONFIG_NAME) as unfinished:
+        with replace_files(Path(out_dir), last=CONFIG_NAME, stale=TOKENIZER_FILES) as unfinished:
             save_file(tensors, unfinished / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
             config.save_pretrained(str(unfinished))
             _write_card(unfinished, model.peft_config[name], config.base_model_name_or_path)
-            has_tokenizer = is_path and Path(model_or_path, _TOKENIZER).is_file()
-            if has_tokenizer and (tokenizer := load_tokenizer([str(model_or_path)])) is not None:
+            if is_path and (tokenizer := load_tokenizer(model_or_path)) is not None:
                 tokenizer.save_pretrained(unfinished)
             with torch.enable_grad():
                 finish(unfinished)
@@ -149,7 +153,8 @@ class LowRank(NamedTuple):
         if all(torch.equal(factor, other.to(factor)) for factor, other in zip(self.factors, written)):
             return 0.0
         (down, up), (other_down, other_up) = (map(Tensor.double, pair) for pair in (self.factors, written))
-        return _norm(torch.cat([down, other_down]), torch.cat([up, -other_up], 1)) / _norm(down, up)
+        norm = _norm(down, up)
+        return _norm(torch.cat([down, other_down]), torch.cat([up, -other_up], 1)) / norm if norm > 0 else 0.0
 
 
 def low_rank_updates(
@@ -170,32 +175,6 @@ def low_rank_updates(
     for key, layer in layers.items():
         _check_geometry(key, layer.get_base_layer())
     return ((key, _low_rank(key, update, rank, energy)) for key, update in updates.items())
-
-
-def start_commands(
-    layers: Sequence[ExportedLayer],
-    lora: str | os.PathLike[str],  # folder that they were written to
-    base: str | None = None,  # None: what its configuration names
-    adapter: str | os.PathLike[str] = "ADAPTER",  # what they were made of
-) -> list[tuple[str, str]]:  # engine, command line or why there is none
-    """How each engine is started with an exported adapter."""
-    folder = Path(lora).absolute()
-    config = PeftConfig.from_pretrained(str(folder))
-    base = base or config.base_model_name_or_path
-    base = shlex.quote(resolve(base) if base else "BASE")
-    name, path, adapter = (shlex.quote(str(word)) for word in (folder.name, folder, adapter))
-    max_rank = next(size for size in SERVED_RANKS if size >= max(layer.rank for layer in layers))
-    peft = ("PEFT", f"PeftModel.from_pretrained(base, {str(folder)!r})")
-    if in_full := trained_in_full(config):
-        refused = f"refuses {' and '.join(in_full)}: serve the merged model, tensorpeft export dense {adapter} OUT"
-        merged = f"tensorpeft export gguf {adapter} OUT.gguf --merged"
-        return [peft, ("vLLM", refused), ("llama.cpp", merged)]
-    return [
-        peft,
-        ("vLLM", f"vllm serve {base} --enable-lora --max-lora-rank {max_rank} --lora-modules {name}={path}"),
-        ("SGLang", f"python -m sglang.launch_server --model-path {base} --enable-lora --lora-paths {name}={path}"),
-        ("llama.cpp", f"tensorpeft export gguf {adapter} OUT.gguf"),
-    ]
 
 
 def has_exact_lora(model: PeftModel) -> bool:
@@ -225,10 +204,28 @@ def adapted_layers(model: PeftModel, name: str) -> dict[str, TensorLayer]:
     return layers
 
 
+def tied_head(model: PeftModel, layers: Mapping[str, TensorLayer]) -> str | None:
+    """The name of an adapted head whose weight is the embedding's, too; the tie itself may be lost on a skeleton."""
+    base: Any = model.get_base_model()
+    is_tied = getattr(getattr(base, "config", None), "tie_word_embeddings", False)
+    head = base.get_output_embeddings() if is_tied and hasattr(base, "get_output_embeddings") else None
+    return next((key for key, layer in layers.items() if layer is head), None)
+
+
 def trained_in_full(config: PeftConfig) -> dict[str, Any]:
     """The fields of a configuration that say what of the model is trained besides the layers' updates."""
     values = {name: getattr(config, name, None) for name in ("modules_to_save", "trainable_token_indices")}
     return {name: value for name, value in values.items() if value}
+
+
+def refuse_trained_in_full(
+    config: PeftConfig,
+    reason: str,  # and what to do
+    name: str = "",  # of the adapter, for a message that needs it
+) -> None:
+    """Raise a `ValueError` if the adapter has weights besides the layers' updates."""
+    for field, value in trained_in_full(config).items():
+        raise ValueError(f"{name}{field}={value}: {reason}")
 
 
 def _is_half(model: PeftModel) -> bool:
@@ -335,6 +332,8 @@ def _config(
             "adapter_config.json, which servers ask for.",
             stacklevel=3,
         )
+    base_class = type(model.get_base_model())
+    mapping = {"base_model_class": base_class.__name__, "parent_library": base_class.__module__}  # as PEFT writes it
     in_full = trained_in_full(ours)
     for name, value in in_full.items():
         warnings.warn(
@@ -349,12 +348,19 @@ def _config(
         fan_in_fan_out=any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers.values()),
         base_model_name_or_path=base,
         task_type=ours.task_type,
+        auto_mapping=ours.auto_mapping or (mapping if ours.task_type is None else None),
+        **pinned(ours, base or ""),  # pyright: ignore[reportArgumentType]
         ensure_weight_tying=ours.ensure_weight_tying,
         inference_mode=True,
         **in_full,
     )
     # Everywhere alpha / r is 1: PEFT divides them per layer, vLLM for all.
-    config.rank_pattern = config.alpha_pattern = {key: other for key, other in ranks.items() if other != rank}
+    config.rank_pattern = config.alpha_pattern = {
+        # From the beginning of the name: PEFT looks for the key as an ending, too.
+        f"^{key}": other
+        for key, other in ranks.items()
+        if other != rank
+    }
     # Set afterwards: PEFT makes a set of what it is given, in another order in every process.
     config.target_modules = _target_names(model.get_base_model(), layers)
     return config

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import (
@@ -18,11 +19,12 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from tensorpeft.loading.architectures import build_empty, find_class
 from tensorpeft.loading.errors import explained
-from tensorpeft.loading.models import load_config, load_pretrained, load_tokenizer
+from tensorpeft.loading.models import lacking_weights, load_config, load_pretrained, load_tokenizer, pinned
 from tensorpeft.loading.names import resolve
 from tensorpeft.loading.quiet import quiet
 from tensorpeft.plugin.checkpoint import Source, check_config_file
 from tensorpeft.plugin.config import TensorConfig
+from tensorpeft.quantization.quantizer import is_residual, put_starts
 from tensorpeft.tasks.task import LabelTask, StructureTask, Task
 
 _DTYPES = ("bfloat16", "float16", "float32")
@@ -91,8 +93,9 @@ def load_model(
         raise ValueError(f"dtype={dtype!r}: expected {', '.join(_DTYPES)}, or None for that of the checkpoint.")
     with quiet():
         own = adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file()
-        tokenizer = load_tokenizer(adapter if own else base)  # pyright: ignore[reportArgumentType]
-        model, missing = _load_base(base, task, dtype, tokenizer)
+        pin = {} if adapter is None else pinned(load_adapter_config(adapter), base)
+        tokenizer = load_tokenizer(adapter) if adapter is not None and own else load_tokenizer(base, **pin)
+        model, missing = _load_base(base, task, dtype, tokenizer, pin)
         if torch.cuda.is_available() and next(model.parameters()).device.type == "cpu":
             model = model.to("cuda")  # pyright: ignore[reportArgumentType]
         _check_head(base, adapter, missing)
@@ -105,13 +108,22 @@ def load_on_skeleton(
 ) -> PeftModel:
     """The adapter on its base on the meta device: all that needs the adapter's numbers and the base's shapes.
 
+    QDoTA's adapters start from their base's cores, which are read, too.
+
     Raises:
         ValueError: the adapter does not say what its base model is, or that has no configuration to be found.
     """
     config = load_adapter_config(adapter)
     base = base or base_of(config, adapter, "Load the adapter on its model, and pass that PeftModel.")
-    model_config = load_config(base)
+    pin = pinned(config, base)
+    model_config = load_config(base, **pin)
     model = build_empty(find_class(model_config, base, config), model_config)
+    if is_residual(model_config) and Source(str(adapter), {}).is_of_residual_base():
+        with explained(base):
+            folder = resolve(base)
+            if not Path(folder).is_dir():
+                folder = snapshot_download(folder, revision=pin.get("revision"), allow_patterns="*.safetensors")
+            put_starts(model, Path(folder))
     with explained(adapter):
         return PeftModel.from_pretrained(model, str(adapter), low_cpu_mem_usage=True)  # pyright: ignore[reportArgumentType]
 
@@ -145,10 +157,10 @@ def _is_all_in_its_file(config: PeftConfig) -> bool:
 
 
 def _load_base(
-    base: str, task: Task | None, dtype: str | None, tokenizer: PreTrainedTokenizerBase
+    base: str, task: Task | None, dtype: str | None, tokenizer: PreTrainedTokenizerBase, pin: dict[str, str]
 ) -> tuple[PreTrainedModel, set[str]]:
     """The base, and the names of its weights that were not in the checkpoint."""
-    arguments: dict[str, Any] = {"dtype": dtype or "auto", "output_loading_info": True}
+    arguments: dict[str, Any] = {"dtype": dtype or "auto", "output_loading_info": True, **pin}
     if isinstance(task, StructureTask):
         raise ValueError(
             f"{base}: a model that folds proteins cannot be loaded from a folder yet. Evaluate it in Python: "
@@ -169,7 +181,7 @@ def _check_head(base: str, adapter: str | None, missing: set[str]) -> None:
     """Refuse a model with weights that started from noise."""
     with explained(str(adapter)):
         saved = set() if adapter is None else set(Source(adapter, {}).read_shapes() or ())
-    if lacking := sorted(key for key in missing if f"base_model.model.{key}" not in saved):
+    if lacking := lacking_weights(missing, saved):
         where = base if adapter is None else f"{base} and {adapter}"
         raise ValueError(
             f"{where}: no trained weights {', '.join(lacking[:3])} for this task. Pass a model, or an adapter, that "

@@ -57,6 +57,26 @@ def find_class(
     return getattr(transformers, name)
 
 
+def class_name(
+    config: PretrainedConfig,
+    model: str,  # for messages
+    adapter: PeftConfig | None = None,
+) -> str:
+    """The name of the class that `find_class` comes to; where that is an auto class, of what it makes of this.
+
+    Raises:
+        ValueError: there is no such class.
+    """
+    found = find_class(config, model, adapter)
+    if (mapping := getattr(found, "_model_mapping", None)) is None:
+        return found.__name__
+    if type(config) not in mapping:
+        raise ValueError(f"{model}: {found.__name__} makes nothing of a {type(config).__name__}. Pass another base.")
+    classes = mapping[type(config)]
+    names = [cls.__name__ for cls in (classes if isinstance(classes, tuple) else (classes,))]
+    return next((name for name in config.architectures or () if name in names), names[0])
+
+
 def build_empty(
     model_cls: Any,  # as `find_class` gives it
     config: PretrainedConfig,

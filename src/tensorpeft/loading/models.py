@@ -1,5 +1,6 @@
 """A model by its name: its configuration, its tokenizer, its weights."""
 
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tensorpeft.quantization import quantizer as _quantizer  # noqa: F401  # res
 
 def load_config(
     name: str,  # as `resolve` takes it
+    **arguments: Any,  # of from_pretrained
 ) -> PretrainedConfig:
     """The model's configuration.
 
@@ -23,7 +25,20 @@ def load_config(
     folder = resolve(name)
     require_config(Path(folder))
     with explained(folder):
-        return AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder, **arguments)
+
+
+def pinned(
+    adapter: PeftConfig | None,
+    base: str,  # name of the model that it is put on
+) -> dict[str, str]:  # arguments of from_pretrained
+    """The revision of the base that the adapter was trained on, if that is said, and the base is the one that it names.
+
+    PEFT's auto classes load it, too.
+    """
+    if adapter is None or base != adapter.base_model_name_or_path or not adapter.revision:
+        return {}
+    return {"revision": adapter.revision}
 
 
 def load_tokenizer(
@@ -67,6 +82,7 @@ def load_pretrained(
 def load_as_saved(
     name: str,  # as `resolve` takes it
     adapter: PeftConfig | None = None,
+    saved: Collection[str] = (),  # names of the tensors in the adapter's file
     **arguments: Any,  # of from_pretrained
 ) -> PreTrainedModel:
     """The model with the head that its configuration names, or as the class that was adapted.
@@ -74,11 +90,22 @@ def load_as_saved(
     Raises:
         ValueError: there is no such model, or it lacks weights that are not the adapter's.
     """
-    model_cls = find_class(load_config(name), name, adapter)
-    model, info = load_pretrained(model_cls, name, output_loading_info=True, **arguments)
-    if (missing := sorted(info["missing_keys"])) and adapter is None:
+    pin = pinned(adapter, name)
+    model_cls = find_class(load_config(name, **pin), name, adapter)
+    model, info = load_pretrained(model_cls, name, output_loading_info=True, **pin, **arguments)
+    if lacking := lacking_weights(info["missing_keys"], saved):
+        # A model may have what its user never reads, such as a pooler.
+        remedy = "" if adapter is None else ", or, if nothing reads them, merge in memory (merge_and_unload)"
         raise ValueError(
-            f"{name}: no weights {', '.join(missing[:3])}{', …' if missing[3:] else ''} in its files: they would be "
-            "random numbers. Download or save the model again."
+            f"{name}: no weights {', '.join(lacking[:3])}{', …' if lacking[3:] else ''} in its files: they would be "
+            f"random numbers. Download or save the model again{remedy}."
         )
     return model
+
+
+def lacking_weights(
+    missing: Iterable[str],  # names of a model's weights that its files lack
+    saved: Collection[str],  # names of the tensors in its adapter's file
+) -> list[str]:
+    """What neither has: noise, if it were used."""
+    return sorted(key for key in missing if f"base_model.model.{key}" not in saved)

@@ -20,6 +20,8 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from tensorpeft.networks.update import BASE_DIGEST
+
 _LOADING_HINT = """
 > This adapter uses a method of the package [tensorpeft](https://pypi.org/project/tensorpeft/), a plug-in to PEFT.
 > Install it (`pip install tensorpeft`), and import it before PEFT loads the adapter: without the import, PEFT raises a
@@ -88,6 +90,10 @@ class Source:
         name = key.removeprefix(prefix)
         others = (re.subn(pattern, replacement, name) for pattern, replacement in self.renames.items())
         return prefix + next((other for other, count in others if count), name)
+
+    def is_of_residual_base(self) -> bool:
+        """Whether its updates start from what the base's layers hold themselves; raises as `read_shapes`."""
+        return any(key.endswith(f".{BASE_DIGEST}") for key in self.read_shapes() or ())
 
     def _download(self) -> Path | None:
         """The file that PEFT is going to download, where it will look for it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,6 +42,21 @@ class LayerErrors:
     output: dict[str, float]
 
 
+class _Rows:
+    """Every k-th row of all that are added, k the power of two that keeps no more than are wanted."""
+
+    def __init__(self) -> None:
+        self.kept: Tensor | None = None
+        self._num_seen, self._step = 0, 1
+
+    def add(self, rows: Tensor) -> None:  # (rows, in)
+        more = rows[-self._num_seen % self._step :: self._step]
+        self.kept = more.clone() if self.kept is None else torch.cat([self.kept, more])
+        self._num_seen += len(rows)
+        while len(self.kept) > _MAX_ROWS:
+            self.kept, self._step = self.kept[::2].clone(), 2 * self._step
+
+
 def method_names(rounds: int) -> list[str]:
     """The columns, in order. One round is a paper's own way; QPiSSA in several rounds is LoftQ (arXiv 2310.08659)."""
     several = [f"QPiSSA {rounds}", f"QDoTA {rounds}"] if rounds > 1 else []
@@ -73,19 +89,14 @@ def quantization_errors(
         ValueError: see `quantize_residual`.
     """
     shapes, _ = plan_layers(model, config)
-    inputs: dict[str, Tensor] = {}
+    inputs: defaultdict[str, _Rows] = defaultdict(_Rows)
     if run is not None:
-
-        def keep(name: str, rows: Tensor) -> None:
-            rows = rows.flatten(0, -2)
-            inputs[name] = _spread(torch.cat([inputs[name], rows] if name in inputs else [rows]))
-
-        with each_input(model, shapes, keep):
+        with each_input(model, shapes, lambda name, rows: inputs[name].add(rows.flatten(0, -2))):
             run()
     results = []
     for name, layer_shapes in shapes.items():
         weight = weight_of(model.get_submodule(name)).float()
-        results.append(_layer_errors(name, weight, layer_shapes, rounds, double_quant, inputs.get(name)))
+        results.append(_layer_errors(name, weight, layer_shapes, rounds, double_quant, inputs[name].kept))
         on_layer(len(results), len(shapes))
     return results
 
@@ -138,7 +149,3 @@ def each_input(
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _spread(rows: Tensor) -> Tensor:
-    return rows[:: -(-len(rows) // _MAX_ROWS)]

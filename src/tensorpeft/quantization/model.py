@@ -10,12 +10,13 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from tensorpeft.networks.mpo import MpoUpdate
 from tensorpeft.plugin.base_weight import weight_of
 from tensorpeft.plugin.config import TensorConfig
 from tensorpeft.plugin.tensor_map import plan_updates, settle
-from tensorpeft.quantization.quantizer import ResidualConfig, mark_quantised
+from tensorpeft.quantization.quantizer import ResidualConfig, forget_reading, mark_quantised
 
 # What PEFT trains in full, and saves, for tasks with a head of their own.
 _TASK_HEADS = ("classifier", "score", "qa_outputs")
@@ -164,15 +165,24 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         dtype: of the whole model; None: the one that it has.
 
     Raises:
-        ValueError: the model has adapters: they would be lost in it, or would no longer fit.
+        ValueError: the model has adapters: they would be lost in it, or would no longer fit; or its weights are
+            quantised in another form than bitsandbytes' 4 bits.
     """
     if any(hasattr(module, "base_layer") for module in model.modules()):
         raise ValueError("the model has adapters. Call merge_and_unload() (or unload()) first, then dequantize.")
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not isinstance(quantizer, Bnb4BitHfQuantizer):
+        method = getattr(quantizer.quantization_config, "quant_method", None)
+        raise ValueError(
+            f"the model is quantised by {type(quantizer).__name__} ({getattr(method, 'value', method)}), expected "
+            "bitsandbytes' 4 bits or no quantisation. Load the base without quantisation, in 16 or 32 bits."
+        )
     from tensorpeft.quantization.residual import dequantize_layers
 
     dequantize_layers(model, dtype)
-    if isinstance(model, PreTrainedModel) and getattr(model, "hf_quantizer", None) is not None:
-        model.hf_quantizer.remove_quantization_config(model)  # type: ignore[union-attr]
+    if isinstance(model, PreTrainedModel) and quantizer is not None:
+        forget_reading(model)
+        quantizer.remove_quantization_config(model)
         model.is_loaded_in_4bit = model.config._is_quantized = False  # type: ignore[attr-defined]
         model.hf_quantizer = None  # type: ignore[assignment]
     return model if dtype is None else _cast(model, dtype)

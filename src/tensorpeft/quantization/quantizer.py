@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from safetensors import safe_open
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 METHOD = "tensorpeft_residual_nf4"
+_LACKED = (
+    "the checkpoint of this residual base lacks it. Download the base again, or quantise it again; adapters fit only "
+    "the base that they were trained on."
+)
 
 
 class ResidualConfig(QuantizationConfigMixin):
@@ -97,10 +103,7 @@ class ResidualHfQuantizer(Bnb4BitHfQuantizer):
         for name, parameter in model.named_parameters():
             if parameter.is_floating_point() and name in self._dtypes:  # a weight in 4 bits is not
                 parameter.data = parameter.data.to(self._dtypes[name])
-        # transformers saves through the reverse of what it loaded through, and bitsandbytes' reading has no reverse. It
-        # needs none: the state dict has the checkpoint's own keys. Until transformers saves a loaded 4-bit model.
-        conversions = getattr(model, "_weight_conversions", None) or []
-        model._weight_conversions = [item for item in conversions if not _is_of_quantizer(item)] or None  # type: ignore
+        forget_reading(model)
         return super()._process_model_after_weight_loading(model, **kwargs)
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, Any]]:
@@ -130,6 +133,16 @@ class ResidualHfQuantizer(Bnb4BitHfQuantizer):
 
         dequantize_layers(model, dtype)
         return model
+
+
+def forget_reading(model: Any) -> None:
+    """Let transformers save a loaded 4-bit model, or what became of one; until it does by itself.
+
+    It saves through the reverse of what it loaded through, and bitsandbytes' reading has no reverse. It needs none:
+    the state dict has the checkpoint's own keys.
+    """
+    conversions = getattr(model, "_weight_conversions", None) or []
+    model._weight_conversions = [item for item in conversions if not _is_of_quantizer(item)] or None
 
 
 def _is_of_quantizer(conversion: Any) -> bool:
@@ -162,16 +175,45 @@ def replace_layers(model: nn.Module, config: ResidualConfig) -> None:
         model.set_submodule(own_name, new.requires_grad_(False))
 
 
+def is_residual(config: Any) -> bool:  # of a model
+    """Whether it is that of a residual base."""
+    found = getattr(config, "quantization_config", None) or {}
+    return (found.get("quant_method") if isinstance(found, Mapping) else found.quant_method) == METHOD
+
+
+def put_starts(
+    model: Any,  # on the meta device
+    folder: Path,  # of the base's safetensors
+) -> None:
+    """Give a skeleton the 4-bit layers that its configuration names, and of their numbers the cores alone.
+
+    An adapter that starts from them needs no more to say what its update is.
+
+    Raises:
+        ValueError: the model has no such layer, or the files lack a core.
+    """
+    found = model.config.quantization_config
+    config = found if isinstance(found, ResidualConfig) else ResidualConfig(**found)
+    replace_layers(model, config)
+    starts: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            starts |= {key: file.get_tensor(key) for key in file.keys() if ".start." in key}  # noqa: SIM118
+    for name, own_name in _own_names(model, config.residuals).items():
+        start = model.get_submodule(own_name).start
+        for key in start.state_dict():
+            if f"{name}.start.{key}" not in starts:
+                raise ValueError(f"{name}.start.{key}: {_LACKED}")
+        start.load_state_dict({key: starts[f"{name}.start.{key}"] for key in start.state_dict()}, assign=True)
+
+
 def check_complete(model: nn.Module, config: ResidualConfig) -> None:
     """Raise a `ValueError` if a tensor of a 4-bit layer, or of its start, was not in the checkpoint."""
     for name, own_name in _own_names(model, [*config.residuals, *config.nf4]).items():
         layer = model.get_submodule(own_name)
         for key, tensor in (*layer.named_parameters(), *getattr(layer, "start", nn.Module()).named_buffers("start")):
             if not getattr(tensor, "_is_hf_initialized", False):  # transformers marks what it has read
-                raise ValueError(
-                    f"{name}.{key}: the checkpoint of this residual base lacks it. Download the base again, or "
-                    "quantise it again; adapters fit only the base that they were trained on."
-                )
+                raise ValueError(f"{name}.{key}: {_LACKED}")
 
 
 def _own_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -55,7 +55,7 @@ def sole_writer(
 def replace_files(
     folder: Path,
     last: str,  # the file without which the others are nothing
-    stale: str = "",  # pattern of further files of an earlier result, which are removed
+    stale: Iterable[str] = (),  # patterns of further files of an earlier result, which are removed
 ) -> Iterator[Path]:  # where to write
     """A folder within `folder`, whose files replace those of the same names when the block ends.
 
@@ -68,8 +68,8 @@ def replace_files(
     try:
         yield unfinished
         (folder / last).unlink(missing_ok=True)
-        for path in folder.glob(stale) if stale else ():
-            path.unlink()
+        for path in [path for pattern in stale for path in folder.glob(pattern)]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         for path in sorted(unfinished.iterdir(), key=lambda path: path.name == last):
             os.replace(path, folder / path.name)
     finally:

@@ -14,14 +14,16 @@ from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from tensorpeft.export import has_exact_lora, to_lora
+from tensorpeft.export.lora import refuse_trained_in_full
 from tensorpeft.loading.adapters import load_adapter_config, load_on_skeleton
+from tensorpeft.loading.architectures import class_name
 from tensorpeft.loading.models import load_config
 from tensorpeft.plugin.config import TensorConfig
 from tensorpeft.serving.cache import BoundedCache
 
 # A name is no path: no separator, no hidden file, no parent folder, nothing that a file system has another view of.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_FORMAT = 1  # of the folders; a change here makes all of them anew
+_FORMAT = 2  # of the folders; a change here makes all of them anew
 _MERGE = "merge it into its base and serve that (tensorpeft export dense)"
 
 
@@ -102,11 +104,19 @@ class ServedAdapters:
                 f"adapter {name!r} was trained on {found}, but this server has {base}. Serve it with its own base; "
                 f"if the two are one model, start the server with TENSORPEFT_BASE_NAMES={found}."
             )
-        for field in ("modules_to_save", "trainable_token_indices"):
-            if value := getattr(config, field, None):
-                raise ValueError(
-                    f"adapter {name!r} has {field}={value}, weights of its own, which no server takes: {_MERGE}."
-                )
+        refuse_trained_in_full(config, f"weights of its own, which no server takes: {_MERGE}.", f"adapter {name!r}: ")
+        _check_class(name, config, base)
+
+
+def _check_class(name: str, config: PeftConfig, base: str) -> None:
+    """Refuse an adapter whose layers an engine would look for in vain: it says nothing of it, and serves the base."""
+    model = load_config(base)
+    served, adapted = class_name(model, base), class_name(model, base, config)
+    if adapted != served:
+        raise ValueError(
+            f"adapter {name!r} was trained on a {adapted}, but {base} is served as a {served}, whose layers have other "
+            "names. Train it on that class."
+        )
 
 
 def _expand(name: str, copy: Path, base: str, out: Path) -> None:

@@ -65,6 +65,8 @@ class BoundedCache:
 
     def _hold(self, key: str) -> None:
         """Say that this process uses a folder, in a file that counts as long as its lock is held."""
+        if self._own.is_locked and not os.path.exists(self._own.lock_file):
+            self._own.release(force=True)  # the cache was cleared: nobody sees this lock any more
         if not self._own.is_locked:
             self._own.acquire()
         with (self._users / self._name).open("a", encoding="utf-8") as file:

@@ -218,7 +218,9 @@ def adapt(model: nn.Module, recipe: Recipe, task: Task) -> nn.Module:
         return model
     train_new(config, model)
     start: dict[str, Tensor] = getattr(model, _START, {})
-    adapted = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
+    # A base that was quantised is a folder of ours, which has no revisions.
+    revision = recipe.model_arguments.get("revision") if recipe.quantize is None else None
+    adapted = get_peft_model(model, config, revision=revision)  # pyright: ignore[reportArgumentType]
     for name, parameter in adapted.named_parameters():
         if name in start:
             parameter.data = start[name].clone().to(parameter.device)
