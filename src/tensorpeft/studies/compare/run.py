@@ -143,10 +143,10 @@ def _next_commands(results: Sequence[EntryResult], runner: Runner) -> list[str]:
     assert recipe.adapter is not None
     method = str(recipe.adapter["method"]).lower()
     if is_ours(recipe.adapter) and method not in (*OF_HIGH_RANK, *NOT_LINEAR) and recipe.quantize is None:
-        commands[f"export lora {adapter} OUT"] = "as a plain LoRA, for vLLM and PEFT"
-        commands[f"export gguf {adapter} OUT"] = "as a GGUF LoRA, for llama.cpp"
+        commands[f"export lora {adapter} OUT-lora"] = "as a plain LoRA, for vLLM and PEFT"
+        commands[f"export gguf {adapter} OUT.gguf"] = "as a GGUF LoRA, for llama.cpp"
     if method not in NOT_LINEAR:
-        commands[f"export dense {adapter} OUT"] = "merged into its base"
+        commands[f"export dense {adapter} OUT-merged"] = "merged into its base"
     # A purpose has its own line, as a shell's comment: a path alone may be as wide as a terminal.
     lines = [line for command, purpose in commands.items() for line in (f"  # {purpose}", f"  tensorpeft {command}")]
     return ["", f"Next, with {best.entry.label}:", *lines]
