@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, BertConfig, LlamaConfig, LlamaForCausalLM, Qwen2MoeConfig
 
 pytest.importorskip("rich")
@@ -210,3 +211,13 @@ def test_the_command_prints_a_table_that_fits_and_writes_its_figures(small, tmp_
     assert figures["methods"]["lora"]["flops_to_lora"] == 1
     assert main(["plan", str(small), "--methods", "no-such"]) == 2
     assert "no-such" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["lora", "vera", "ia3", "dota", "lotr", "nola", "tcurlora"])
+def test_the_file_has_what_is_saved(key, small, tmp_path):
+    """Of PEFT's methods, too, whose tensors have other names; the header apart."""
+    (plan,) = plan_model(str(small), choose_methods(key), rank=2, targets=TARGETS, length=8).methods
+    config = LlamaConfig.from_pretrained(small)
+    get_peft_model(LlamaForCausalLM(config), plan.config(TARGETS)).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors").values()
+    assert plan.saved == sum(tensor.nbytes for tensor in tensors)

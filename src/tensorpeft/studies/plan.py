@@ -16,7 +16,7 @@ from math import ceil
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -166,7 +166,8 @@ class _AdapterSizes(NamedTuple):
     def of(cls, model: PeftModel, method: Method) -> _AdapterSizes:
         """Those of the adapter that the model has."""
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        saved = _num_bytes(tensor for key, tensor in model.state_dict().items() if "_update." in key or "lora_" in key)
+        # "auto" would ask the Hub whether embeddings have grown.
+        saved = _num_bytes(get_peft_model_state_dict(model, save_embedding_layers=False).values())
         frozen = _num_bytes(tensor for key, tensor in model.named_buffers() if "_update." in key)
         if method.starts_in_base:
             saved -= frozen
