@@ -85,3 +85,19 @@ def test_groups_keep_the_order():
         "4x2": ["a.0.x", "a.1.x"],
         "2x4": ["a.0.y"],
     }
+
+
+def test_many_tensors_are_named_without_comparing_each_with_all():
+    compared = 0
+
+    class Key(str):
+        __hash__ = str.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            nonlocal compared
+            compared += 1
+            return str.__eq__(self, other)
+
+    sites = [Site(f"experts.{k}", 4, 4) for k in range(100)]
+    assert len(group_by_tensor(sites, lambda site: Key(site.name))) == 100
+    assert compared < 1000

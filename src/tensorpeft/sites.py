@@ -6,6 +6,7 @@ Found from what every model has, the names and shapes of its linear layers and i
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from math import prod
@@ -203,10 +204,10 @@ def group_by_tensor(
     groups: dict[tuple[str, str], list[Site]] = {}
     for site in sites:
         groups.setdefault((site.tower, key(site)), []).append(site)
-    keys = [key for _, key in groups]
+    towers = Counter(key for _, key in groups)
     return {
         # Without dots: PEFT would take a part of a parameter's name for the adapter's.
-        key if keys.count(key) == 1 else f"{tower.replace('.', '_')}_{key}": group
+        key if towers[key] == 1 else f"{tower.replace('.', '_')}_{key}": group
         for (tower, key), group in groups.items()
     }
 

@@ -5,11 +5,14 @@ import shutil
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import linear
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tensorpeft.networks import effective
 from tensorpeft.networks.cut import Cut
-from tensorpeft.networks.effective import effective_linear, effective_weight
+from tensorpeft.networks.effective import add_apart, effective_linear, effective_weight, trained_weight
 from tensorpeft.networks.kernels import dither
 from tensorpeft.networks.mpo import MPO, MpoUpdate, contract, random_cores
 
@@ -112,6 +115,35 @@ def test_nothing_of_the_weight_s_size_is_saved_for_backward():
     assert saved
     large = [tensor for tensor in saved if tensor.numel() > 1]
     assert {tensor.untyped_storage().data_ptr() for tensor in large} <= known
+
+
+class _OnOneDevice(TorchDispatchMode):
+    """Raises where an operation gets tensors of several devices, as real ones do: torch does not check ours."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        devices = {tensor.device for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
+        assert len(devices) <= 1, f"{func} gets tensors of {devices}"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("of", ["linear", "few rows", "weight", "trained weight"])
+def test_an_update_whose_tensors_are_on_another_device(of):
+    elsewhere, (out, in_) = torch.device("meta"), shape_of(MODES[0])
+    with FakeTensorMode(), _OnOneDevice():
+        cores = tuple(core.requires_grad_() for core in make_cores(MODES[0], 1))
+        cut = Cut(MPO, cores, tuple(make_cores(MODES[0], 2)))
+        x, weight = (torch.empty(*shape, dtype=torch.float64, device=elsewhere) for shape in ((1, in_), (out, in_)))
+        results = {
+            "linear": lambda: effective_linear(x, weight, None, [cut]),
+            "few rows": lambda: add_apart(x, [cut]),
+            "weight": lambda: effective_weight(weight, [cut], weight.dtype),
+            "trained weight": lambda: trained_weight(weight, [cut]),
+        }
+        result = results[of]()
+        assert result.device == elsewhere
+        if result.requires_grad:
+            result.sum().backward()
+            assert {core.grad.device.type for core in cores} == {"cpu"}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 
+import pytest
 import torch
 from peft import LoraConfig, PeftMixedModel, get_peft_model
 from peft.tuners.mixed import model as mixed_model
 
 from cases import CASES, MODELS, logits, perturb
-from tensorpeft import LortaConfig
+from tensorpeft import DotaConfig, LortaConfig
 from tensorpeft.plugin import registration
 
 LLAMA = MODELS[0]
@@ -30,6 +31,18 @@ def test_every_method_and_lora_in_one_model():
             name.rpartition("_update.")[2] for name, _ in trained(alone)
         }
         assert not torch.allclose(logits(mixed), logits(LLAMA.fresh()))
+
+
+@pytest.mark.parametrize("targets", ["all-linear", r"base_model\.model\..*\.q_proj", r".*\.q_proj"])
+def test_a_second_adapter_is_targeted_as_peft_targets_lora(targets):
+    mixed = get_peft_model(LLAMA.fresh(), LoraConfig(target_modules=["q_proj"]), "lora", mixed=True)
+    mixed.add_adapter("theirs", LoraConfig(target_modules=targets))
+    mixed.add_adapter("ours", DotaConfig(r=2, target_modules=targets))
+    adapted = [
+        {name.removesuffix(f".{end}") for name, _ in mixed.named_modules() if name.endswith(end)}
+        for end in ("lora_A.theirs", "dota_update.ours")
+    ]
+    assert {name.replace(".base_layer", "") for name in adapted[0]} == adapted[1] != set()
 
 
 def trained(model):

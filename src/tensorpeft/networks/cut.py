@@ -69,7 +69,10 @@ def fold(halves: Halves) -> Tensor:  # (out, in)
 Layout = Sequence[tuple[Network | None, int, int]]
 
 
-def flattened(cuts: Sequence[Cut]) -> tuple[Layout, list[Tensor]]:
+def flattened(
+    cuts: Sequence[Cut],
+    device: torch.device,  # where they are multiplied: what layers share is on the device of one of them
+) -> tuple[Layout, list[Tensor]]:
     """What autograd is given of the cuts."""
     layout: list[tuple[Network | None, int, int]] = []
     tensors: list[Tensor] = []
@@ -78,7 +81,7 @@ def flattened(cuts: Sequence[Cut]) -> tuple[Layout, list[Tensor]]:
         if cut.ready is not None and (not cut.start or cut.ready.difference is not None):
             network, trained, constant = None, cut.ready.halves, (cut.ready.difference if cut.start else None) or ()
         layout.append((network, len(trained), len(constant)))
-        tensors += [*trained, *constant]
+        tensors += [tensor.to(device) for tensor in (*trained, *constant)]
     return layout, tensors
 
 

@@ -51,7 +51,7 @@ def effective_linear(
     Where every ΔW is exactly zero, the result is `F.linear(x, weight, bias)` bit for bit.
     """
     x = x.to(product_dtype(x))
-    layout, tensors = flattened(cuts)
+    layout, tensors = flattened(cuts, x.device)
     if is_transformed():
         return plain_linear(layout, bias, x, weight() if callable(weight) else weight, *tensors)
     if is_compiled_without_gradients():
@@ -77,7 +77,7 @@ def add_apart(
     """
     rows, sums = x.reshape(-1, x.shape[-1]), list[Tensor]()
     with without_autocast(x.device):
-        for _, (left, right) in _updates(*flattened(cuts)):
+        for _, (left, right) in _updates(*flattened(cuts, x.device)):
             if len(rows) * (1 / len(left) + 1 / right.shape[2]) >= 1:
                 return None
             grouped = rows.to(left.dtype).view(-1, left.shape[1], right.shape[2])
@@ -98,8 +98,9 @@ def effective_weight(
 
     The cast to bfloat16 or float16 dithers (see `kernels.dither`), so that no small update is lost.
     """
-    with without_autocast(cuts[0].cores[0].device):
-        return _effective_weight(weight, _updates(*flattened(cuts)), dtype)
+    device = cuts[0].cores[0].device if weight is None else weight.device
+    with without_autocast(device):
+        return _effective_weight(weight, _updates(*flattened(cuts, device)), dtype)
 
 
 def trained_weight(
@@ -110,7 +111,7 @@ def trained_weight(
 
     He keeps it until backward; neither a ΔW nor its graph is kept.
     """
-    layout, tensors = flattened(cuts)
+    layout, tensors = flattened(cuts, weight.device)
     if is_transformed():
         return plain_weight(layout, weight, *tensors)
     return _TrainedWeight.apply(weight, layout, *tensors)  # type: ignore[no-any-return]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
 from tensorpeft.plugin.base_weight import onloaded, put_weight
@@ -88,6 +89,27 @@ class SharedHolder(UpdateHolder):
     def get_base_layer(self) -> nn.Module:
         """The innermost layer of the anchor."""
         return self.anchor.get_base_layer() if isinstance(self.anchor, BaseTunerLayer) else self.anchor
+
+    @property
+    def quantization_backend(self) -> QuantizationBackend | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The anchor's: PEFT's `get_model_status` finds one in the whole model."""
+        return getattr(self.anchor, "quantization_backend", None)
+
+    def _get_available_adapters(self) -> set[str]:
+        """None: the layers have them. PEFT's `get_model_status` takes one that is here for one that is not merged."""
+        return set()
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Never: PEFT would ask for a delta weight of every module that says so, and leave out none that does not.
+
+        Raises:
+            TypeError: always. PEFT's own names no more than this class.
+        """
+        raise TypeError(
+            "PEFT's conversion to LoRA asks every module of an adapter for a delta weight; here one holds the factors "
+            "that the layers share, and has none. Use tensorpeft.export.to_lora(model, folder), which writes a LoRA "
+            "that PEFT loads: exactly, or, of a method of high rank, cut to the rank that is named."
+        )
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """x: a model that walks its children passes through it."""

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tensorpeft.networks.update import AbstractUpdate
 from tensorpeft.plugin.checkpoint import download_options
 from tensorpeft.plugin.config import FramedConfig, TensorConfig
-from tensorpeft.plugin.layer import TensorLayer
+from tensorpeft.plugin.layer import layers_of
 
 FRAMES_NAME = "frames.safetensors"
 # The buffer of what has frames that are kept elsewhere: the SHA-256 of their file. It is saved in their place.
@@ -70,7 +70,7 @@ def save_frames(model: nn.Module, folder: str | os.PathLike[str], adapter_name: 
     if not isinstance(config, FramedConfig) or not config.freezes_frames():
         found = f"one of {sorted(configs)}" if config is None else "an adapter whose frames are frozen"
         raise ValueError(f"adapter_name={adapter_name!r}: expected {found}; no others have frames to keep.")
-    places = _places(_updates_of(model, adapter_name))
+    places = _places(updates_of(model, adapter_name))
     frames = {name: getattr(module, key).detach().cpu().contiguous() for name, (module, key) in places.items()}
     if wrong := [name for name, frame in frames.items() if not torch.isfinite(frame).all()]:
         raise ValueError(f"{adapter_name}: not all numbers of its frame {wrong[0]} are finite. Make the adapter anew.")
@@ -130,7 +130,7 @@ def copy_frames(
     twins = (name for name, other in tuner.peft_config.items() if other is config and name != adapter_name)
     if (twin := next(twins, None)) is None:
         return
-    found = _places(_updates_of(tuner.model, twin))
+    found = _places(updates_of(tuner.model, twin))
     for name, place in _places(updates).items():
         frame: Tensor = getattr(*place)
         # Where the configuration has been changed in between, there are others, or none.
@@ -160,15 +160,10 @@ def other_frames(update: nn.Module, found: Mapping[str, Tensor]) -> str | None:
     )
 
 
-def _layers_of(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Any]]:
-    """The layers that an adapter adapts, by the names that they had when it was made."""
-    for layer in model.modules():
-        if isinstance(layer, TensorLayer) and adapter_name in layer.updates:
-            yield layer.name, layer
-
-
-def _updates_of(model: nn.Module, adapter_name: str) -> dict[str, Any]:
-    return {name: layer.updates[adapter_name] for name, layer in _layers_of(model, adapter_name)}
+def updates_of(model: nn.Module, adapter_name: str) -> dict[str, Any]:
+    """An adapter's updates by the names that their layers had when the first adapter was made."""
+    layers = [layer for layer in layers_of(model) if adapter_name in layer.updates]
+    return {layer.name: layer.updates[adapter_name] for layer in layers}
 
 
 def _places(updates: Mapping[str, AbstractUpdate]) -> dict[str, tuple[nn.Module, str]]:

@@ -31,9 +31,13 @@ from tensorpeft.plugin.towers import find_tower
 from tensorpeft.sites import Site, find_sites
 
 
-def build_updates(tuner: BaseTuner, config: TensorConfig) -> Mapping[str, AbstractUpdate]:
+def build_updates(
+    tuner: BaseTuner,
+    config: TensorConfig,
+    prefix: str = "",  # as in `bases_of`
+) -> Mapping[str, AbstractUpdate]:
     """The method's updates for all targets of a config, which is settled first. Changes nothing in the model."""
-    sites, bases = bases_of(tuner, config)
+    sites, bases = bases_of(tuner, config, prefix)
     config.settle(sites, bases)
     updates = config.build(sites, replace(bases, allocates_only=_makes_empty_weights()))
     check_stacked_updates(updates, bases.layers, config)
@@ -46,13 +50,17 @@ def _makes_empty_weights() -> bool:
     return nn.ParameterList([torch.empty(0)])[0].is_meta
 
 
-def bases_of(tuner: BaseTuner, config: TensorConfig) -> tuple[list[Site], _Bases]:
+def bases_of(
+    tuner: BaseTuner,
+    config: TensorConfig,
+    prefix: str = "",  # what PEFT has before the names that it matches: PeftMixedModel walks from its own root
+) -> tuple[list[Site], _Bases]:
     """All targets of a config, and what the model has there."""
     quantization = get_quantization_kwargs(tuner.model)
     layers: dict[str, tuple[nn.Module, Any]] = {}
     put_aside = dict[str, Tensor]()
     shapes = []
-    for name in _target_names(tuner, config):
+    for name in _target_names(tuner, config, prefix):
         parent, target, _ = _get_submodules(tuner.model, name)
         base = innermost(target)
         if isinstance(unmerged := getattr(target, "_unmerged", None), Tensor):
@@ -97,18 +105,19 @@ class _Bases:
         return base.start if isinstance(base, AbstractUpdatableLinear) else None
 
 
-def _target_names(tuner: BaseTuner, config: TensorConfig) -> list[str]:
+def _target_names(tuner: BaseTuner, config: TensorConfig, prefix: str) -> list[str]:
     """The full names of the layers that PEFT is going to adapt for a config, in the model's order."""
     injected: set[str] | None = getattr(tuner, "_injected_names", None)
     is_target: Callable[[str], Any]
     is_target = partial(tuner._check_target_module_exists, config) if injected is None else injected.__contains__
     names: list[str] = []
-    wrapped: tuple[str, ...] = ()
+    inside = None
     for name, module in tuner.model.named_modules():
-        if name and not name.startswith(wrapped) and is_target(name):
+        if inside is not None and name.startswith(inside):
+            continue  # what lies in there, which comes right after it, belongs to an earlier adapter
+        if name and is_target(f"{prefix}{name}"):
             names.append(name)
-        if isinstance(module, BaseTunerLayer):
-            wrapped += (f"{name}.",)  # what lies in there belongs to an earlier adapter
+        inside = f"{name}." if isinstance(module, BaseTunerLayer) else None
     return names
 
 

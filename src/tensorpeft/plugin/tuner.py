@@ -240,8 +240,9 @@ def wrap_layer(
     Raises:
         ValueError: the method cannot adapt a target, or serve it.
     """
-    key = _own_key_of(tuner.model, key)
-    update = _plan(tuner, classes, config, adapter_name, key).pop(key)
+    own = _own_key_of(tuner.model, key)
+    update = _plan(tuner, classes, config, adapter_name, own, key.removesuffix(own)).pop(own)
+    key = own
     parent, target, target_name = _get_submodules(tuner.model, key)
     with onloaded(base := innermost(target)):  # the update goes to where the layer computes
         if isinstance(target, (classes.layer, classes.convolution)):
@@ -276,23 +277,34 @@ def _own_key_of(model: nn.Module, key: str) -> str:
 
 
 def _plan(
-    tuner: BaseTuner, classes: MethodClasses, config: TensorConfig, adapter_name: str, key: str
+    tuner: BaseTuner,
+    classes: MethodClasses,
+    config: TensorConfig,
+    adapter_name: str,
+    key: str,
+    prefix: str = "",  # with which PEFT matches names
 ) -> dict[str, AbstractUpdate]:
     """The updates of a new adapter that have no layer yet, that of the layer `key` being one of them."""
     planned: tuple[Any, dict[str, AbstractUpdate]] | None = getattr(tuner, "_planned", None)
     if planned is None or planned[0] is not config or key not in planned[1]:
         if (shapes := shapes_to_load()) is not None:
-            _check_shapes(tuner, classes, config, shapes)
-        planned = (config, dict(build_updates(tuner, config)))
+            _check_shapes(tuner, classes, config, shapes, prefix)
+        planned = (config, dict(build_updates(tuner, config, prefix)))
         if shapes is None:
             copy_frames(tuner, config, adapter_name, planned[1])
         tuner._planned = planned  # type: ignore[assignment]
     return planned[1]
 
 
-def _check_shapes(tuner: BaseTuner, classes: MethodClasses, config: TensorConfig, shapes: dict[str, Tensor]) -> None:
+def _check_shapes(
+    tuner: BaseTuner,
+    classes: MethodClasses,
+    config: TensorConfig,
+    shapes: dict[str, Tensor],
+    prefix: str,  # as in `_plan`
+) -> None:
     """Raise a `ValueError` unless a checkpoint's tensors are those of this adapter. Allocates nothing."""
-    sites, bases = bases_of(tuner, config)
+    sites, bases = bases_of(tuner, config, prefix)
     config.settle(sites, bases)
     with torch.device("meta"):
         updates = config.build(sites, replace(bases, allocates_only=True))

@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
-from torch import nn
 
-from tensorpeft.networks.update import AbstractSummableUpdate, AbstractUpdate
+from tensorpeft.networks.update import AbstractSummableUpdate
 from tensorpeft.plugin.config import TensorConfig
-from tensorpeft.plugin.layer import TensorLayer
+from tensorpeft.plugin.kept_frames import updates_of
 from tensorpeft.plugin.rollback import unchanged_on_error
 
 
@@ -32,7 +31,7 @@ def add_weighted_adapter(
     """
     names = list(adapters)
     _check_request(tuner.peft_config, names, weights, adapter_name)  # type: ignore[arg-type]
-    updates = [_updates_of(tuner.model, name) for name in names]
+    updates = [updates_of(tuner.model, name) for name in names]
     for name, found in zip(names, updates):
         if found.keys() != updates[0].keys():
             other = sorted(found.keys() ^ updates[0].keys())[0]
@@ -55,7 +54,7 @@ def add_weighted_adapter(
     with unchanged_on_error(tuner):
         tuner.peft_config[adapter_name] = config
         tuner.inject_adapter(tuner.model, adapter_name)
-        added = _updates_of(tuner.model, adapter_name)
+        added = updates_of(tuner.model, adapter_name)
         assert added.keys() == updates[0].keys()
         next(iter(added.values())).shared.load_state_dict(tensors)  # type: ignore[union-attr]
 
@@ -81,11 +80,3 @@ def _check_request(
                 f"{name}: this adapter trains modules in full (modules_to_save, trainable_token_indices), which have "
                 "no weighted sum with the others' here. Combine adapters without any."
             )
-
-
-def _updates_of(model: nn.Module, adapter_name: str) -> dict[str, AbstractUpdate]:
-    return {
-        name: layer.updates[adapter_name]  # type: ignore[misc]
-        for name, layer in model.named_modules()
-        if isinstance(layer, TensorLayer) and adapter_name in layer.updates
-    }

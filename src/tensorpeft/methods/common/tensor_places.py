@@ -80,6 +80,8 @@ class Places:
         self.places = places
         self.blocks = list(dict.fromkeys(place.site.block for place in places))
         self.projections = list(dict.fromkeys(name for place in places for name in place.projections))
+        self._layers = {block: layer for layer, block in enumerate(self.blocks)}
+        self._numbers = {name: number for number, name in enumerate(self.projections)}
 
     @property
     def num_heads(self) -> int:
@@ -89,8 +91,8 @@ class Places:
     def slice_of(self, place: Place) -> dict[str, Any]:
         """What `networks.slices.AbstractSliceUpdate` takes to be the place's weight."""
         return {
-            "layer": self.blocks.index(place.site.block),
-            "projections": [self.projections.index(name) for name in place.projections],
+            "layer": self._layers[place.site.block],
+            "projections": [self._numbers[name] for name in place.projections],
             "heads": place.heads,
             "inner_is_out": place.inner_is_out,
             "interleaved": place.interleaved,
