@@ -106,8 +106,8 @@ class MpoUpdate(AbstractSummedUpdate):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MpoUpdate:
         """As torch's, but what is the difference to a start is not rounded to 16 bits."""
-        fn = keeping_precision(fn) if self.has_start else fn
-        return super()._apply(fn, recurse)  # pyright: ignore[reportUnknownMemberType]
+        super()._apply(keeping_precision(fn) if self.has_start else fn, recurse)
+        return self
 
     def cores(self) -> list[Tensor]:
         """The trained cores, first to last."""

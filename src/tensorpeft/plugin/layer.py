@@ -293,7 +293,7 @@ class TensorLayer(UpdateHolder):
         else:
             weight = self.read_base_weight()
             for name in self.merged_adapters:
-                weight = weight - self._weight_update(name).matrix().to(weight.dtype)
+                weight = weight - self._weight_update(name).matrix().to(weight)
             self.set_base_weight(as_stored(self.get_base_layer(), weight))
         object.__setattr__(self, "_unmerged", None)
         self._merged_sample = []
