@@ -211,7 +211,7 @@ def test_demo_compares_on_the_packaged_recipe(monkeypatch):
     assert main(["demo", "--quick"]) == 0
     whole, quick, quick_here = seen
     assert whole.output == Path("runs/demo")
-    assert quick_here.output == Path("runs/smoke/demo")  # not in the way of the whole one
+    assert quick_here.output == Path("runs/demo-smoke")  # not in the way of the whole one
     assert quick.output == Path("there")
     assert [entry.key for entry in quick.entries] == ["lora", "lotr"]
     assert quick.seeds == 1

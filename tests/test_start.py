@@ -38,7 +38,7 @@ ERRORS = {
     "compare demo --timing-rounds -1": "--timing-rounds -1: expected a whole number of at least 0",
     "compare demo --budget 5x": "--budget 5x: expected a number of parameters",
     "compare demo --methods lora,lora": "lora,lora: expected different names",
-    "compare demo --target-loss nan": "--target-loss nan: expected a number above 0",
+    "compare demo --target-loss nan": "--target-loss nan: expected a number, such as 0.1",
     "evaluate model": "pass one of --task NAME",
     "evaluate model --task cola": "Pass a published file as --data FILE",
     "evaluate model --task cola --data hub:glue": "expected hub:NAME:SPLIT",

@@ -24,7 +24,7 @@ def random_starts(monkeypatch) -> type[DotaConfig]:
     def build(self, sites, bases):
         updates = {}
         for site in sites:
-            cores = random_cores((2, site.out // 2), (2, site.in_ // 2), 3, bases.read_weight(site).device)
+            cores = random_cores((2, site.out // 2), (2, site.in_ // 2), 3)
             updates[site.name] = MpoUpdate(cores, start=cores)
         return updates
 

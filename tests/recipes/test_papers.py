@@ -22,7 +22,7 @@ from tensorpeft.models.folding import build_folding_model
 from tensorpeft.recipes import list_names
 from tensorpeft.studies.compare.entries import load_entries
 from tensorpeft.tasks.registry import find_task
-from tensorpeft.training.head import is_head
+from tensorpeft.training.head import is_head, note_new
 from tensorpeft.training.models import adapt
 from tensorpeft.training.recipe import load_recipe
 
@@ -72,7 +72,9 @@ def base_of(name: str) -> nn.Module:
         assert "esm2_t12_35M" in name
         width = {"hidden_size": 480, "num_hidden_layers": 12, "num_attention_heads": 20, "intermediate_size": 1920}
         tokens = {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32, "position_embedding_type": "rotary"}
-        return build_folding_model(EsmConfig(**width, **tokens), num_blocks=1)
+        model = build_folding_model(EsmConfig(**width, **tokens), num_blocks=1)
+        note_new(model, [f"head.{name}" for name, _ in model.head.named_parameters()])
+        return model
 
 
 def count(recipe) -> tuple[int, int]:
@@ -83,7 +85,7 @@ def count(recipe) -> tuple[int, int]:
         with torch.device("meta"):
             model = adapt(base, recipe, find_task(recipe.task))
         counts = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
-        trained = sum(n for name, n in counts.items() if recipe.head is not None or not is_head(name))
+        trained = sum(n for name, n in counts.items() if recipe.head is not None or not is_head(name, model))
         COUNTED[key] = trained, sum(p.numel() for p in model.parameters())
     return COUNTED[key]
 

@@ -59,7 +59,7 @@ def test_files_of_a_result_replace_those_of_another_together_or_not_at_all(tmp_p
         (tmp_path / name).write_text("old")
 
     def write(fail):
-        with replace_files(tmp_path, "config.json", "model*.safetensors") as unfinished:
+        with replace_files(tmp_path, "config.json", ["model*.safetensors"]) as unfinished:
             for name in ("config.json", "model.safetensors"):
                 (unfinished / name).write_text("new")
             if fail:

@@ -68,8 +68,10 @@ def dither(
     noise = row[:, None] ^ column
     noise = ((noise ^ (noise >> 15)) * 0x1B873593) >> (32 - dropped_bits)
     part = part.float().contiguous()
-    bits = part.view(torch.int32) + (noise & ((1 << dropped_bits) - 1))
-    return torch.where(part.isnan(), part, (bits & -(1 << dropped_bits)).view(torch.float32))
+    noise &= (1 << dropped_bits) - 1
+    noise += part.view(torch.int32)
+    noise &= -(1 << dropped_bits)
+    return noise.view(torch.float32).masked_fill_(part.isnan(), float("nan"))
 
 
 def _multiples(factor: int, first: int, count: int, device: torch.device) -> Tensor:  # (count,), int32

@@ -137,7 +137,9 @@ class TensorModel(BaseTuner):
                 _, dtype = module._get_base_layer_device_and_dtype(module.get_base_layer())
                 if dtype is not None and dtype.is_floating_point:
                     check_cast(module.updates[adapter_name], dtype)
-                    module.updates[adapter_name].to(dtype)
+                    update = module.updates[adapter_name].to(dtype)
+                    for parameter in update.parameters():  # of one that is not cast otherwise, too: it is asked for
+                        parameter.data = parameter.data.to(dtype)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """As PEFT's, in all layers or, after an error, in none."""
