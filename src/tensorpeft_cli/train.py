@@ -23,8 +23,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def _run(arguments: argparse.Namespace, command: str) -> None:
     find_recipe(arguments.recipe)
     import_package()
+    from accelerate import PartialState
+
     from tensorpeft.training.recipe import load_recipe
     from tensorpeft.training.run import run_training
 
     recipe = load_recipe(arguments.recipe, arguments.overrides, arguments.smoke)
     run_training(recipe, arguments.resume, command)
+    # Left to the interpreter's end, threads of several processes' group now and then abort it (pytorch issue 190489).
+    PartialState().destroy_process_group()
