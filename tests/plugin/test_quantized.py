@@ -61,13 +61,6 @@ def trained(bits: int, config: PeftConfig) -> PeftModel:
     return model.eval()
 
 
-def test_the_status_names_the_backend(bits: int, config: PeftConfig):
-    model = get_peft_model(build(bits), config)
-    expected = {layer.quantization_backend for layer in model.get_layer_status() if layer.name.endswith("linear")}
-    assert {model.get_model_status().quantization_backend} == expected
-    assert None not in expected
-
-
 def test_start_and_disabling_are_the_quantised_base(bits: int, config: PeftConfig):
     base = build(bits)(inputs())
     model = get_peft_model(build(bits), config).eval()

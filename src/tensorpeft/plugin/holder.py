@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
 from tensorpeft.plugin.base_weight import onloaded, put_weight
@@ -89,11 +88,6 @@ class SharedHolder(UpdateHolder):
     def get_base_layer(self) -> nn.Module:
         """The innermost layer of the anchor."""
         return self.anchor.get_base_layer() if isinstance(self.anchor, BaseTunerLayer) else self.anchor
-
-    @property
-    def quantization_backend(self) -> QuantizationBackend | None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The anchor's: PEFT's `get_model_status` finds one in the whole model."""
-        return getattr(self.anchor, "quantization_backend", None)
 
     def _get_available_adapters(self) -> set[str]:
         """None: the layers have them. PEFT's `get_model_status` takes one that is here for one that is not merged."""
