@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from peft import LoraConfig, PeftMixedModel, convert_to_lora, get_peft_model
+from peft import LoraConfig, PeftMixedModel, get_peft_model
 from torch.nn.parallel import DistributedDataParallel
 
 from cases import MODELS, SHARING_CASES, Case, logits, perturb, tokens
@@ -59,11 +59,6 @@ def test_the_status_of_a_merged_model(case: Case):
     model.merge_adapter()
     status = model.get_model_status()
     assert (status.merged_adapters, status.available_adapters) == (["default"], ["default"])
-
-
-def test_peft_s_conversion_names_ours():
-    with pytest.raises(TypeError, match=r"tensorpeft\.export\.to_lora"):
-        convert_to_lora(adapted(SHARING_CASES[0]), rank=4)
 
 
 def test_two_methods_and_lora_in_a_mixed_model():

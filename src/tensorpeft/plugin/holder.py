@@ -93,18 +93,6 @@ class SharedHolder(UpdateHolder):
         """None: the layers have them. PEFT's `get_model_status` takes one that is here for one that is not merged."""
         return set()
 
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Never: PEFT would ask for a delta weight of every module that says so, and leave out none that does not.
-
-        Raises:
-            TypeError: always. PEFT's own names no more than this class.
-        """
-        raise TypeError(
-            "PEFT's conversion to LoRA asks every module of an adapter for a delta weight; here one holds the factors "
-            "that the layers share, and has none. Use tensorpeft.export.to_lora(model, folder), which writes a LoRA "
-            "that PEFT loads: exactly, or, of a method of high rank, cut to the rank that is named."
-        )
-
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """x: a model that walks its children passes through it."""
         return x
