@@ -6,7 +6,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from enum import Enum
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 
@@ -69,6 +69,6 @@ def is_whole(value: Any, at_least: int = 0) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
 
 
-def is_number(value: Any, above: float = -math.inf) -> bool:
+def is_number(value: Any, above: float = -math.inf) -> TypeGuard[float]:
     """Whether a value is a finite number that is larger."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > above

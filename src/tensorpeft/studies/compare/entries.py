@@ -4,14 +4,14 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from math import isfinite
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from tensorpeft.studies.budget import parse_count
 from tensorpeft.studies.catalogue import DEFAULT_COMPARED, Method, all_like, methods_by_key, most_like, variant_fields
 from tensorpeft.studies.rates import rate_grid
 from tensorpeft.training.adapters import make_config
+from tensorpeft.training.fields import is_number
 from tensorpeft.training.learning_rate import BOUNDED_RATE, MAX_STEP_KL, can_be_bounded, with_learning_rate
 from tensorpeft.training.models import starts_in_base
 from tensorpeft.training.recipe import SMOKE_ENDING, Recipe, check_keys, load_comparison, load_recipe, without_adapter
@@ -133,13 +133,13 @@ def load_entries(
     if len(set(keys)) < len(keys):
         raise ValueError(f"methods={','.join(keys)}: one is there twice. Give each once.")
     bound = section.get("max_step_kl", MAX_STEP_KL)
-    if bound is not None and not _is_rate(bound):
+    if bound is not None and not is_number(bound, above=0):
         raise ValueError(f"compare.max_step_kl={bound!r}: expected nats above 0, such as 0.01, or null.")
     rate = recipe.trainer.get("learning_rate")
-    if rate is not None and not _is_rate(rate):
+    if rate is not None and not is_number(rate, above=0):
         raise ValueError(f"{path}: trainer.learning_rate={rate!r}: expected a number above 0, for grids to begin from.")
     scale = section.get("rate_scale", 1)
-    if not _is_rate(scale):
+    if not is_number(scale, above=0):
         raise ValueError(f"compare.rate_scale={scale!r}: expected a number above 0, which rates are multiplied by.")
     base_rate = None if rate is None else rate * scale / most_like(recipe.adapter).rate
     if missing := [key for key in keys if key not in catalogue and described.get(key) is None]:
@@ -156,7 +156,7 @@ def load_entries(
     if not isinstance(folder, str) or not folder.strip():
         raise ValueError(f"compare.output={folder!r}: expected a folder.")
     target = target_loss if target_loss is not None else section.get("target_loss")
-    if target is not None and not _is_number(target):
+    if target is not None and not is_number(target):
         raise ValueError(f"compare.target_loss={target!r}: expected a number, or null.")
     return Comparison(
         recipe=recipe,
@@ -227,7 +227,7 @@ def _make_entry(
                 f"compare.methods.{key}.rates."
             )
         rates = rate_grid(usual)
-    if not isinstance(rates, Sequence) or not all(_is_rate(rate) for rate in rates):
+    if not isinstance(rates, Sequence) or not all(is_number(rate, above=0) for rate in rates):
         raise ValueError(f"compare.methods.{key}.rates={rates!r}: expected a list of numbers above 0.")
     knob = described.get("knob", like.knob)
     size = f" {knob}={adapter[knob]}" if method and adapter and knob in adapter else ""
@@ -270,11 +270,3 @@ def _with_its_base(recipe: Recipe) -> Recipe:
         return recipe
     kept = {name: value for name, value in recipe.quantize.items() if name != "rounds"}
     return replace(recipe, quantize={**kept, "residual": False})
-
-
-def _is_rate(value: Any) -> TypeGuard[float]:
-    return _is_number(value) and value > 0
-
-
-def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
