@@ -107,6 +107,8 @@ def test_a_cut_adapter_is_a_smaller_one(variant: str, tmp_path):
     model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum")
     model.set_adapter("sum", inference_mode=True)
     torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
+    # What has been cut stays so: no bond is padded to the largest.
+    assert model.peft_config["sum"].bonds == {name: [bond + 2 for bond in found] for name, found in bonds.items()}
 
 
 def test_a_zero_core_is_refused():

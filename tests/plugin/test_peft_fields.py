@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from cases import CASES, MODELS, SHARING_CASES, Case, logits, perturb, tiny_bert, tiny_llama
-from tensorpeft import LotrConfig
+from tensorpeft import LotrConfig, TensLoraConfig
 from tensorpeft.export import to_lora
 from tensorpeft.plugin.layer import TensorLayer
 
@@ -177,6 +177,20 @@ def test_a_weighted_sum_of_adapters_in_half_precision_is_exact(case: Case):
             expected = sum(weight * part[key] for weight, part in zip(weights, parts, strict=True))
             assert (found - expected).norm() <= 1e-5 * expected.norm()
         model.delete_adapter("sum")
+
+
+def test_a_weighted_sum_of_tensors_with_a_rank_for_each_mode_is_no_larger_than_both():
+    torch.manual_seed(0)
+    model = get_peft_model(LLAMA.fresh(), TensLoraConfig(r=[4, 3, 2, 1], target_modules=LLAMA.targets), "a")
+    perturb(model)
+    model.add_adapter("b", TensLoraConfig(r=2, scale=3.0, target_modules=LLAMA.targets))
+    model.set_adapter("b")
+    perturb(model, 3)
+    model.add_weighted_adapter(["a", "b"], [0.7, -1.5], "sum")
+    assert (model.peft_config["sum"].r, model.peft_config["sum"].scale) == ([6, 5, 4, 3], 1.0)
+    first, second, found = (deltas(model, name) for name in ("a", "b", "sum"))
+    for key, delta in found.items():
+        torch.testing.assert_close(delta, 0.7 * first[key] - 1.5 * second[key], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,17 @@
 """Factors that all layers share: owned once, by the model, whoever holds the adapters."""
 
 import copy
+import json
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from peft import LoraConfig, PeftMixedModel, get_peft_model
+from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model
 from torch.nn.parallel import DistributedDataParallel
 
 from cases import MODELS, SHARING_CASES, Case, logits, perturb, tokens
-from tensorpeft import LortaConfig, LotrConfig
+from tensorpeft import FloraConfig, LortaConfig, LotrConfig
 from tensorpeft.networks.update import SharedFactors
 
 LLAMA = MODELS[0]
@@ -108,3 +109,43 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
     expected = _gradients(adapted(case).train(), tokens(batch=4))
     assert found.keys() == expected.keys()
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
+
+
+def turned() -> torch.nn.Module:
+    """The model, as a class would build it that registers a block's projections the other way round."""
+    model = LLAMA.fresh()
+    for layer in model.model.layers:
+        layer.self_attn._modules = dict(reversed(layer.self_attn._modules.items()))
+    return model
+
+
+@over_shared
+def test_another_order_of_the_weights_is_refused(case: Case, tmp_path):
+    adapted(case).save_pretrained(tmp_path)
+    order = json.loads((tmp_path / "adapter_config.json").read_text())["site_order"]
+    names = ["self_attn.q", "self_attn.k", "self_attn.v", "mlp.up", "mlp.down"]
+    assert order == [f"model.layers.*.{name}_proj" for name in names]
+    model = turned()
+    with pytest.raises(ValueError, match=r"self_attn\.q_proj comes before .*self_attn\.v_proj"):
+        PeftModel.from_pretrained(model, tmp_path)
+    assert {type(module) for module in model.modules()} == {type(module) for module in LLAMA.fresh().modules()}
+    with pytest.raises(ValueError, match="the order in which its model registers them"):
+        PeftModel.from_pretrained(model, tmp_path, low_cpu_mem_usage=True)
+
+
+@over_shared
+def test_a_file_without_the_order_is_loaded_as_ever(case: Case, tmp_path):
+    model = adapted(case)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    del config["site_order"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(LLAMA.fresh(), tmp_path).eval()), logits(model))
+
+
+def test_what_is_counted_by_name_goes_into_any_order(tmp_path):
+    model = get_peft_model(LLAMA.fresh(), FloraConfig(r=4, target_modules=LLAMA.targets)).eval()
+    perturb(model)
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["site_order"] is None
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(turned(), tmp_path).eval()), logits(model))

@@ -59,9 +59,9 @@ class FactConfig(FreezableFramesConfig):
         if self.core not in ("tt", "tk"):
             raise ValueError(f'core={self.core!r}: expected "tt" (tensor train) or "tk" (Tucker3).')
 
-    def of_rank(self, rank: int) -> FactConfig:
-        """Itself with another rank, and updates scaled by 1."""
-        return replace(self, r=rank, scale=1.0, frames=None)
+    def of_sum(self, others: Sequence[FactConfig]) -> FactConfig:
+        """The ranks add up."""
+        return replace(self, r=self.r + sum(other.r for other in others), scale=1.0, frames=None)
 
     def build(self, sites: Sequence[Site], bases: Bases) -> Mapping[str, TuckerUpdate]:
         """A weight of its shape's tensor per site. Reads no weight."""

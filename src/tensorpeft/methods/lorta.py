@@ -68,8 +68,9 @@ class LortaConfig(FramedConfig):
         if self.head_dim is not None:
             check_rank("head_dim", self.head_dim)
 
-    def of_rank(self, rank: int) -> LortaConfig:
-        """Itself with another rank, and updates scaled by 1."""
+    def of_sum(self, others: Sequence[LortaConfig]) -> LortaConfig:
+        """The ranks add up."""
+        rank = self.r + sum(other.r for other in others)
         return replace(self, r=rank, alpha=rank)
 
     def build(self, sites: Sequence[Site], bases: Bases) -> Mapping[str, CpUpdate]:

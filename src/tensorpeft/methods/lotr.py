@@ -54,8 +54,9 @@ class LotrConfig(FreezableFramesConfig):
         check_is_bool("init_weights", self.init_weights)
         check_scale("alpha", self.alpha)
 
-    def of_rank(self, rank: int) -> LotrConfig:
-        """Itself with another rank, and updates scaled by 1."""
+    def of_sum(self, others: Sequence[LotrConfig]) -> LotrConfig:
+        """The ranks add up."""
+        rank = self.r + sum(other.r for other in others)
         return replace(self, r=rank, alpha=rank, frames=None)
 
     def build(self, sites: Sequence[Site], bases: Bases) -> Mapping[str, TuckerUpdate]:

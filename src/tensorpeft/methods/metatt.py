@@ -81,9 +81,15 @@ class MetaTtConfig(FramedConfig):
             for bond in bonds:
                 check_rank(f"bonds[{name!r}]", bond)
 
-    def of_rank(self, rank: int) -> MetaTtConfig:
-        """Itself with another rank, and updates scaled by 1."""
-        return replace(self, r=rank, alpha=1.0, bonds=None)
+    def of_sum(self, others: Sequence[MetaTtConfig]) -> MetaTtConfig:
+        """The bonds of each train add up."""
+        configs = (self, *others)
+        counts = {name: len(bonds) for config in configs for name, bonds in (config.bonds or {}).items()}
+        bonds = {
+            name: [sum(same) for same in zip(*(config._bonds(name, count) for config in configs))]
+            for name, count in counts.items()
+        }
+        return replace(self, r=sum(config.r for config in configs), alpha=1.0, bonds=bonds or None)
 
     def build(self, sites: Sequence[Site], bases: Bases) -> Mapping[str, TrainSliceUpdate]:
         """A slice of its train per site. Reads no weight."""

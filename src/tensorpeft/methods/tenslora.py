@@ -91,13 +91,15 @@ class TensLoraConfig(FramedConfig):
                 f"r={self.r}: expected a whole number, or {count} of them for inputs, outputs and what "
                 f"arrangement={self.arrangement!r} names (heads, projections, layers)."
             )
-        ranks = self.r if isinstance(self.r, list) else [self.r] * (2 + len(self._stacked()))
-        if self.decomposition == "tucker" and prod(ranks) > LARGEST_RANK**2:
-            raise ValueError(f"r={self.r}: the core would have {prod(ranks)} entries. Pass smaller ranks, such as 4.")
+        if self.decomposition == "tucker" and (size := prod(self._ranks())) > LARGEST_RANK**2:
+            raise ValueError(f"r={self.r}: the core would have {size} entries. Pass smaller ranks, such as 4.")
 
-    def of_rank(self, rank: int) -> TensLoraConfig:
-        """Itself with another rank, and updates scaled by 1."""
-        return replace(self, r=rank, scale=1.0)
+    def of_sum(self, others: Sequence[TensLoraConfig]) -> TensLoraConfig:
+        """The ranks of each mode add up."""
+        configs = (self, *others)
+        if self.decomposition == "cp":
+            return replace(self, r=sum(config.r for config in configs if isinstance(config.r, int)), scale=1.0)
+        return replace(self, r=[sum(ranks) for ranks in zip(*(config._ranks() for config in configs))], scale=1.0)
 
     def build(self, sites: Sequence[Site], bases: Bases) -> Mapping[str, AbstractSliceUpdate]:
         """A slice of its tensor per site. Reads no weight."""
@@ -123,6 +125,10 @@ class TensLoraConfig(FramedConfig):
 
     def _stacked(self) -> list[str]:
         return [str(mode) for mode in self.arrangement.split("_")]
+
+    def _ranks(self) -> list[int]:
+        """Of the inputs, the outputs and what is stacked."""
+        return self.r if isinstance(self.r, list) else [self.r] * (2 + len(self._stacked()))
 
     def _has_heads(self, site: Site) -> bool:
         return "Att" in self._stacked() and site.kind == "attention"
@@ -158,7 +164,7 @@ class TensLoraConfig(FramedConfig):
             return CpUpdate, terms
         factors = {"Att": "C_H", "QKV": "C_M", "Depth": "C_L"}
         order = ["A", "B", *(factors[name] for name in self._stacked())]
-        ranks = dict(zip(order, self.r if isinstance(self.r, list) else [self.r] * len(order)))
+        ranks = dict(zip(order, self._ranks()))
         shared = TuckerSliceFactors(
             sizes, {name: {factor: ranks[factor] for factor in modes} for name, modes in sizes.items()}
         )

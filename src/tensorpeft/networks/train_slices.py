@@ -50,11 +50,6 @@ class TrainFactors(AbstractSliceFactors):
         """Those between the cores of one train."""
         return [core.shape[-1] for core in self.cores(name)[:-1]]
 
-    @property
-    def rank(self) -> int:
-        """The largest bond."""
-        return max(bond for name in self.sizes for bond in self.bonds(name))
-
     @torch.no_grad()
     def set_frames(
         self,
@@ -130,15 +125,14 @@ class TrainSliceUpdate(AbstractSliceUpdate):
         shared = [cast(TrainFactors, update.shared) for update in updates]
         if any(factors.sizes != shared[0].sizes for factors in shared):
             raise ValueError(f"trains of the modes {[factors.sizes for factors in shared]}: expected equal ones.")
-        ranks = [factors.rank for factors in shared]
         found = dict[str, Tensor]()
         for name in shared[0].sizes:
             every = [map(at_least_float32, factors.cores(name)) for factors in shared]
             *cores, lasts = [list(same) for same in zip(*every)]
             for k, same in enumerate(cores, 1):
-                found[f"{name}_G{k}"] = on_diagonal(same, [1] if k == 1 else [1, 2], ranks)
+                found[f"{name}_G{k}"] = on_diagonal(same, [1] if k == 1 else [1, 2])
             scaled = [last * weight * update.scale for last, weight, update in zip(lasts, weights, updates)]
-            found[f"{name}_G{len(cores) + 1}"] = on_diagonal(scaled, [0], ranks)
+            found[f"{name}_G{len(cores) + 1}"] = on_diagonal(scaled, [0])
         return found
 
     def tensor_name(self) -> str:

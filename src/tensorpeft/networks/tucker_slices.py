@@ -42,11 +42,6 @@ class TuckerSliceFactors(AbstractSliceFactors):
             core = torch.zeros([ranks[name][factor] for factor in modes])
             self.register_parameter(f"{name}_G", nn.Parameter(core))
 
-    @property
-    def rank(self) -> int:
-        """The largest of all."""
-        return max(rank for ranks in self.ranks.values() for rank in ranks.values())
-
     @torch.no_grad()
     def set_frames(
         self,
@@ -111,14 +106,13 @@ class TuckerSliceUpdate(AbstractSliceUpdate):
         forms = [(type(factors).__name__, factors.sizes) for factors in shared]
         if any(form != forms[0] for form in forms):
             raise ValueError(f"tensors of the modes {forms}: expected equal ones.")
-        ranks = [factors.rank for factors in shared]
         parts = [widened(dict(factors.named_parameters())) for factors in shared]
         found = dict[str, Tensor]()
         for key in parts[0]:
             blocks = [part[key] for part in parts]
             if key.endswith("_G"):
                 blocks = [core * weight * update.scale for core, weight, update in zip(blocks, weights, updates)]
-            found[key] = on_diagonal(blocks, range(blocks[0].ndim) if key.endswith("_G") else [1], ranks)
+            found[key] = on_diagonal(blocks, range(blocks[0].ndim) if key.endswith("_G") else [1])
         return found
 
     def tensor_name(self) -> str:

@@ -56,6 +56,9 @@ class TensorConfig(PeftConfig, ABC):
         trainable_token_indices: tokens whose embeddings are trained too, of the input embeddings or of {name: tokens}.
         ensure_weight_tying: whether what is trained of tied embeddings (`modules_to_save`, `trainable_token_indices`)
             stays tied.
+        site_order: names of the adapted weights, "*" for each number, in the order in which shared factors count them;
+            written where an adapter has such factors, and compared where it is loaded. None: not known, as in older
+            files.
 
     Raises:
         ValueError: `layers_to_transform` beside a regular expression, or `layers_pattern` alone.
@@ -71,6 +74,7 @@ class TensorConfig(PeftConfig, ABC):
         default=None, metadata={"help": "Tokens whose embeddings are trained too."}
     )
     ensure_weight_tying: bool = field(default=False, metadata={"help": "Whether tied embeddings stay tied."})
+    site_order: list[str] | None = field(default=None, metadata={"help": "Written: how shared factors count weights."})
 
     # Set by `plugin.registration.register`.
     registered_type: ClassVar[PeftType]
@@ -116,9 +120,10 @@ class TensorConfig(PeftConfig, ABC):
             ValueError: a weight that is needed cannot be read.
         """
 
-    def of_rank(self, rank: int) -> TensorConfig:
-        """Itself with another rank, for updates that nothing multiplies: asked of methods with an
-        `AbstractSummableUpdate`.
+    def of_sum(self, others: Sequence[Any]) -> TensorConfig:
+        """That of the sum of its updates and others': of all their ranks, multiplied by nothing.
+
+        Asked of methods with an `AbstractSummableUpdate`, where `sum_shared` has found that they have a sum.
         """
         raise NotImplementedError
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -40,9 +41,30 @@ def build_updates(
     sites, bases = bases_of(tuner, config, prefix)
     config.settle(sites, bases)
     updates = config.build(sites, replace(bases, allocates_only=_makes_empty_weights()))
+    settle_order(config, sites, updates)
     check_stacked_updates(updates, bases.layers, config)
     take_frames(updates, config, {name: base for name, (base, _) in bases.layers.items()})
     return updates
+
+
+def settle_order(config: TensorConfig, sites: Sequence[Site], updates: Mapping[str, AbstractUpdate]) -> None:
+    """Write into the configuration in which order the weights are that updates with shared factors count.
+
+    Raises:
+        ValueError: it says another order of the same weights: the factors would go to one another's.
+    """
+    if all(update.shared is None for update in updates.values()):
+        return
+    order = list(dict.fromkeys(re.sub(r"(?<![^.])\d+(?![^.])", "*", site.name) for site in sites))
+    known = config.site_order or []
+    moved = next(((there, here) for there, here in zip(known, order) if there != here), None)
+    if moved is not None and sorted(known) == sorted(order):
+        raise ValueError(
+            f"this adapter's factors count the weights in the order in which its model registers them: where it was "
+            f"made, {moved[0]} comes before {moved[1]}; in this model it is the other way round, and each would get "
+            "the other's update. Load it into the class of model that it was trained with, of the same version."
+        )
+    config.site_order = order
 
 
 def _makes_empty_weights() -> bool:

@@ -33,7 +33,7 @@ from tensorpeft.plugin.loading import (
     key_of,
     own_key,
 )
-from tensorpeft.plugin.targets import bases_of, build_updates, check_tokens, innermost
+from tensorpeft.plugin.targets import bases_of, build_updates, check_tokens, innermost, settle_order
 from tensorpeft.plugin.unloading import merging, unloading
 from tensorpeft.plugin.weighted import add_weighted_adapter
 
@@ -310,6 +310,7 @@ def _check_shapes(
     config.settle(sites, bases)
     with torch.device("meta"):
         updates = config.build(sites, replace(bases, allocates_only=True))
+        settle_order(config, sites, updates)
         take_frames(updates, config, {})
     attribute = classes.layer.adapter_layer_names[0]
     modules: dict[str, nn.Module] = {f"{name}.{attribute}.": update for name, update in updates.items()}

@@ -49,7 +49,7 @@ def add_weighted_adapter(
             "combine those."
         )
     tensors = firsts[0].sum_shared(firsts[1:], weights)
-    config = config.of_rank(sum(update.shared.rank for update in firsts))
+    config = config.of_sum([tuner.peft_config[name] for name in names[1:]])
     config.inference_mode = True
     with unchanged_on_error(tuner):
         tuner.peft_config[adapter_name] = config
