@@ -35,7 +35,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "`tensorpeft inspect MODEL` is `tensorpeft inspect bonds MODEL`; a folder called like a view is ./bonds."
     )
-    views = parser.add_subparsers(title="views", required=True, metavar="VIEW")
+    views = parser.add_subparsers(title="views", required=True, metavar="[VIEW] MODEL")
     bonds = views.add_parser(
         "bonds",
         help="spectra, truncation errors at several bonds, and the bonds that lose least (without a view: this one)",

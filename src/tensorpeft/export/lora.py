@@ -197,6 +197,13 @@ def adapted_layers(model: PeftModel, name: str) -> dict[str, TensorLayer]:
     modules = model.get_base_model().named_modules()
     layers = {key: module for key, module in modules if isinstance(module, TensorLayer) and name in module.updates}
     if not layers:
+        config = model.peft_config.get(name)
+        if config is not None and not isinstance(config, TensorConfig):
+            method = getattr(config.peft_type, "value", config.peft_type)
+            raise ValueError(
+                f"{name!r} is an adapter of PEFT's own ({method}), expected one of tensorpeft. Engines take a LoRA as "
+                "it is; PEFT merges the others (merge_and_unload)."
+            )
         raise ValueError(
             f"no layer has an adapter {name!r} of tensorpeft; loaded are {sorted(model.peft_config)}. Pass a PeftModel "
             "or a folder with one, and the adapter's name."
@@ -251,8 +258,9 @@ def _check_rank(updates: Mapping[str, AbstractUpdate], rank: int | None, energy:
         raise ValueError(f"rank={rank} and energy={energy}: expected one of them.")
     if high and rank is None and energy is None:
         raise ValueError(
-            f"{high[0]}: its update has a high rank, so that a LoRA of it has an error. Pass the rank to cut it to, "
-            "the share of its energy to keep, such as 0.99, or merge the adapter instead (merge_and_unload)."
+            f"{high[0]}: its update has a high rank, so that a LoRA of it has an error. Pass the rank to cut it to "
+            "(--rank), or the share of its energy to keep, such as 0.99 (--energy), or merge the adapter instead "
+            "(merge_and_unload, `tensorpeft export dense`)."
         )
     if not high and (rank is not None or energy is not None):
         given = f"rank={rank}" if energy is None else f"energy={energy}"
