@@ -287,3 +287,42 @@ def test_an_adapter_on_top_of_lora_reads_the_innermost_weight():
     lora = get_peft_model(model.fresh(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
     stacked = get_peft_model(lora.base_model.model, CASES[0].make(target_modules=["k_proj"]))
     assert torch.equal(logits(stacked.eval()), logits(lora.eval()))
+
+
+@over_identity_cases
+def test_what_is_rounded_at_its_start_is_put_back_when_training_begins(case: Case, tmp_path):
+    """TRL rounds whatever is trained on a base in 4 or 8 bits, before the first step."""
+    peft_model = adapted(MODELS[0], case)
+    trained = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.data = parameter.data.to(torch.bfloat16)
+    peft_model.train()(input_ids=tokens(), labels=tokens()).loss.backward()
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in trained)
+    for parameter in trained:
+        parameter.data.add_(0.1 * parameter.grad)  # pyright: ignore[reportArgumentType]
+    expected = logits(peft_model.eval())
+    peft_model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(MODELS[0].fresh(), tmp_path).eval()
+    moved = (expected - logits(MODELS[0].fresh())).norm()
+    assert (logits(loaded) - expected).norm() <= 0.02 * moved
+
+
+def test_what_was_trained_and_is_rounded_then_is_told():
+    peft_model = adapted(MODELS[0], next(case for case in CASES if case.name == "dota"))
+    perturb(peft_model)
+    for parameter in peft_model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    with pytest.warns(UserWarning, match="were rounded to bfloat16.*load a trained one after the trainer"):
+        peft_model.train()
+
+
+@over_identity_cases
+def test_half_precision_that_is_asked_for_is_what_is_saved(case: Case, tmp_path):
+    base = MODELS[0].fresh().to(torch.bfloat16)
+    peft_model = get_peft_model(base, case.make(target_modules=MODELS[0].targets), autocast_adapter_dtype=False).eval()
+    expected = logits(peft_model.train().eval())
+    assert torch.equal(expected, logits(MODELS[0].fresh().to(torch.bfloat16)))
+    peft_model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(MODELS[0].fresh().to(torch.bfloat16), tmp_path).eval()
+    assert torch.equal(logits(loaded), expected)

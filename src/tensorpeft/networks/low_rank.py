@@ -7,7 +7,7 @@ its own gradient of x: no pass over either beyond those of the base. Measured by
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -38,11 +38,17 @@ class Factors(NamedTuple):
 
     def pair(self) -> Pair:
         """The same of two factors, at the smaller of two ranks. Differentiable; all factors may have a leading axis."""
-        if self.core.ndim < self.up.ndim:
-            return Pair(self.down, self.up * self.core.unsqueeze(-2))
-        if self.core.shape[-2] < self.core.shape[-1]:
-            return Pair(self.core @ self.down, self.up)
-        return Pair(self.down, self.up @ self.core)
+        down, core, up = self.in_one_dtype()
+        if core.ndim < up.ndim:
+            return Pair(down, up * core.unsqueeze(-2))
+        if core.shape[-2] < core.shape[-1]:
+            return Pair(core @ down, up)
+        return Pair(down, up @ core)
+
+    def in_one_dtype(self) -> Factors:
+        """In the widest: frozen ones keep theirs, whatever the trained ones are cast to."""
+        dtype = reduce(torch.promote_types, [factor.dtype for factor in self])
+        return Factors(*(factor.to(dtype) for factor in self))
 
 
 class Pair(NamedTuple):
@@ -57,7 +63,7 @@ def pairs_of(
     dtype: torch.dtype | None,  # that the pairs are wanted in; None: the factors'
 ) -> list[tuple[Tensor, ...]]:  # a pair for each weight
     """The pairs of weights that differ in their cores alone: what is equal is one tensor, the rest is one product."""
-    down, cores, up = factors
+    down, cores, up = factors.in_one_dtype()
     count = len(cores)
     if cores.ndim == 2:
         downs, ups = down.to(dtype or down.dtype).expand(count, -1, -1), (up * cores.unsqueeze(1)).to(dtype or up.dtype)

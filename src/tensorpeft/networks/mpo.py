@@ -7,7 +7,7 @@ the multi-indices row-major (first mode slowest). Source: DoTA (arXiv 2412.20891
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from math import prod
 
 import torch
@@ -27,7 +27,7 @@ from tensorpeft.networks.derivatives import is_transformed
 from tensorpeft.networks.dtypes import at_least_float32
 from tensorpeft.networks.group import Parts, Tensors, parts_of
 from tensorpeft.networks.subspace import Steps, run_together, subspace_steps
-from tensorpeft.networks.update import BASE_DIGEST, AbstractSummedUpdate, keeping_dtype, keeping_precision
+from tensorpeft.networks.update import BASE_DIGEST, AbstractDifference, AbstractSummedUpdate, keeping_dtype
 from tensorpeft.networks.versions import Kept
 
 
@@ -67,7 +67,7 @@ class FrozenCores(nn.Module):
         return self._kept.get(lambda: contract_to_halves(cores), cores)
 
 
-class MpoUpdate(AbstractSummedUpdate):
+class MpoUpdate(AbstractDifference, AbstractSummedUpdate):
     """`ΔW = MPO(cores) − MPO(start)`: zero, exactly, while the cores are their start.
 
     Args:
@@ -104,22 +104,25 @@ class MpoUpdate(AbstractSummedUpdate):
             core = at_least_float32(core.detach()).clone(memory_format=torch.contiguous_format)
             self.register_buffer(f"start_{k}", core)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MpoUpdate:
-        """As torch's, but what is the difference to a start is not rounded to 16 bits."""
-        super()._apply(keeping_precision(fn) if self.has_start else fn, recurse)
-        return self
-
     def cores(self) -> list[Tensor]:
         """The trained cores, first to last."""
         return [getattr(self, f"core_{k}") for k in range(1, self.num_cores + 1)]
 
+    def starts(self) -> Iterable[tuple[Tensor, Tensor]]:
+        """Core by core."""
+        return zip(self.cores(), self._start())
+
     def start(self) -> list[Tensor]:
         """The frozen start cores; empty if nothing is subtracted."""
         if self.base_start is not None:
-            return list(self.base_start.cores())
+            return list(self._start())
         # In the cores' dtype: where FSDP gathers those rounded, the start is still exactly the base.
-        starts = [getattr(self, f"start_{k}") for k in range(1, self.num_cores + 1)] if self.has_start else []
-        return [start.to(self.core_1.dtype) for start in starts]
+        return [start.to(core.dtype) for core, start in self.starts()]
+
+    def _start(self) -> Sequence[Tensor]:
+        if self.base_start is not None:
+            return self.base_start.cores()
+        return [getattr(self, f"start_{k}") for k in range(1, self.num_cores + 1)] if self.has_start else []
 
     def cut(self) -> Cut:
         """Both networks, to be cut at the bond that makes the halves smallest."""

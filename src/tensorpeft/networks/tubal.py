@@ -11,7 +11,7 @@ Sources: LoRA-PT (arXiv 2407.11292), tCURLoRA (arXiv 2501.02227).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from math import pi
 from typing import Any, NamedTuple, cast
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from tensorpeft.networks.cut import Cut, Halves, Network, fold
 from tensorpeft.networks.dtypes import at_least_float32, without_autocast
-from tensorpeft.networks.update import AbstractSummedUpdate, SharedFactors, keeping_precision
+from tensorpeft.networks.update import AbstractDifference, AbstractSummedUpdate, SharedFactors
 
 _linalg: Any = torch.linalg  # has no types
 _fft: Any = torch.fft  # likewise
@@ -42,7 +42,7 @@ def empty_triplets(count: int, out: int, in_: int, rank: int, has_diagonal: bool
     return Triplets(*(torch.empty(shape, device="meta") for shape in shapes))
 
 
-class StackFactors(SharedFactors):
+class StackFactors(AbstractDifference, SharedFactors):
     """The factors of several stacks, each under its own name: `768x768_U`, `768x768_S`, `768x768_V`.
 
     Args:
@@ -66,10 +66,13 @@ class StackFactors(SharedFactors):
                 if trains_all:
                     self.register_buffer(f"start_{name}_{factor}", tensor.clone())
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StackFactors:
-        """As torch's, but what is the difference to a start is not rounded to 16 bits."""
-        fn = keeping_precision(fn) if self.trains_all else fn
-        return super()._apply(fn, recurse)  # pyright: ignore[reportUnknownMemberType]
+    def starts(self) -> Iterable[tuple[Tensor, Tensor]]:
+        """Factor by factor."""
+        return (
+            (getattr(self, name.removeprefix("start_")), start)
+            for name, start in self._buffers.items()
+            if start is not None and self.trains_all
+        )
 
     def extra_repr(self) -> str:
         """Modes of every stack."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from tensorpeft.networks.group import Parts, Place, Tensors, parts_of, tensors_o
 from tensorpeft.networks.low_rank import MATRIX_PRODUCT, PAIR_PRODUCT, Factors, Pair, low_rank_linear
 from tensorpeft.networks.nested import GradientsOnce
 from tensorpeft.networks.versions import Kept
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # The buffer that an update has where a part of it is stored in the base layer: which base that must be.
 BASE_DIGEST = "base_digest"
@@ -42,6 +46,47 @@ def keeping_precision(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor]
     return move
 
 
+class AbstractDifference(nn.Module, ABC):
+    """Parameters that are worth their difference to where they started, of which 16 bits would leave little.
+
+    A cast of the module leaves them in float32, unless `may_round` is set. What somebody else has rounded there, as TRL
+    rounds all that is trained on a base in 4 bits, is put back when training begins.
+    """
+
+    may_round: bool = False
+
+    @abstractmethod
+    def starts(self) -> Iterable[tuple[Tensor, Tensor]]:
+        """Each parameter beside its start, of the same shape, in float32 or float64; nothing where there is none."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As torch's, but for the rounding."""
+        rounds = self.may_round or not any(True for _ in self.starts())
+        return super()._apply(fn if rounds else keeping_precision(fn), recurse)  # pyright: ignore[reportUnknownMemberType]
+
+    @torch.no_grad()
+    def train(self, mode: bool = True) -> Self:
+        """As torch's; parameters that stand at their start, rounded, are at their start again."""
+        for parameter, start in self.starts() if mode and not self.may_round else ():
+            is_rounded = at_least_float32(parameter) is not parameter
+            if is_rounded and parameter.shape == start.shape and not (parameter.is_meta or start.is_meta):
+                _put_back(parameter, start)
+        return super().train(mode)
+
+
+def _put_back(parameter: Tensor, start: Tensor) -> None:
+    if torch.equal(parameter, start.to(parameter)):
+        parameter.data = start.to(parameter.device, copy=True)
+        return
+    warnings.warn(
+        f"trained numbers were rounded to {str(parameter.dtype).removeprefix('torch.')}, which leaves little of an "
+        "update that is the difference to a start. TRL's trainers do so on a base in 4 or 8 bits: pass them a new "
+        "adapter (peft_config), or load a trained one after the trainer is made.",
+        UserWarning,
+        stacklevel=3,
+    )
+
+
 class AbstractUpdate(nn.Module, ABC):
     """What an adapter adds at one layer.
 
@@ -60,12 +105,12 @@ class AbstractUpdate(nn.Module, ABC):
         super().__init__()
         object.__setattr__(self, "shared", shared)
 
-    def train(self, mode: bool = True) -> AbstractUpdate:
+    def train(self, mode: bool = True) -> Self:
         """As torch's; what a group keeps goes."""
         self._forget()
         return super().train(mode)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AbstractUpdate:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """As torch's; what a group keeps goes."""
         self._forget()
         return super()._apply(fn, recurse)  # pyright: ignore[reportUnknownMemberType]  # torch's own has no types

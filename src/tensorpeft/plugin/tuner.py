@@ -17,7 +17,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
-from tensorpeft.networks.update import AbstractUpdate
+from tensorpeft.networks.update import AbstractDifference, AbstractUpdate
 from tensorpeft.plugin.base_weight import find_backend, is_convolution, layer_shape, onloaded
 from tensorpeft.plugin.checkpoint import shapes_to_load
 from tensorpeft.plugin.config import TensorConfig
@@ -136,10 +136,10 @@ class TensorModel(BaseTuner):
             if isinstance(module, UpdateHolder) and adapter_name in module.updates:
                 _, dtype = module._get_base_layer_device_and_dtype(module.get_base_layer())
                 if dtype is not None and dtype.is_floating_point:
-                    check_cast(module.updates[adapter_name], dtype)
-                    update = module.updates[adapter_name].to(dtype)
-                    for parameter in update.parameters():  # of one that is not cast otherwise, too: it is asked for
-                        parameter.data = parameter.data.to(dtype)
+                    check_cast(update := module.updates[adapter_name], dtype)
+                    if isinstance(update, AbstractDifference):
+                        update.may_round = True  # it is asked for
+                    update.to(dtype)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """As PEFT's, in all layers or, after an error, in none."""
