@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import T5Config, T5ForConditionalGeneration, Trainer, TrainerCallback, TrainingArguments
 from transformers.modeling_outputs import SequenceClassifierOutput as Output
 
 from cases import MODELS, Case, over_cases, tokens
@@ -282,6 +282,54 @@ def test_two_processes_shorten_alike(tmp_path):
     assert 0 < first["scale"] < 1
 
 
+class Shifted(nn.Module):
+    """Its logits are these, and a number more for the label, or class, 1."""
+
+    def __init__(self, logits: Tensor, problem_type: str | None) -> None:
+        super().__init__()
+        self.logits, self.config = logits, SimpleNamespace(problem_type=problem_type)
+        self.number = nn.Parameter(torch.zeros(()))
+
+    def forward(self, input_ids: Tensor | None = None, labels: Tensor | None = None) -> Any:
+        logits = self.logits.clone()
+        logits[:, 1] += self.number
+        return Output(loss=-30 * self.number, logits=logits)
+
+
+@pytest.mark.parametrize("problem", ["multi_label_classification", None])
+def test_labels_that_exclude_nothing_and_classes_of_pixels(problem: str | None, tmp_path):
+    """Of a softmax over labels, or over an image's width, a shift of all of them is nothing."""
+    torch.manual_seed(0)
+    logits = torch.randn(2, 2) if problem else torch.randn(2, 3, 4, 4)
+    model, bound = Shifted(logits, problem), BoundedSteps(max_kl=1e-3, first_steps=30)
+    labels = torch.ones(2) if problem else torch.zeros(4, 4, dtype=torch.long)
+    data = [{"input_ids": torch.ones(3), "labels": labels} for _ in range(2)]
+    values = {"max_steps": 1, "per_device_train_batch_size": 2, "save_strategy": "no", "learning_rate": 3.0}
+    arguments = TrainingArguments(output_dir=str(tmp_path), **{**QUIET, **values})
+    Trainer(model, arguments, train_dataset=data, callbacks=[bound]).train()
+    after = model().logits.detach()
+    if problem:
+        before, after = (torch.stack([F.logsigmoid(z), F.logsigmoid(-z)], -1) for z in (logits, after))
+    else:
+        before, after = (z.movedim(1, -1).log_softmax(-1) for z in (logits, after))
+    divergence = F.kl_div(after, before, reduction="none", log_target=True).sum(-1).mean().item()
+    assert 1e-4 < divergence <= 4e-3 * 1.001
+
+
+def test_an_encoder_decoder_may_get_labels_alone(tmp_path):
+    sizes = {"vocab_size": 96, "d_model": 24, "d_kv": 6, "d_ff": 48, "num_layers": 1, "num_heads": 4}
+    torch.manual_seed(0)
+    base = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0))
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q", "v"]))
+    data = [{"input_ids": torch.arange(2, 9), "labels": torch.arange(3, 8)} for _ in range(4)]
+    bound = BoundedSteps(max_kl=1e-6)
+    values = {"max_steps": 3, "save_strategy": "no", "learning_rate": 0.1}
+    Trainer(
+        model, TrainingArguments(output_dir=str(tmp_path), **{**QUIET, **values}), train_dataset=data, callbacks=[bound]
+    ).train()
+    assert 0 < bound.scale < 1
+
+
 class Mute(nn.Module):
     """A model that tells a loss, and what it is made with."""
 
@@ -300,11 +348,24 @@ class ByPosition(Trainer):
         return model(inputs["input_ids"]).loss
 
 
+class Regression(Trainer):
+    """Of several numbers."""
+
+    def __init__(self, model: Any, *more: Any, **options: Any) -> None:
+        model.config = SimpleNamespace(problem_type="regression")
+        super().__init__(model, *more, **options)
+
+
 @pytest.mark.parametrize(
     ("trainer", "outputs", "message"),
     [
         (Trainer, {}, r"output has no logits\. Train it without the bound"),
         (Trainer, {"logits": torch.ones(4, 1)}, r"output has one logit, no probabilities\. Train it without the bound"),
+        (
+            Regression,
+            {"logits": torch.ones(4, 3)},
+            r"output has numbers \(problem_type='regression'\), no probabilities",
+        ),
         (ByPosition, {"logits": torch.ones(4, 2)}, "no batch was seen: expected the model to be called with arguments"),
     ],
 )

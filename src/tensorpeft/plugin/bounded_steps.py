@@ -174,13 +174,15 @@ class BoundedSteps(TrainerCallback, ExportableState):
                 "BoundedSteps: no batch was seen: expected the model to be called with arguments by name, as Trainer "
                 "calls it. Call it so, or train without the bound."
             )
-        arguments = {name: value for name, value in self._inputs.items() if name not in _OF_LOSS}
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+        unused = _of_loss_alone(base, self._inputs)
+        arguments = {name: value for name, value in self._inputs.items() if name not in unused}
         with evaluation_mode(model), without_kept_sums():
             logits = getattr(model(**arguments), "logits", None)
-        if logits is None or logits.shape[-1] < 2:
-            found = "no logits" if logits is None else "one logit, no probabilities"
-            raise ValueError(f"BoundedSteps: the model's output has {found}. Train it without the bound.")
-        return _of_loss(logits, self._inputs, _predicts_next(model)).float().log_softmax(-1)
+        if logits is None:
+            raise ValueError("BoundedSteps: the model's output has no logits. Train it without the bound.")
+        logits = _of_classes(logits, getattr(getattr(base, "config", None), "problem_type", None))
+        return _of_loss(logits, self._inputs, _predicts_next(base)).float().log_softmax(-1)
 
     def _remember(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module.training and torch.is_grad_enabled():
@@ -206,6 +208,32 @@ def _first_rows(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return {**inputs, **{name: value[:_ROWS] for name, value in of_rows.items()}}
 
 
+def _of_loss_alone(model: Any, inputs: Mapping[str, Any]) -> tuple[str, ...]:
+    """The arguments that its predictions do without: of an encoder-decoder, labels may be all that its decoder gets."""
+    is_decoding = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    has_inputs = any(inputs.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds"))
+    return tuple(name for name in _OF_LOSS if name != "labels") if is_decoding and not has_inputs else _OF_LOSS
+
+
+def _of_classes(
+    logits: Tensor,
+    problem: str | None,  # a classifier's, as its configuration has it
+) -> Tensor:  # (…, classes), each prediction a choice of one class
+    """Logits with the classes last.
+
+    Raises:
+        ValueError: they tell no probabilities.
+    """
+    if problem == "multi_label_classification":  # each label is there or not
+        return torch.stack([logits, torch.zeros_like(logits)], dim=-1)
+    if logits.dim() == 4:  # an image's: (rows, classes, height, width)
+        logits = logits.movedim(1, -1)
+    if problem == "regression" or logits.shape[-1] < 2:
+        found = "one logit" if logits.shape[-1] < 2 else "numbers (problem_type='regression')"
+        raise ValueError(f"BoundedSteps: the model's output has {found}, no probabilities. Train it without the bound.")
+    return logits
+
+
 def _of_loss(
     logits: Tensor,  # (rows, classes), or of a language model (rows, tokens, classes)
     inputs: Mapping[str, Any],
@@ -227,9 +255,8 @@ def _of_loss(
 
 def _predicts_next(model: Any) -> bool:
     """Whether it is a causal language model."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    generates = hasattr(base, "can_generate") and base.can_generate()
-    return generates and not base.config.is_encoder_decoder
+    generates = hasattr(model, "can_generate") and model.can_generate()
+    return generates and not model.config.is_encoder_decoder
 
 
 def _divergence(before: Tensor, after: Tensor) -> float | None:
