@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftConfig, get_peft_model
+from accelerate import cpu_offload
+from peft import LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict
 from tensorly import tt_to_tensor, tucker_to_tensor
 from tensorly.decomposition import tensor_train, tucker
 from torch import Tensor, nn
@@ -415,3 +416,19 @@ def test_a_base_in_four_bits_has_frames_of_its_own_gradient():
     values = torch.linalg.svdvals(gradient.double()).square()
     update = model.base_model.model[0].updates["default"]
     assert held(gradient.double(), update.U, update.V) > 0.95 * values[:3].sum() / values.sum()
+
+
+@over_framed
+def test_a_base_that_is_put_away_between_calls(kind: type[PeftConfig], fields: dict[str, Any]):
+    """Its layers are on no device while nothing runs; ours compute where they do."""
+    if kind is LoraConfig:
+        pytest.skip("PEFT's own adapter is on no device, too")
+    found = []
+    for base in (MODELS[0].fresh(), cpu_offload(MODELS[0].fresh(), execution_device=torch.device("cpu"))):
+        torch.manual_seed(0)
+        model = get_peft_model(base, kind(target_modules=TARGETS, **fields))
+        initialize_from_gradients(model, batches())
+        found.append(get_peft_model_state_dict(model))
+    assert found[0].keys() == found[1].keys()
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(found[1][name], tensor)

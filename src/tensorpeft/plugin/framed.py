@@ -89,8 +89,14 @@ class FramedTensors(Framed):
 
     @torch.no_grad()
     def set_frames(self, layers: Mapping[str, Any], gradients: Mapping[str, Gradient], record: dict[str, int]) -> None:
-        """As its method does."""
-        self.config.set_frames({name: layer.updates[self.adapter_name] for name, layer in layers.items()}, gradients)
+        """As its method does; layers of one tensor may be on several devices."""
+        updates = {name: layer.updates[self.adapter_name] for name, layer in layers.items()}
+        moved = dict(gradients)
+        for name, update in updates.items():
+            if update.shared is not None:
+                device = next(update.shared.parameters()).device
+                moved[name] = Gradient(*(part.to(device) for part in moved[name]))
+        self.config.set_frames(updates, moved)
         self.config.gradient_start = record
 
 

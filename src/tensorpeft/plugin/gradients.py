@@ -71,9 +71,7 @@ def initialize_from_gradients(
     layers = _checked_layers(model, framed)
     shapes = _shapes(layers)
     rank, noise = framed.rank(shapes), Noise(seed)
-    sketches = {
-        name: Sketch(*shape, rank, noise, _device_of(layers[name].get_base_layer())) for name, shape in shapes.items()
-    }
+    sketches = {name: Sketch(*shape, rank, noise, _device_of(layers[name], framed)) for name, shape in shapes.items()}
     num_batches = num_rows = 0
     with gathering(model, layers, sketches) as reached:
         for batch in batches:
@@ -105,8 +103,11 @@ def start_bytes(model: PeftModel, adapter_name: str = "default") -> int:
     return sum(sketch_bytes(*shape, framed.rank(shapes)) for shape in shapes.values())
 
 
-def _device_of(module: nn.Module) -> torch.device:
-    return next(chain(module.parameters(), module.buffers())).device  # some quantised layers have buffers only
+def _device_of(layer: Any, framed: Framed) -> torch.device:
+    """Where the layer computes: of a base that is put away (meta) that is where its adapter is."""
+    modules = (layer.get_base_layer(), *framed.modules_of(layer))
+    tensors = (tensor for module in modules for tensor in chain(module.parameters(), module.buffers()))
+    return next(tensor.device for tensor in tensors if not tensor.is_meta)
 
 
 def _shapes(layers: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
