@@ -12,6 +12,7 @@ from peft import PeftModel, get_peft_model
 from peft.utils.error import NoMatchingPeftModuleError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import Trainer, TrainingArguments
 
 from cases import CASES, MODELS, logits, perturb, tiny_llama
 from tensorpeft import DotaConfig
@@ -228,6 +229,14 @@ print("with:", PeftConfig.from_pretrained({str(saved)!r}).peft_type)
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert re.search(r"without: .*DOTA.*\nwith: .*DOTA", result.stdout, flags=re.DOTALL)
+
+
+def test_the_card_that_a_trainer_writes_anew_says_so_too(tmp_path):
+    model = get_peft_model(LLAMA.fresh(), CASES[0].make(target_modules=LLAMA.targets))
+    trainer = Trainer(model, TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none"))
+    trainer.save_model()
+    trainer.create_model_card()
+    assert "import tensorpeft" in ModelCard.load(tmp_path / "README.md").text
 
 
 def test_prime_sizes_are_told():

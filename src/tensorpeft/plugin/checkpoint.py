@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -182,14 +182,14 @@ def shapes_to_load() -> dict[str, Tensor] | None:
     return None if source is None else source.read_shapes()
 
 
-def add_loading_hint(folder: Path, method: str) -> None:
-    """Tag the card in `folder` or, for a named adapter's subfolder, the one above it, and put a hint at its top."""
-    for file in (folder / "README.md", folder.parent / "README.md"):
-        if file.is_file() and "library_name: peft" in file.read_text(encoding="utf-8"):
-            card = ModelCard.load(file)
-            data: Any = card.data
-            data.tags = list(dict.fromkeys([*(data.tags or ()), "tensorpeft", method]))
-            if _LOADING_HINT not in card.content:
-                card.text = f"{_LOADING_HINT}\n{card.text.lstrip()}"
-            card.save(file)
-            return
+def add_loading_hint(
+    file: Path,  # the card
+    methods: Sequence[str],  # of its adapters
+) -> None:
+    """Tag a model card, and tell its readers at its top to `import tensorpeft`."""
+    card = ModelCard.load(file)
+    data: Any = card.data
+    data.tags = list(dict.fromkeys([*(data.tags or ()), "tensorpeft", *methods]))
+    if _LOADING_HINT not in card.content:
+        card.text = f"{_LOADING_HINT}\n{card.text.lstrip()}"
+    card.save(file)

@@ -7,7 +7,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from math import prod
-from pathlib import Path
 from typing import Any, ClassVar, Protocol, get_args, get_origin, get_type_hints
 
 from peft import PeftConfig
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 
 from tensorpeft.networks.sketch import Gradient
 from tensorpeft.networks.update import AbstractUpdate
-from tensorpeft.plugin.checkpoint import add_loading_hint
 from tensorpeft.sites import Site
 
 # What a configuration, which may come from a damaged file, can ask for. No network is that large, and a tensor of
@@ -146,11 +144,6 @@ class TensorConfig(PeftConfig, ABC):
     def to_dict(self) -> dict[str, Any]:
         """As PEFT's, sets in one order: what is written does not differ from process to process."""
         return {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """As PEFT's, and tells the model card's readers to `import tensorpeft`."""
-        super().save_pretrained(save_directory, **kwargs)
-        add_loading_hint(Path(save_directory), self.peft_type.value.lower())  # pyright: ignore
 
 
 @dataclass

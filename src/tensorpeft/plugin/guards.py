@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
@@ -16,7 +17,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tensorpeft.plugin.checkpoint import Source, check_config_file, loading_from
+from tensorpeft.plugin.checkpoint import Source, add_loading_hint, check_config_file, loading_from
 from tensorpeft.plugin.config import TensorConfig
 from tensorpeft.plugin.holder import UpdateHolder
 from tensorpeft.plugin.loading import check_checkpoint, check_starts, own_key
@@ -53,6 +54,20 @@ def guarded_load(load: Callable[..., Any]) -> Callable[..., Any]:
                 return load(*args, **kwargs)
 
     return guarded
+
+
+def hinting_card(write: Callable[..., None]) -> Callable[..., None]:
+    """`PeftModel.create_or_update_model_card`, whose card says how an adapter of ours is loaded."""
+
+    @wraps(write)
+    def create_or_update_model_card(self: Any, output_dir: str) -> None:
+        write(self, output_dir)
+        ours = [config for config in self.peft_config.values() if isinstance(config, TensorConfig)]
+        if ours:
+            methods = [config.registered_type.value.lower() for config in ours]
+            add_loading_hint(Path(output_dir) / "README.md", methods)
+
+    return create_or_update_model_card
 
 
 def guarded_load_of_transformers(load: Callable[..., Any]) -> Callable[..., Any]:

@@ -17,7 +17,7 @@ from transformers.integrations.peft import PeftAdapterMixin
 
 from tensorpeft.plugin.config import TensorConfig
 from tensorpeft.plugin.experts import ExpertsLayer
-from tensorpeft.plugin.guards import guarded_load, guarded_load_of_transformers, guarded_save
+from tensorpeft.plugin.guards import guarded_load, guarded_load_of_transformers, guarded_save, hinting_card
 from tensorpeft.plugin.holder import SharedHolder, UpdateHolder
 from tensorpeft.plugin.layer import TensorLayer
 from tensorpeft.plugin.loading import key_of
@@ -108,6 +108,7 @@ def _key_prefixes(model: Any, adapter_name: str | None = None) -> set[str]:
 tuners_utils._get_tuner_state_dict_key_prefixes = _key_prefixes
 
 PeftModel.load_adapter = guarded_load(PeftModel.load_adapter)  # type: ignore[method-assign]
+PeftModel.create_or_update_model_card = hinting_card(PeftModel.create_or_update_model_card)  # type: ignore[method-assign]
 PeftModel.save_pretrained = guarded_save(PeftModel.save_pretrained)  # type: ignore[method-assign]
 PeftAdapterMixin.load_adapter = guarded_load_of_transformers(PeftAdapterMixin.load_adapter)  # type: ignore
 for _cls in (PeftModel, PeftMixedModel):
