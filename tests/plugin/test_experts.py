@@ -246,6 +246,18 @@ def test_all_linear_says_what_it_leaves_out():
         get_peft_model(MODELS[1].fresh(), DotaConfig(r=2, target_modules="all-linear", target_parameters=TARGETS))
 
 
+@pytest.mark.parametrize("names", [["q_proj", "gate_proj", "up_proj", "down_proj"], ["q_proj", "experts.w1"]])
+def test_names_of_layers_that_experts_had_say_what_they_leave_out(names: list[str]):
+    """PEFT makes parameters of them, for LoRA alone."""
+    model = MODELS[1].fresh()
+    old = ", ".join(sorted(set(names) - {"q_proj"}))
+    with pytest.warns(UserWarning, match=rf"target_modules={old} adapts linear layers, which leaves out 2 parameters"):
+        get_peft_model(model, DotaConfig(r=2, target_modules=names))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        get_peft_model(MODELS[1].fresh(), DotaConfig(r=2, target_modules=["q_proj"]))
+
+
 @pytest.mark.parametrize(
     ("targets", "message"),
     [

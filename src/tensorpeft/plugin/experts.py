@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.utils.transformers_weight_conversion import _MOE_TARGET_MODULE_MAPPING
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.func import functional_call
@@ -28,6 +29,8 @@ from tensorpeft.plugin.holder import UpdateHolder
 from tensorpeft.plugin.layer import TensorLayer, diagonals
 from tensorpeft.plugin.routes import keeps_sums
 
+# What linear layers in experts are called where experts are no parameters, as before transformers 5.
+_LAYERS_OF_EXPERTS = frozenset(name for names in _MOE_TARGET_MODULE_MAPPING.values() for name in names)
 # One of 8 bits is a weight only together with its scales, which are elsewhere.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Another thread must neither read nor run a module to which this one has lent a parameter.
@@ -254,8 +257,13 @@ def check_stacked_updates(
 
 
 def warn_of_stacks(model: nn.Module, config: TensorConfig) -> None:
-    """Warn of what "all-linear" leaves out: the weights of experts that are no layers, unless they are targets too."""
-    if not isinstance(config.target_modules, str) or config.target_modules.lower() != INCLUDE_LINEAR_LAYERS_SHORTHAND:
+    """Warn of experts left out that are no layers, where "all-linear", or names that layers of theirs had, are targets."""
+    modules = config.target_modules
+    if isinstance(modules, str):
+        named = ['"all-linear"'] if modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND else []
+    else:
+        named = sorted(name for name in modules or () if name.rpartition(".")[2] in _LAYERS_OF_EXPERTS)
+    if not named:
         return
     targets = tuple(f".{target}" for target in config.target_parameters or ())
     stacks = [stack for stack in _find_parameters(model) if _is_of_experts(stack)]
@@ -263,9 +271,9 @@ def warn_of_stacks(model: nn.Module, config: TensorConfig) -> None:
     if left:
         endings = list(dict.fromkeys(_ending(stack.name) for stack in left))
         warnings.warn(
-            f'target_modules="all-linear" adapts linear layers, which leaves out {len(left)} parameters of experts '
-            f"with {sum(stack.tensor.numel() for stack in left):,} numbers: {', '.join(endings)}. Adapt them too with "
-            f"target_parameters={endings}, or pass the names of layers to leave them out.",
+            f"target_modules={', '.join(named)} adapts linear layers, which leaves out {len(left)} parameters of "
+            f"experts with {sum(stack.tensor.numel() for stack in left):,} numbers: {', '.join(endings)}. Adapt them "
+            f"too with target_parameters={endings}, or pass the names of layers alone.",
             UserWarning,
             stacklevel=2,
         )
