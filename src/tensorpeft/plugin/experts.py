@@ -257,7 +257,7 @@ def check_stacked_updates(
 
 
 def warn_of_stacks(model: nn.Module, config: TensorConfig) -> None:
-    """Warn of experts left out that are no layers, where "all-linear", or names that layers of theirs had, are targets."""
+    """Warn of experts left out that are no layers, where "all-linear" or names of layers that they had are targets."""
     modules = config.target_modules
     if isinstance(modules, str):
         named = ['"all-linear"'] if modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND else []
