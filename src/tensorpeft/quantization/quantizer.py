@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.core_model_loading import build_glob_alternation
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -84,11 +85,11 @@ class ResidualHfQuantizer(Bnb4BitHfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         self.modules_to_not_convert = []
         replace_layers(model, self.quantization_config)
-        kept = (*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ()))  # type: ignore
+        kept = kept_in_float32(model, model.dtype)
         self._dtypes = {
-            name: parameter.dtype
+            name: torch.float32 if name in kept else parameter.dtype
             for name, parameter in model.named_parameters()
-            if parameter.is_floating_point() and not any(part in kept for part in name.split("."))
+            if parameter.is_floating_point()
         }
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
@@ -133,6 +134,18 @@ class ResidualHfQuantizer(Bnb4BitHfQuantizer):
 
         dequantize_layers(model, dtype)
         return model
+
+
+def kept_in_float32(
+    model: nn.Module,
+    dtype: torch.dtype,  # of all others
+) -> set[str]:  # names of parameters and buffers
+    """What of a model transformers keeps in float32 where it loads it in another dtype."""
+    plan = model._get_dtype_plan(dtype) if isinstance(model, PreTrainedModel) else {}
+    if not plan:
+        return set()
+    pattern, *_ = build_glob_alternation(list(plan))
+    return {name for name, _ in (*model.named_parameters(), *model.named_buffers()) if pattern.search(name)}
 
 
 def forget_reading(model: Any) -> None:
