@@ -135,7 +135,7 @@ def plan_layers(
 
 
 def _check_kept(names: Iterable[str], in_float32: Iterable[str]) -> None:
-    """Raise a `ValueError` if a layer is one that its model needs as it is: T5 casts what `wo` is given to its dtype."""
+    """Raise a `ValueError` if a layer is one that its model needs as it is: T5 casts `wo`'s input to its dtype."""
     if name := next((name for name in names if _is_in(name, in_float32)), None):
         raise ValueError(
             f"{name}: transformers keeps {sorted(in_float32)} of this model out of 4 bits. Leave them out of "
