@@ -6,7 +6,14 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+)
 
 from cases import MODELS, Model, logits, over_models, perturb, tiny_llama, tokens
 from evaluation.evaluated import word_tokenizer
@@ -223,6 +230,23 @@ def test_a_base_in_32_bits_is_rounded_once(tmp_path):
     assert exact.keys() == dense.keys()
     for key, tensor in exact.items():
         assert torch.equal(dense[key], tensor.to(torch.bfloat16)), key
+
+
+def test_what_transformers_keeps_in_float32_is_not_rounded(tmp_path):
+    sizes = {"vocab_size": 96, "hidden_size": 24, "intermediate_size": 44, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4}
+    more = {"q_lora_rank": 8, "kv_lora_rank": 8, "v_head_dim": 6, "moe_intermediate_size": 16, "n_group": 2}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 1, "topk_group": 1, "first_k_dense_replace": 1}
+    base = DeepseekV3ForCausalLM(DeepseekV3Config(**sizes, **heads, **more, **experts))
+    bias = torch.tensor([3.001, 3.002, 3.003, 3.004])
+    base.get_buffer("model.layers.1.mlp.gate.e_score_correction_bias").copy_(bias)
+    base.save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    get_peft_model(base, LortaConfig(target_modules=["o_proj"])).save_pretrained(tmp_path / "adapter")
+    to_dense(tmp_path / "adapter", tmp_path / "dense", torch.bfloat16)
+    tensors = load_file(tmp_path / "dense" / "model.safetensors")
+    assert torch.equal(tensors.pop("model.layers.1.mlp.gate.e_score_correction_bias"), bias)
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
 
 
 def test_of_an_earlier_tokenizer_nothing_is_left(tmp_path):

@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 
@@ -104,6 +105,25 @@ def test_an_adapter_is_put_on_its_base_without_making_its_start_anew(tmp_path, m
     found, saved = get_peft_model_state_dict(loaded), get_peft_model_state_dict(adapted)
     assert found.keys() == saved.keys()
     assert all(torch.equal(found[key], saved[key]) for key in saved)
+
+
+def test_an_adapter_s_own_tokenizer_is_found_in_its_folder_and_on_the_hub(saved, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(saved / "hub"))
+    word_tokenizer(bos=True).save_pretrained(saved / "base")
+    hub = saved / "hub" / "models--owner--adapter"
+    (hub / "refs").mkdir(parents=True)
+    (hub / "refs" / "main").write_text("1" * 40)
+    shutil.copytree(saved / "adapter", hub / "snapshots" / ("1" * 40))
+    for folder, name in (
+        (saved / "adapter", str(saved / "adapter")),
+        (hub / "snapshots" / ("1" * 40), "owner/adapter"),
+    ):
+        base, adapter = find_base(name, None)
+        assert load_model(base, adapter, None)[1].chat_template is None  # the base's
+        tokenizer = word_tokenizer(bos=True)
+        tokenizer.chat_template = "{{ 'OWN' }}"
+        tokenizer.save_pretrained(folder)
+        assert load_model(base, adapter, None)[1].chat_template == "{{ 'OWN' }}"
 
 
 @pytest.mark.parametrize("task_type", ["SEQ_CLS", "CAUSAL_LM"])

@@ -12,12 +12,14 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import T5Config, T5ForConditionalGeneration
 
 pytest.importorskip("bitsandbytes")
 
-from cases import MODELS, Model, logits, over_models, tiny_llama
+from cases import MODELS, Model, logits, over_models, tiny_llama, tokens
 from tensorpeft import DotaConfig, LortaConfig
-from tensorpeft.quantization import quantize_checkpoint, quantize_residual, streamed
+from tensorpeft.quantization import dequantize, quantize_checkpoint, quantize_residual, streamed
 
 
 def config_of(model: Model) -> DotaConfig:
@@ -70,6 +72,30 @@ def test_bfloat16_stays_bfloat16_and_cores_are_float32(tmp_path):
     assert dtypes["core_1"] == torch.float32
     loaded = type(model.fresh()).from_pretrained(tmp_path / "out")
     assert loaded.dtype == torch.bfloat16
+
+
+def test_what_transformers_keeps_in_float32_stays_as_it_is(tmp_path):
+    """T5 casts the input of `wo` to the dtype of its weight."""
+
+    def config(*targets: str) -> DotaConfig:
+        return DotaConfig(r=6, num_cores=3, target_modules=list(targets))
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 96, "d_model": 24, "d_kv": 6, "d_ff": 44, "num_layers": 2, "num_heads": 4}
+    T5ForConditionalGeneration(T5Config(**sizes)).save_pretrained(tmp_path / "source")
+    quantize_checkpoint(tmp_path / "source", tmp_path / "out", config("q", "v"))
+    loaded = T5ForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
+    in_memory = T5ForConditionalGeneration.from_pretrained(tmp_path / "source").eval()
+    for base in (quantize_residual(in_memory, config("q", "v")), loaded):
+        layer = base.encoder.block[0].layer[1].DenseReluDense
+        assert (type(layer.wo), hasattr(layer.wi, "weight") and layer.wi.weight.dtype) == (nn.Linear, torch.uint8)
+        expected = logits(base, decoder_input_ids=tokens())
+        torch.testing.assert_close(logits(dequantize(base), decoder_input_ids=tokens()), expected)
+    half = T5ForConditionalGeneration.from_pretrained(tmp_path / "out", dtype=torch.float16)
+    assert half.encoder.block[0].layer[1].DenseReluDense.wo.weight.dtype == torch.float32
+    plain = T5ForConditionalGeneration.from_pretrained(tmp_path / "source")
+    with pytest.raises(ValueError, match=r"DenseReluDense.wo: transformers keeps \['wo'\] of this model out of 4 bits"):
+        quantize_residual(plain, config("q", "wo"))
 
 
 def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(tmp_path, small_shards, monkeypatch):

@@ -198,6 +198,13 @@ def test_modules_that_were_trained_in_full_are_refused(base, folder, served):
         served.find("mine", base)
 
 
+def test_embeddings_that_no_field_names_are_refused(base, folder, served):
+    model = save(base, folder / "mine")
+    model.save_pretrained(folder / "mine", save_embedding_layers=True)
+    with pytest.raises(ValueError, match=r"'mine': embeddings=\['embed_tokens', 'lm_head'\]: .* export dense"):
+        served.find("mine", base)
+
+
 @pytest.mark.parametrize("task", ["FEATURE_EXTRACTION", None])
 def test_an_adapter_of_another_class_is_not_served_as_the_bare_base(task, base, folder, served, tmp_path):
     """Its layers are called otherwise, and vLLM would find none of them, without a word."""

@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from tensorpeft.export.lora import active_adapter, adapted_layers, refuse_trained_in_full, tied_head
+from tensorpeft.export.lora import active_adapter, adapted_layers, tied_head
 from tensorpeft.export.places import check_folder
+from tensorpeft.export.whole_weights import refuse_trained_in_full, whole_weights
 from tensorpeft.loading.adapters import load_on_skeleton
 from tensorpeft.networks.rounded_blocks import BLOCK_SIZE, from_blocks, to_blocks
 from tensorpeft.plugin.layer import check_weight_update
@@ -71,8 +72,8 @@ def to_delta(
     Raises:
         BlockingIOError: another process writes to `out_dir`.
         ValueError: no adapter of ours in the model, one that is not linear, other bits, an update that is not finite,
-            or weights besides the layers' updates (`modules_to_save`, `trainable_token_indices`); `out_dir` is the
-            adapter's or the base's, or holds an adapter or a model.
+            or weights besides the layers' updates (`modules_to_save`, `trainable_token_indices`, a resized
+            vocabulary); `out_dir` is the adapter's or the base's, or holds an adapter or a model.
 
     >>> to_delta("runs/my-dota", "runs/my-delta", bits=4)  # doctest: +SKIP
     """
@@ -89,6 +90,7 @@ def to_delta(
             config,
             "a delta has nothing but layers' updates. Merge the adapter into its base instead (merge_and_unload, or "
             "`tensorpeft export dense`).",
+            keys=whole_weights(model, name, model_or_path if is_path else None),
         )
         if (head := tied_head(model, layers)) is not None:
             raise ValueError(

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from tensorpeft.export.places import MODEL_NAME, check_folder
-from tensorpeft.export.tokenizer import TOKENIZER_FILES, load_tokenizer
+from tensorpeft.export.tokenizer import PROCESSOR_FILES, TOKENIZER_FILES, copy_processors, load_tokenizer
 from tensorpeft.loading.adapters import base_of, load_adapter_config, put_adapter
 from tensorpeft.loading.models import load_as_saved, pinned
 from tensorpeft.loading.names import resolve
@@ -20,8 +21,7 @@ from tensorpeft.quantization import dequantize
 from tensorpeft.reports.folders import replace_files, sole_writer
 
 # Of an earlier export.
-_STALE = ("model*.safetensors*", "generation_config.json", *TOKENIZER_FILES)
-_HEADS = ("classifier.weight", "score.weight", "classifier.out_proj.weight")
+_STALE = ("model*.safetensors*", "generation_config.json", *TOKENIZER_FILES, *PROCESSOR_FILES)
 
 
 def to_dense(
@@ -30,7 +30,8 @@ def to_dense(
     dtype: torch.dtype = torch.bfloat16,
     base: str | None = None,
 ) -> PreTrainedModel:
-    """Merge a saved adapter into its base and write a model that plain transformers loads; with its tokenizer.
+    """Merge a saved adapter into its base and write a model that plain transformers loads; with its tokenizer, and
+    what prepares its images or sound.
 
     A base in 4 bits is dequantised first and the update added to the matrix: nothing is quantised again, which would
     ruin the update. The sum is made in the wider of the base's dtype and `dtype`, and cast at the end: a base in 32
@@ -55,6 +56,7 @@ def to_dense(
             merged.save_pretrained(unfinished)
             if tokenizer is not None:
                 tokenizer.save_pretrained(unfinished)
+            copy_processors(adapter, base, unfinished)
         return merged
 
 
@@ -66,8 +68,7 @@ def merge(
     base = base or base_of(config, adapter)
     source = Source(str(adapter), {})
     tensors = source.read_shapes() or {}
-    labels = next((tensor.shape[0] for name, tensor in tensors.items() if name.endswith(_HEADS)), None)
-    model = load_as_saved(base, config, tensors, dtype="auto", **({} if labels is None else {"num_labels": labels}))
+    model = load_as_saved(base, config, tensors, dtype="auto")
     # The sum is rounded once: a base in 32 bits is not cast to 16 before the update is added.
     wide = torch.promote_types(model.dtype, dtype)
     if not source.is_of_residual_base():
@@ -77,4 +78,9 @@ def merge(
     into: Any = put_adapter(model, str(adapter), base).merge_and_unload
     merged: Any = dequantize(into(dtype=wide) if isinstance(config, TensorConfig) else into(), dtype)
     tokenizer = load_tokenizer(adapter)
-    return merged, load_tokenizer(resolve(base), **pinned(config, base)) if tokenizer is None else tokenizer
+    tokenizer = load_tokenizer(resolve(base), **pinned(config, base)) if tokenizer is None else tokenizer
+    settings = merged.config.get_text_config()
+    is_classifier = type(merged).__name__ in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values()
+    if is_classifier and tokenizer is not None and settings.pad_token_id is None:
+        settings.pad_token_id = tokenizer.pad_token_id  # a decoder finds the last token of a text by it
+    return merged, tokenizer

@@ -19,10 +19,10 @@ from tensorpeft.export.lora import (
     active_adapter,
     adapted_layers,
     low_rank_updates,
-    refuse_trained_in_full,
     tied_head,
 )
 from tensorpeft.export.places import check_file
+from tensorpeft.export.whole_weights import refuse_trained_in_full, whole_weights
 from tensorpeft.loading.adapters import load_on_skeleton
 from tensorpeft.reports.files import write_whole
 from tensorpeft.reports.folders import sole_writer
@@ -87,6 +87,7 @@ def to_gguf_lora(
             model.peft_config[name],
             "llama.cpp's adapters have nothing but layers' updates. Merge the adapter into its base instead "
             "(--merged).",
+            keys=whole_weights(model, name, model_or_path if is_path else None),
         )
         if (head := tied_head(model, layers)) is not None:
             raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from huggingface_hub import ModelCardData
 from peft import LoraConfig, PeftConfig, PeftModel
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict, load_peft_weights
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from tensorpeft.export.places import check_folder
 from tensorpeft.export.tokenizer import TOKENIZER_FILES, load_tokenizer
 from tensorpeft.export.truncation import of_energy, of_rank
+from tensorpeft.export.whole_weights import trained_in_full, whole_weights
 from tensorpeft.loading.adapters import load_on_skeleton
 from tensorpeft.loading.models import pinned
 from tensorpeft.networks.dtypes import at_least_float32
@@ -118,18 +119,10 @@ def to_lora(
             down, up = written.down.unflatten(1, (-1, *kernel)) if kernel else written.down, written.up
             tensors[f"base_model.model.{key}.lora_A.weight"] = down.cpu().contiguous()
             tensors[f"base_model.model.{key}.lora_B.weight"] = up[(..., *(None for _ in kernel))].cpu().contiguous()
-        prefix = next(iter(layers.values())).adapter_layer_names[0]
-        # As they are in the file: PEFT leaves trained tokens on a skeleton's own device.
-        saved = (
-            load_peft_weights(str(model_or_path), "cpu") if is_path else get_peft_model_state_dict(model, None, name)
-        )
-        # PEFT saves the weight of an adapted head or embedding beside it, which is the base's own.
-        tensors |= {
-            key: tensor for key, tensor in saved.items() if f".{prefix}." not in key and ".base_layer." not in key
-        }
-        config = _config(model, name, layers, {layer.name: layer.rank for layer in exported}, base)
+        whole = whole_weights(model, name, model_or_path if is_path else None)
+        config = _config(model, name, layers, {layer.name: layer.rank for layer in exported}, base, whole)
         with replace_files(Path(out_dir), last=CONFIG_NAME, stale=TOKENIZER_FILES) as unfinished:
-            save_file(tensors, unfinished / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+            save_file({**tensors, **whole}, unfinished / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
             config.save_pretrained(str(unfinished))
             _write_card(unfinished, model.peft_config[name], config.base_model_name_or_path)
             if is_path and (tokenizer := load_tokenizer(model_or_path)) is not None:
@@ -217,22 +210,6 @@ def tied_head(model: PeftModel, layers: Mapping[str, TensorLayer]) -> str | None
     is_tied = getattr(getattr(base, "config", None), "tie_word_embeddings", False)
     head = base.get_output_embeddings() if is_tied and hasattr(base, "get_output_embeddings") else None
     return next((key for key, layer in layers.items() if layer is head), None)
-
-
-def trained_in_full(config: PeftConfig) -> dict[str, Any]:
-    """The fields of a configuration that say what of the model is trained besides the layers' updates."""
-    values = {name: getattr(config, name, None) for name in ("modules_to_save", "trainable_token_indices")}
-    return {name: value for name, value in values.items() if value}
-
-
-def refuse_trained_in_full(
-    config: PeftConfig,
-    reason: str,  # and what to do
-    name: str = "",  # of the adapter, for a message that needs it
-) -> None:
-    """Raise a `ValueError` if the adapter has weights besides the layers' updates."""
-    for field, value in trained_in_full(config).items():
-        raise ValueError(f"{name}{field}={value}: {reason}")
 
 
 def _is_half(model: PeftModel) -> bool:
@@ -332,6 +309,7 @@ def _config(
     layers: Mapping[str, TensorLayer],
     ranks: Mapping[str, int],
     base: str | None,
+    whole: Collection[str],  # keys of the adapter's `whole_weights`
 ) -> LoraConfig:
     ours: TensorConfig = model.peft_config[adapter_name]  # type: ignore[assignment]
     if not (base := base or ours.base_model_name_or_path):
@@ -342,8 +320,7 @@ def _config(
         )
     base_class = type(model.get_base_model())
     mapping = {"base_model_class": base_class.__name__, "parent_library": base_class.__module__}  # as PEFT writes it
-    in_full = trained_in_full(ours)
-    for name, value in in_full.items():
+    for name, value in trained_in_full(ours, whole).items():
         warnings.warn(
             f"{name}={value} are exported as they are: PEFT loads them, vLLM and llama.cpp's converter refuse such "
             "an adapter. Merge it for those (export dense).",
@@ -360,7 +337,7 @@ def _config(
         **pinned(ours, base or ""),  # pyright: ignore[reportArgumentType]
         ensure_weight_tying=ours.ensure_weight_tying,
         inference_mode=True,
-        **in_full,
+        **trained_in_full(ours),
     )
     # Everywhere alpha / r is 1: PEFT divides them per layer, vLLM for all.
     config.rank_pattern = config.alpha_pattern = {

@@ -1,9 +1,15 @@
-"""The tokenizer beside what is exported."""
+"""The tokenizer beside what is exported, and what prepares images and sound."""
 
 import os
+import shutil
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, VIDEO_PROCESSOR_NAME
+
+from tensorpeft.loading.adapters import load_adapter_config
+from tensorpeft.loading.models import find_file, pinned
+from tensorpeft.loading.names import resolve
 
 # Patterns of all that `save_pretrained` writes of one.
 TOKENIZER_FILES = (
@@ -18,6 +24,8 @@ TOKENIZER_FILES = (
     "spiece.model",
     "sentencepiece.*",
 )
+# What prepares images and sound, and names the tokenizer beside it.
+PROCESSOR_FILES = (IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, PROCESSOR_NAME)
 
 
 def load_tokenizer(
@@ -41,3 +49,18 @@ def load_tokenizer(
         raise ValueError(
             f"{source}: its tokenizer cannot be loaded: {error}. Save it again, or remove its files."
         ) from error
+
+
+def copy_processors(
+    adapter: Path,
+    base: str | None,  # None: what the adapter's configuration names
+    folder: Path,
+) -> None:
+    """Copy what prepares images and sound: the adapter's own or, if it has none, its base's."""
+    config = load_adapter_config(adapter)
+    base = base or config.base_model_name_or_path or ""
+    found = [find_file(adapter, name) for name in PROCESSOR_FILES]
+    if not any(found):
+        found = [find_file(resolve(base), name, **pinned(config, base)) for name in PROCESSOR_FILES]
+    for file in filter(None, found):
+        shutil.copyfile(file, folder / file.name)

@@ -15,11 +15,20 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from tensorpeft.loading.architectures import build_empty, find_class
 from tensorpeft.loading.errors import explained
-from tensorpeft.loading.models import lacking_weights, load_config, load_pretrained, load_tokenizer, pinned
+from tensorpeft.loading.fitting import fit_vocabulary, has_whole_weights, labels_of
+from tensorpeft.loading.models import (
+    lacked_weights,
+    lacking_weights,
+    load_config,
+    load_pretrained,
+    load_tokenizer,
+    pinned,
+)
 from tensorpeft.loading.names import resolve
 from tensorpeft.loading.quiet import quiet
 from tensorpeft.plugin.checkpoint import Source, check_config_file
@@ -27,6 +36,7 @@ from tensorpeft.plugin.config import TensorConfig
 from tensorpeft.quantization.quantizer import is_residual, put_starts
 from tensorpeft.tasks.task import LabelTask, StructureTask, Task
 
+_TOKENIZER_PATTERNS = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
 _DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -92,14 +102,24 @@ def load_model(
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"dtype={dtype!r}: expected {', '.join(_DTYPES)}, or None for that of the checkpoint.")
     with quiet():
-        own = adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file()
         pin = {} if adapter is None else pinned(load_adapter_config(adapter), base)
-        tokenizer = load_tokenizer(adapter) if adapter is not None and own else load_tokenizer(base, **pin)
+        own = None if adapter is None else _find_tokenizer(adapter)
+        tokenizer = load_tokenizer(base, **pin) if own is None else load_tokenizer(own)
         model, missing = _load_base(base, task, dtype, tokenizer, pin)
         if torch.cuda.is_available() and next(model.parameters()).device.type == "cpu":
             model = model.to("cuda")  # pyright: ignore[reportArgumentType]
         _check_head(base, adapter, missing)
         return (model if adapter is None else put_adapter(model, adapter, base)).eval(), tokenizer
+
+
+def _find_tokenizer(adapter: str) -> str | None:
+    """The folder of an adapter's own tokenizer; None: it has none."""
+    folder = Path(adapter)
+    if not folder.is_dir():
+        # Not by its name: offline, transformers would ask for a config.json, which an adapter has not.
+        with explained(adapter):
+            folder = Path(snapshot_download(adapter, allow_patterns=_TOKENIZER_PATTERNS))
+    return str(folder) if (folder / TOKENIZER_CONFIG_FILE).is_file() else None
 
 
 def load_on_skeleton(
@@ -116,9 +136,15 @@ def load_on_skeleton(
     config = load_adapter_config(adapter)
     base = base or base_of(config, adapter, "Load the adapter on its model, and pass that PeftModel.")
     pin = pinned(config, base)
+    with explained(adapter):
+        source = Source(str(adapter), {})
+        saved = source.read_shapes() or {}
     model_config = load_config(base, **pin)
+    if (labels := labels_of(saved)) is not None:
+        model_config.num_labels = labels
     model = build_empty(find_class(model_config, base, config), model_config)
-    if is_residual(model_config) and Source(str(adapter), {}).is_of_residual_base():
+    fit_vocabulary(model, saved)
+    if is_residual(model_config) and source.is_of_residual_base():
         with explained(base):
             folder = resolve(base)
             if not Path(folder).is_dir():
@@ -138,22 +164,18 @@ def put_adapter(model: nn.Module, adapter: str, base: str) -> PeftModel:
         warnings.filterwarnings("error", message=".*missing adapter keys.*")
         try:
             with explained(adapter):
-                is_all = _is_all_in_its_file(load_adapter_config(adapter))
+                config, saved = load_adapter_config(adapter), Source(adapter, {}).read_shapes() or {}
+                fit_vocabulary(model, saved)
+                # Then an adapter's own start, decomposed for it, would be thrown away when its file is read. Not where
+                # there are weights of the model itself: PEFT would put them as the file has them, in its dtype and no
+                # longer tied.
+                is_all = isinstance(config, TensorConfig) and not has_whole_weights(model, saved)
                 return PeftModel.from_pretrained(model, adapter, low_cpu_mem_usage=is_all)  # pyright: ignore[reportArgumentType]
         except UserWarning as error:
             raise ValueError(
                 f"{adapter}: not all of its layers are in {type(model).__name__} of {base}. Pass the base that it was "
                 "trained on (--base)."
             ) from error
-
-
-def _is_all_in_its_file(config: PeftConfig) -> bool:
-    """Whether an adapter's own start, decomposed for it, would be thrown away when its file is read.
-
-    Not where modules are trained in full: PEFT would put them as the file has them, in its dtype and no longer tied.
-    """
-    is_alone = not getattr(config, "modules_to_save", None) and config.task_type not in ("SEQ_CLS", "TOKEN_CLS")
-    return isinstance(config, TensorConfig) and is_alone
 
 
 def _load_base(
@@ -174,7 +196,7 @@ def _load_base(
     if model.config.pad_token_id is None:
         # A decoder finds the last token of a text by it.
         model.config.pad_token_id = tokenizer.pad_token_id
-    return model, set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
+    return model, lacked_weights(info)
 
 
 def _check_head(base: str, adapter: str | None, missing: set[str]) -> None:

@@ -28,8 +28,8 @@ def find_class(
     model: str,  # for messages
     adapter: PeftConfig | None = None,  # that the model is for; None: the model as it was saved
 ) -> Any:
-    """The class of the model, or an auto class: that of the adapter's task, that which was adapted, or that which was
-    saved.
+    """The class of the model, or an auto class: that of the adapter's task, where it knows the model, that which was
+    adapted, or that which was saved.
 
     Raises:
         ValueError: transformers registers no model class of that name.
@@ -40,7 +40,8 @@ def find_class(
     name = architectures[0]
     if adapter is not None:
         task = str(getattr(adapter.task_type, "value", adapter.task_type))
-        if task in _TASK_CLASSES:
+        # Not every model that writes text is a causal language model to transformers: many that see images are not.
+        if task in _TASK_CLASSES and (name is None or type(config) in _TASK_CLASSES[task]._model_mapping):
             return _TASK_CLASSES[task]
         mapping = adapter.auto_mapping or {}
         if not isinstance(mapping, dict):
@@ -75,6 +76,18 @@ def class_name(
     classes = mapping[type(config)]
     names = [cls.__name__ for cls in (classes if isinstance(classes, tuple) else (classes,))]
     return next((name for name in config.architectures or () if name in names), names[0])
+
+
+def writes_text(
+    config: PretrainedConfig,
+    name: str,  # of the class that is made of it
+) -> bool:
+    """Whether a model is a decoder that writes text, of which it may also see images."""
+    decoders = (
+        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+    return not config.is_encoder_decoder and any(name in names.values() for names in decoders)
 
 
 def build_empty(

@@ -1,14 +1,19 @@
 """A model by its name: its configuration, its tokenizer, its weights."""
 
-from collections.abc import Collection, Iterable
+import os
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from peft import PeftConfig
+from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.hub import cached_file
 
 from tensorpeft.loading.architectures import find_class
 from tensorpeft.loading.errors import explained, require_config
+from tensorpeft.loading.fitting import labels_of
 from tensorpeft.loading.names import resolve
 from tensorpeft.quantization import quantizer as _quantizer  # noqa: F401  # residual bases load like others
 
@@ -39,6 +44,23 @@ def pinned(
     if adapter is None or base != adapter.base_model_name_or_path or not adapter.revision:
         return {}
     return {"revision": adapter.revision}
+
+
+def find_file(
+    name: str | os.PathLike[str],  # of a model or an adapter: a folder, or a Hub name
+    file: str,
+    **arguments: Any,  # of `cached_file`
+) -> Path | None:
+    """Where one of its files is, downloaded if need be; None: it has none, or none is to be had."""
+    found = cached_file(
+        name,
+        file,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        **arguments,
+    )
+    return None if found is None else Path(found)
 
 
 def load_tokenizer(
@@ -82,7 +104,7 @@ def load_pretrained(
 def load_as_saved(
     name: str,  # as `resolve` takes it
     adapter: PeftConfig | None = None,
-    saved: Collection[str] = (),  # names of the tensors in the adapter's file
+    saved: Mapping[str, Tensor] = MappingProxyType({}),  # the tensors in the adapter's file, by name
     **arguments: Any,  # of from_pretrained
 ) -> PreTrainedModel:
     """The model with the head that its configuration names, or as the class that was adapted.
@@ -92,8 +114,10 @@ def load_as_saved(
     """
     pin = pinned(adapter, name)
     model_cls = find_class(load_config(name, **pin), name, adapter)
+    if (labels := labels_of(saved)) is not None:  # the adapter's head takes the place of the base's, if that has one
+        arguments |= {"num_labels": labels, "ignore_mismatched_sizes": True}
     model, info = load_pretrained(model_cls, name, output_loading_info=True, **pin, **arguments)
-    if lacking := lacking_weights(info["missing_keys"], saved):
+    if lacking := lacking_weights(lacked_weights(info), saved):
         # A model may have what its user never reads, such as a pooler.
         remedy = "" if adapter is None else ", or, if nothing reads them, merge in memory (merge_and_unload)"
         raise ValueError(
@@ -101,6 +125,13 @@ def load_as_saved(
             f"random numbers. Download or save the model again{remedy}."
         )
     return model
+
+
+def lacked_weights(
+    info: Mapping[str, Any],  # `output_loading_info` of from_pretrained
+) -> set[str]:
+    """Names of the model's weights that its files have not, or not in its size."""
+    return set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
 
 
 def lacking_weights(

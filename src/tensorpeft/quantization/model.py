@@ -16,7 +16,7 @@ from tensorpeft.networks.mpo import MpoUpdate
 from tensorpeft.plugin.base_weight import weight_of
 from tensorpeft.plugin.config import TensorConfig
 from tensorpeft.plugin.tensor_map import plan_updates, settle
-from tensorpeft.quantization.quantizer import ResidualConfig, forget_reading, mark_quantised
+from tensorpeft.quantization.quantizer import ResidualConfig, forget_reading, kept_in_float32, mark_quantised
 
 # What PEFT trains in full, and saves, for tasks with a head of their own.
 _TASK_HEADS = ("classifier", "score", "qa_outputs")
@@ -115,6 +115,10 @@ def plan_layers(
     kept = {*skip_modules, *(getattr(config, "modules_to_save", None) or ()), *_TASK_HEADS}
     if isinstance(model, PreTrainedModel):
         kept |= {key.removesuffix(".bias") for key in get_keys_to_not_convert(model)}
+        in_float32 = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+        in_float32 = {key.removesuffix(".weight") for key in in_float32}
+        _check_kept(shapes, in_float32)
+        kept |= in_float32
     plain = [
         name
         for name, module in model.named_modules()
@@ -128,6 +132,15 @@ def plan_layers(
                 "in one of these, without quantization_config."
             )
     return shapes, plain
+
+
+def _check_kept(names: Iterable[str], in_float32: Iterable[str]) -> None:
+    """Raise a `ValueError` if a layer is one that its model needs as it is: T5 casts `wo`'s input to its dtype."""
+    if name := next((name for name in names if _is_in(name, in_float32)), None):
+        raise ValueError(
+            f"{name}: transformers keeps {sorted(in_float32)} of this model out of 4 bits. Leave them out of "
+            "target_modules, or adapt the base as it is, in 16 or 32 bits."
+        )
 
 
 def check_targets(config: TensorConfig | None) -> None:
@@ -189,10 +202,20 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The model in a dtype, but for what is not saved of it, such as the frequencies of positions."""
-    unsaved = [(module, name, module._buffers[name]) for module in model.modules() for name in module._buffers]
+    """The model in a dtype, but for what transformers keeps in float32 in it, and what is not saved of it, such as the
+    frequencies of positions.
+    """
+    kept = kept_in_float32(model, dtype)
+    parameters = [(parameter, parameter.data) for name, parameter in model.named_parameters() if name in kept]
+    buffers = [
+        (module, name, buffer)
+        for path, module in model.named_modules()
+        for name, buffer in module._buffers.items()
+        if name in module._non_persistent_buffers_set or f"{path}.{name}" in kept
+    ]
     model.to(dtype)
-    for module, name, buffer in unsaved:
-        if name in module._non_persistent_buffers_set:
-            module._buffers[name] = buffer
+    for parameter, numbers in parameters:
+        parameter.data = numbers
+    for module, name, buffer in buffers:
+        module._buffers[name] = buffer
     return model

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, build_glob_alternation, rename_source_key
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -84,11 +86,11 @@ class ResidualHfQuantizer(Bnb4BitHfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         self.modules_to_not_convert = []
         replace_layers(model, self.quantization_config)
-        kept = (*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ()))  # type: ignore
+        kept = kept_in_float32(model, model.dtype)
         self._dtypes = {
-            name: parameter.dtype
+            name: torch.float32 if name in kept else parameter.dtype
             for name, parameter in model.named_parameters()
-            if parameter.is_floating_point() and not any(part in kept for part in name.split("."))
+            if parameter.is_floating_point()
         }
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
@@ -133,6 +135,18 @@ class ResidualHfQuantizer(Bnb4BitHfQuantizer):
 
         dequantize_layers(model, dtype)
         return model
+
+
+def kept_in_float32(
+    model: nn.Module,
+    dtype: torch.dtype,  # of all others
+) -> set[str]:  # names of parameters and buffers
+    """What of a model transformers keeps in float32 where it loads it in another dtype."""
+    plan = model._get_dtype_plan(dtype) if isinstance(model, PreTrainedModel) else {}
+    if not plan:
+        return set()
+    pattern, *_ = build_glob_alternation(list(plan))
+    return {name for name, _ in (*model.named_parameters(), *model.named_buffers()) if pattern.search(name)}
 
 
 def forget_reading(model: Any) -> None:
@@ -196,15 +210,31 @@ def put_starts(
     config = found if isinstance(found, ResidualConfig) else ResidualConfig(**found)
     replace_layers(model, config)
     starts: dict[str, Tensor] = {}
+    own_key = _own_keys(model)
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            starts |= {key: file.get_tensor(key) for key in file.keys() if ".start." in key}  # noqa: SIM118
-    for name, own_name in _own_names(model, config.residuals).items():
-        start = model.get_submodule(own_name).start
+            starts |= {own_key(key): file.get_tensor(key) for key in file.keys() if ".start." in key}  # noqa: SIM118
+    for name in _own_names(model, config.residuals).values():
+        start = model.get_submodule(name).start
         for key in start.state_dict():
             if f"{name}.start.{key}" not in starts:
                 raise ValueError(f"{name}.start.{key}: {_LACKED}")
         start.load_state_dict({key: starts[f"{name}.start.{key}"] for key in start.state_dict()}, assign=True)
+
+
+def _own_keys(model: Any) -> Callable[[str], str]:
+    """From a checkpoint's key to the model's, as `from_pretrained` goes: transformers saves many under other names."""
+    conversions = [item for item in get_model_conversion_mapping(model) if isinstance(item, WeightRenaming)]
+    own = model.state_dict()
+
+    def own_key(key: str) -> str:
+        for renamings in (conversions, []):
+            renamed, _ = rename_source_key(key, renamings, [], model.base_model_prefix, own)
+            if renamed in own:
+                return renamed
+        return key
+
+    return own_key
 
 
 def check_complete(model: nn.Module, config: ResidualConfig) -> None:

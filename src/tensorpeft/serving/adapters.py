@@ -14,7 +14,7 @@ from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from tensorpeft.export import has_exact_lora, to_lora
-from tensorpeft.export.lora import refuse_trained_in_full
+from tensorpeft.export.whole_weights import refuse_trained_in_full, whole_weights
 from tensorpeft.loading.adapters import load_adapter_config, load_on_skeleton
 from tensorpeft.loading.architectures import class_name
 from tensorpeft.loading.models import load_config
@@ -25,6 +25,7 @@ from tensorpeft.serving.cache import BoundedCache
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _FORMAT = 2  # of the folders; a change here makes all of them anew
 _MERGE = "merge it into its base and serve that (tensorpeft export dense)"
+_WHOLE = f"weights of its own, which no server takes: {_MERGE}."
 
 
 class ServedAdapters:
@@ -104,7 +105,7 @@ class ServedAdapters:
                 f"adapter {name!r} was trained on {found}, but this server has {base}. Serve it with its own base; "
                 f"if the two are one model, start the server with TENSORPEFT_BASE_NAMES={found}."
             )
-        refuse_trained_in_full(config, f"weights of its own, which no server takes: {_MERGE}.", f"adapter {name!r}: ")
+        refuse_trained_in_full(config, _WHOLE, f"adapter {name!r}: ")
         _check_class(name, config, base)
 
 
@@ -121,6 +122,8 @@ def _check_class(name: str, config: PeftConfig, base: str) -> None:
 
 def _expand(name: str, copy: Path, base: str, out: Path) -> None:
     model = load_on_skeleton(copy, base)
+    whole = whole_weights(model, "default", copy)
+    refuse_trained_in_full(model.peft_config["default"], _WHOLE, f"adapter {name!r}: ", whole)
     if not has_exact_lora(model):
         method = str(getattr(model.peft_config["default"].peft_type, "value", ""))
         raise ValueError(
