@@ -6,6 +6,8 @@ import pytest
 
 pytest.importorskip("omegaconf")
 pytest.importorskip("trl")
+from transformers import PreTrainedModel
+
 from tensorpeft.studies.compare import costs
 from tensorpeft.studies.compare.entries import load_entries
 from tensorpeft.training.splits import load_splits
@@ -49,6 +51,18 @@ def test_a_step_is_of_all_batches_that_are_accumulated(step, monkeypatch):
     monkeypatch.setattr(accumulated.trainer, "compute_loss", lambda *given: calls.append(1) or compute_loss(*given))
     accumulated()
     assert len(calls) == 3
+
+
+def test_a_step_checkpoints_activations_where_the_run_does(step):
+    def is_checkpointing(*overrides):
+        model = step(*overrides).model.get_base_model()
+        return {layer.gradient_checkpointing for layer in model.model.layers}
+
+    assert is_checkpointing() == {True}  # TRL's default
+    assert is_checkpointing("trainer.gradient_checkpointing=false") == {False}
+    every_second = "trainer.gradient_checkpointing_kwargs={every_n_layers: 2, use_reentrant: false}"
+    if hasattr(PreTrainedModel, "activation_checkpointing_enable"):  # transformers before that checkpoints all
+        assert is_checkpointing(every_second) == {True, False}
 
 
 def test_the_base_in_4_bits_is_that_of_the_cells(step, tmp_path):

@@ -20,6 +20,7 @@ from tensorpeft.studies.catalogue import REFERENCE
 from tensorpeft.studies.compare.entries import Comparison, Entry, entry_folder
 from tensorpeft.studies.compare.results import EntryCosts
 from tensorpeft.studies.measure import median_step_times, peak_memory
+from tensorpeft.training.activations import checkpoint_activations
 from tensorpeft.training.arguments import make_arguments
 from tensorpeft.training.head import is_head
 from tensorpeft.training.models import load_tokenizer
@@ -48,6 +49,7 @@ class TrainedStep:
         recipe = dataclasses.replace(entry.recipe, trainer=trainer, output=str(folder))
         tokenizer = load_tokenizer(recipe, splits.task)
         self.trainer: Trainer = make_trainer(recipe, _few(splits, arguments), tokenizer, arguments)
+        checkpoint_activations(self.trainer)
         self.model: Any = self.trainer.model
         self.optimizer = self.trainer.create_optimizer()
         self.batch = _typical_batch(self.trainer)
