@@ -323,3 +323,26 @@ def test_user_errors_are_one_line_and_leave_nothing(overrides, message, place, t
     assert error.startswith("tensorpeft: ")
     assert message in error
     assert not list(tmp_path.glob("run/recipe.yaml"))  # the corrected command may use the folder
+
+
+def test_a_run_goes_on_with_the_rows_that_it_has_read(place, tmp_path, monkeypatch):
+    rows, more = tmp_path / "mine.jsonl", ("data.test=null", "trainer.max_steps=1")
+    shutil.copy(place / "rows.jsonl", rows)
+    train(place, "sft", tmp_path / "run", f"data.train={rows}", *more)
+    monkeypatch.setattr("tensorpeft.training.seed.find_versions", lambda: {"torch": "another"})
+    resume = functools.partial(train, place, "sft", tmp_path / "run", f"data.train={rows}", *more, resume=True)
+    resume("seeds=[0,1]")
+    report = (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
+    assert f"torch {torch.__version__.partition('+')[0]}" in report.partition("Versions differ: ")[2]
+    assert "another (seed 1)" in report
+    rows.write_text("\n".join(reversed(rows.read_text(encoding="utf-8").splitlines())), encoding="utf-8")
+    with pytest.raises(
+        ValueError, match=r"data.train \(.*mine.jsonl\): the rows of train are others .* Put the data back"
+    ):
+        resume()
+    # What is older than the record of its rows and versions is taken up as it is.
+    (tmp_path / "run" / "rows.json").unlink()
+    results = tmp_path / "run" / "seed-0" / "results.json"
+    tree = json.loads(results.read_text(encoding="utf-8"))
+    results.write_text(json.dumps({key: value for key, value in tree.items() if key != "versions"}), encoding="utf-8")
+    assert resume()[0].versions == {}

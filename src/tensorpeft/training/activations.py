@@ -16,7 +16,8 @@ def checkpoint_activations(trainer: Trainer) -> None:
     arguments, model = trainer.args, trainer.model
     if not arguments.gradient_checkpointing:
         return
-    given: dict[str, Any] = dict(arguments.gradient_checkpointing_kwargs or {})
+    said: Any = arguments.gradient_checkpointing_kwargs
+    given = dict(said or {})
     options = {name: given.pop(name) for name in _NOT_OF_TORCH if name in given}
     # transformers has renamed it within its version 5.
     enable: Any = getattr(model, "activation_checkpointing_enable", None)

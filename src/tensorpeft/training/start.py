@@ -64,10 +64,11 @@ def row_batches(
     chosen = [order[part * num_rows : (part + 1) * num_rows] for part in range(parts)]
     subsets: list[Any] = [rows.select(part) if hasattr(rows, "select") else [rows[k] for k in part] for part in chosen]
     # TRL's GRPO answers the questions of several steps at once.
+    sampler: Any = trainer._get_eval_sampler
     size = trainer.args.train_batch_size * getattr(trainer.args, "steps_per_generation", 1)
     # Not `get_eval_dataloader`, which with persistent workers hands out the loader of its first call ever after, and,
     # like `get_test_dataloader`, has batches of another size, that may have no room.
-    loaders = [trainer._get_dataloader(subset, "start", size, trainer._get_eval_sampler) for subset in subsets]
+    loaders = [trainer._get_dataloader(subset, "start", size, sampler) for subset in subsets]
     return [map(trainer._prepare_inputs, loader) for loader in loaders]
 
 
