@@ -248,6 +248,15 @@ def test_an_adapter_of_a_quantised_base_finds_it(more, place, tmp_path):
     assert found.metrics["loss"] == pytest.approx(result.tests["instructions"]["loss"], abs=1e-5)
 
 
+def test_a_weight_in_4_bits_has_as_many_parameters(place, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    more = ("adapter.method=lora", "trainer.max_steps=1", "data.test=null")
+    (whole,) = train(place, "sft", tmp_path / "whole", *more)
+    (in_4_bits,) = train(place, "sft", tmp_path / "in-4-bits", *more, "quantize.residual=false")
+    assert in_4_bits.trained_parameters == whole.trained_parameters
+    assert in_4_bits.all_parameters == whole.all_parameters
+
+
 @long
 def test_a_run_killed_after_its_last_step_does_no_further_one(place, tmp_path):
     (whole,) = train(place, "sft", tmp_path / "run", "trainer.max_steps=5", "trainer.eval_steps=5")

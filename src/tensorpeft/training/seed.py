@@ -9,6 +9,7 @@ from typing import Any
 
 from filelock import FileLock
 from omegaconf import OmegaConf
+from peft import PeftModel
 from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -150,7 +151,7 @@ def run_seed(
     validation = {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items()}
     saved = folder / kept_folder(recipe)
     model: Any = trainer.model
-    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]  # of what was trained: a head is folded now
+    trained_parameters, all_parameters = _count(model)  # of what was trained: a head is folded now
     fold_head(model)
     _save(trainer, saved)
     result = SeedResult(
@@ -160,8 +161,8 @@ def run_seed(
         best_step=kept_step(trainer),
         steps=trainer.state.max_steps,
         tests=_test(trainer, recipe, tokenizer, splits, options, saved, console),
-        trained_parameters=sum(size for size, is_trained in counts if is_trained),
-        all_parameters=sum(size for size, _ in counts),
+        trained_parameters=trained_parameters,
+        all_parameters=all_parameters,
         versions=find_versions(),
     )
     if trainer.is_world_process_zero():
@@ -210,10 +211,15 @@ def score_untrained(
     _claim(folder.parent, recipe, {split: found for split, found in _seen(splits).items() if split != "train"})
     validation = {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items()}
     tests = _test(trainer, recipe, tokenizer, splits, options, folder / WHOLE_MODEL, console)
-    size = sum(p.numel() for p in trainer.model.parameters())  # pyright: ignore[reportOptionalMemberAccess]
+    _, size = _count(trainer.model)
     result = SeedResult(arguments.seed, (), _only_numbers(validation), None, 0, tests, 0, size, find_versions())
     result.write(folder / RESULTS)
     return result
+
+
+def _count(model: Any) -> tuple[int, int]:  # trained, all
+    """Parameters, as PEFT counts them with or without an adapter: of weights in 4 bits two are one number of torch's."""
+    return PeftModel.get_nb_trainable_parameters(model)
 
 
 def _seen(splits: Splits) -> dict[str, str]:
