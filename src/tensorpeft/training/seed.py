@@ -218,7 +218,7 @@ def score_untrained(
 
 
 def _count(model: Any) -> tuple[int, int]:  # trained, all
-    """Parameters, as PEFT counts them with or without an adapter: of weights in 4 bits two are one number of torch's."""
+    """Parameters as PEFT counts them, also without an adapter: of weights in 4 bits two are one number of torch's."""
     return PeftModel.get_nb_trainable_parameters(model)
 
 
