@@ -52,6 +52,18 @@ def test_likelihoods_are_those_of_a_loop(model, method, batch_size):
     assert (found.mode, found.num_rows, sum(done)) == ("likelihood", 8, 8)
 
 
+def test_every_right_choice_is_right():
+    adapted, tokenizer, metrics = adapt(LLAMA), word_tokenizer(bos=True), []
+    for also_gold in [(), *((index,) for index in range(1, 4))]:
+        question = Question("w4 w5", "", choices=(" w6", " w7", " w8", " w9"), gold=0, also_gold=also_gold)
+        [row] = evaluate_task(adapted, tokenizer, TASK, [question], EvaluationOptions("likelihood")).rows
+        right = {0, *also_gold}
+        assert row["metrics"]["accuracy"] == (row["prediction"] in right)
+        assert row["metrics"]["accuracy, by length"] == (row["prediction_by_length"] in right)
+        metrics.append(row["metrics"]["accuracy"])
+    assert max(metrics[1:]) == 1
+
+
 def test_a_token_of_prompt_and_choice_counts_for_every_choice():
     adapted, tokenizer = adapt(LLAMA), merging_tokenizer()
     question = Question("dca", "", choices=("b", "d", "cdb"), gold=1, key="merged")

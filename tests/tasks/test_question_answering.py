@@ -149,6 +149,7 @@ def test_record_as_published_has_several_questions_to_a_row(tmp_path):
     )
     assert first.choices == second.choices == (" Anna", " U.S.", " Bern", " US")
     assert (first.gold, first.response, first.answers, first.key) == (1, " U.S.", ("US",), "4")
+    assert (first.also_gold, second.also_gold) == ((3,), ())
     assert (second.gold, second.response, second.answers, second.key) == (2, " Bern", ("Bern",), "5")
     assert score("record", " US", first) == {"F1": 1, "exact match": 1}
 
@@ -157,7 +158,7 @@ def test_record_of_the_hub():
     (question,) = parse("record", FLAT_RECORD)
     assert question.choices == (" Bern", " Anna", " US", " U.S.")
     assert (question.gold, question.response, question.answers) == (2, " US", ("U.S.", "US"))
-    assert question.key == "4"
+    assert (question.key, question.also_gold) == ("4", (3,))
     assert question.prompt == parse("record", RECORD)[0].prompt
 
 

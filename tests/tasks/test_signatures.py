@@ -139,6 +139,7 @@ def test_a_rows_own_answer_scores_one_and_anothers_nothing():
         ("The function takes three arguments.", 0.0),
         ("", 0.0),
         ("null", 0.0),
+        (100_000 * "[", 0.0),
     ],
 )
 def test_the_whole_text_must_be_the_right_json(text, right):

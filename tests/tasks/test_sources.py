@@ -8,7 +8,7 @@ pytest.importorskip("datasets")
 import datasets
 
 from tensorpeft.tasks.registry import _MODULES, TASKS, find_task
-from tensorpeft.tasks.sources import find_leaks, load_examples
+from tensorpeft.tasks.sources import digest, find_leaks, load_examples
 from tensorpeft.tasks.task import LabelledText, Preference, Question, Structure, StructureTask
 
 RTE, INSTRUCTIONS = TASKS["rte"], TASKS["instructions"]
@@ -190,3 +190,12 @@ def test_every_task_has_a_name_of_its_own():
 def test_an_unknown_task(name, hint):
     with pytest.raises(ValueError, match=f"^no task '{name}'. {hint.replace('?', '[?]')}"):
         find_task(name)
+
+
+def test_a_digest_tells_rows_from_others_and_not_where_they_are_from():
+    questions = [Question("one ", "two", ("two",), key="a.json, line 1"), Question("three ", "four")]
+    there = [Question("one ", "two", ("two",), key="b.json, line 9"), questions[1]]
+    assert digest(questions) == digest(there)
+    others = [questions[::-1], questions[:1], [Question("one ", "two"), questions[1]], EXAMPLES, CHAINS]
+    moved = [Structure("MKV", np.ones((3, 3, 3), np.float32), chain.key) for chain in CHAINS]
+    assert len({digest(rows) for rows in (questions, *others, moved)}) == 7

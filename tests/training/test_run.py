@@ -248,6 +248,15 @@ def test_an_adapter_of_a_quantised_base_finds_it(more, place, tmp_path):
     assert found.metrics["loss"] == pytest.approx(result.tests["instructions"]["loss"], abs=1e-5)
 
 
+def test_a_weight_in_4_bits_has_as_many_parameters(place, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    more = ("adapter.method=lora", "trainer.max_steps=1", "data.test=null")
+    (whole,) = train(place, "sft", tmp_path / "whole", *more)
+    (in_4_bits,) = train(place, "sft", tmp_path / "in-4-bits", *more, "quantize.residual=false")
+    assert in_4_bits.trained_parameters == whole.trained_parameters
+    assert in_4_bits.all_parameters == whole.all_parameters
+
+
 @long
 def test_a_run_killed_after_its_last_step_does_no_further_one(place, tmp_path):
     (whole,) = train(place, "sft", tmp_path / "run", "trainer.max_steps=5", "trainer.eval_steps=5")
@@ -323,3 +332,26 @@ def test_user_errors_are_one_line_and_leave_nothing(overrides, message, place, t
     assert error.startswith("tensorpeft: ")
     assert message in error
     assert not list(tmp_path.glob("run/recipe.yaml"))  # the corrected command may use the folder
+
+
+def test_a_run_goes_on_with_the_rows_that_it_has_read(place, tmp_path, monkeypatch):
+    rows, more = tmp_path / "mine.jsonl", ("data.test=null", "trainer.max_steps=1")
+    shutil.copy(place / "rows.jsonl", rows)
+    train(place, "sft", tmp_path / "run", f"data.train={rows}", *more)
+    monkeypatch.setattr("tensorpeft.training.seed.find_versions", lambda: {"torch": "another"})
+    resume = functools.partial(train, place, "sft", tmp_path / "run", f"data.train={rows}", *more, resume=True)
+    resume("seeds=[0,1]")
+    report = (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
+    assert f"torch {torch.__version__.partition('+')[0]}" in report.partition("Versions differ: ")[2]
+    assert "another (seed 1)" in report
+    rows.write_text("\n".join(reversed(rows.read_text(encoding="utf-8").splitlines())), encoding="utf-8")
+    with pytest.raises(
+        ValueError, match=r"data.train \(.*mine.jsonl\): the rows of train are others .* Put the data back"
+    ):
+        resume()
+    # What is older than the record of its rows and versions is taken up as it is.
+    (tmp_path / "run" / "rows.json").unlink()
+    results = tmp_path / "run" / "seed-0" / "results.json"
+    tree = json.loads(results.read_text(encoding="utf-8"))
+    results.write_text(json.dumps({key: value for key, value in tree.items() if key != "versions"}), encoding="utf-8")
+    assert resume()[0].versions == {}

@@ -8,8 +8,10 @@ from safetensors.torch import load_file
 
 pytest.importorskip("omegaconf")
 pytest.importorskip("trl")
+from tensorpeft.training import start
 from tensorpeft.training.recipe import load_recipe
 from tensorpeft.training.run import run_training
+from tensorpeft.training.start import loss_on
 from tensorpeft_cli import main
 
 FIXED = ["trainer.learning_rate=1e-2", "trainer.bf16=false", "trainer.gradient_checkpointing=false"]
@@ -49,6 +51,24 @@ def test_the_rows_of_the_start_are_not_those_of_the_validation(place, tmp_path):
         for more in ([], workers)
     ]
     assert runs[0].validation == runs[1].validation
+
+
+def test_the_rows_come_in_the_trainings_batches_with_its_checkpointing(place, tmp_path, monkeypatch):
+    seen = []
+
+    def spy(trainer, batch):
+        layers = trainer.model.get_base_model().model.layers
+        seen.append((len(batch["input_ids"]), all(layer.gradient_checkpointing for layer in layers)))
+        return loss_on(trainer, batch)
+
+    monkeypatch.setattr(start, "loss_on", spy)
+    more = ["data.start_rows=8", "trainer.max_steps=1", "trainer.per_device_train_batch_size=2"]
+    for is_on in (True, False):
+        train(place, tmp_path / f"run-{is_on}", CORES, *more, f"trainer.gradient_checkpointing={str(is_on).lower()}")
+        assert seen == [(2, is_on)] * 4
+        seen.clear()
+    kept = frames(tmp_path / "run-False")
+    assert all(torch.equal(kept[key], frame) for key, frame in frames(tmp_path / "run-True").items())
 
 
 @pytest.mark.recipes

@@ -22,7 +22,7 @@ def evaluate_likelihood(
     options: EvaluationOptions,
     on_row: Callable[[int], object],
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:  # metrics, rows
-    """The share of questions whose right choice has the largest log p(choice | prompt), also per character of it.
+    """The share of questions of which a right choice has the largest log p(choice | prompt), also per character of it.
 
     The second measure does not prefer short choices; white space around a choice is no part of its length, as in
     lm-eval's ``acc`` and ``acc_norm``. Of equal choices the first one is the answer.
@@ -72,6 +72,7 @@ def check_choices(task: QuestionTask, example: Question) -> None:
 
 
 def _describe(example: Question, log_probs: list[float]) -> dict[str, Any]:
+    right = (example.gold, *example.also_gold)
     by_length = [p / len(choice.strip()) for p, choice in zip(log_probs, example.choices, strict=True)]
     best, best_by_length = (max(range(len(scores)), key=scores.__getitem__) for scores in (log_probs, by_length))
     return {
@@ -83,7 +84,7 @@ def _describe(example: Question, log_probs: list[float]) -> dict[str, Any]:
         "prediction_by_length": best_by_length,
         "gold": example.gold,
         "metrics": {
-            "accuracy": float(best == example.gold),
-            "accuracy, by length": float(best_by_length == example.gold),
+            "accuracy": float(best in right),
+            "accuracy, by length": float(best_by_length in right),
         },
     }

@@ -110,7 +110,7 @@ def _look(
     sketches = {
         name: Sketch(weight.shape[0], weight.shape[1], rank, noise, weight.device) for name, weight in before.items()
     }
-    num_batches = 2 * ceil(rows / trainer.args.eval_batch_size)
+    num_batches = 2 * ceil(rows / trainer.args.train_batch_size)
     first, second = row_batches(trainer, rows, int(trainer.args.seed), parts=2)
     model: Any = trainer.model
     with counting(console, "batches of the two gradients") as on_batch:

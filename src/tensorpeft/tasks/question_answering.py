@@ -76,26 +76,27 @@ def _mention(span: Record, passage: str) -> str:
 
 
 def _cloze(query: Record, passage: str, entities: Sequence[str], answers: Sequence[str], key: str) -> Question:
-    """The query with a blank, and the distinct entities as choices; the first one that matches an answer is right."""
+    """The query with a blank, and the distinct entities as choices; those that match an answer are right."""
     sentence = query.text("query")
     if _PLACEHOLDER not in sentence:
         raise query.error("query", f"a sentence with {_PLACEHOLDER}")
     entities = list(dict.fromkeys(entities))
-    # As the metric compares them, so that the right choice is one that scores.
+    # As the metric compares them, so that the right choices are those that score.
     right = {squad_normal_form(answer) for answer in answers}
-    gold = next((index for index, entity in enumerate(entities) if squad_normal_form(entity) in right), None)
-    if gold is None:
+    found = [index for index, entity in enumerate(entities) if squad_normal_form(entity) in right]
+    if not found:
         raise query.error("answers", f"at least one of the passage's entities ({', '.join(entities)})")
     choices = tuple(f" {entity}" for entity in entities)
     return Question(
         prompt=_reading_prompt(
             re.sub(r"\n@highlight\s+", "\n- ", passage), f"Fill in the blank: {sentence.replace(_PLACEHOLDER, '_____')}"
         ),
-        response=choices[gold],
+        response=choices[found[0]],
         answers=tuple(dict.fromkeys(answers)),
         choices=choices,
-        gold=gold,
+        gold=found[0],
         key=key,
+        also_gold=tuple(found[1:]),
     )
 
 

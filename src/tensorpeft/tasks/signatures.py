@@ -99,7 +99,7 @@ def score_json(text: str, question: Question) -> Scored:
     """Whether the whole of a text is the right JSON, whatever its white space and the order of its keys."""
     try:
         found = _sorted_json(text)
-    except ValueError:
+    except (RecursionError, ValueError):  # what a model writes may be nested without an end
         return Scored(None, {"exact match": 0.0})
     return Scored(found, {"exact match": float(any(found == _sorted_json(answer) for answer in question.answers))})
 

@@ -1,9 +1,13 @@
 """Sources of examples: published files, or the same data sets on the Hub; what two splits have in common."""
 
+import dataclasses
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from tensorpeft.tasks.records import Record
 from tensorpeft.tasks.task import Example, LabelledText, Preference, Question, Structure, StructureTask, Task
@@ -79,6 +83,18 @@ def find_leaks(
     """The test examples whose text is also that of a training example, up to case and white space."""
     seen = {_text_of(example) for example in train}
     return [index for index, example in enumerate(test) if _text_of(example) in seen]
+
+
+def digest(examples: Sequence[Example]) -> str:
+    """What tells these examples, in their order, from others, wherever they are read from: their keys name places."""
+    found = hashlib.sha256()
+    for example in examples:
+        for field in dataclasses.fields(example):
+            if field.name != "key":
+                value = getattr(example, field.name)
+                found.update(value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode())
+                found.update(b"\0")
+    return found.hexdigest()
 
 
 def _text_of(example: Example) -> tuple[str, ...]:

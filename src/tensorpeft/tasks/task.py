@@ -38,6 +38,7 @@ class Question:
         choices: responses of which one is right, for scoring by likelihood; ``response`` may be another wording.
         gold: index of the right choice.
         key: the published identifier, or the place of the row.
+        also_gold: indices of further right choices, such as other names of what is asked for.
     """
 
     prompt: str
@@ -46,6 +47,7 @@ class Question:
     choices: tuple[str, ...] = ()
     gold: int | None = None
     key: str = ""
+    also_gold: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

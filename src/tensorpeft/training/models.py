@@ -124,6 +124,11 @@ def starts_in_base(config: PeftConfig | None) -> bool:
     return isinstance(config, DotaConfig) or _leaves_residual(config)
 
 
+def has_rounds(config: PeftConfig | None) -> bool:
+    """Whether an adapter's start can be left out of a base in 4 bits in several rounds of both (``rounds``)."""
+    return isinstance(config, DotaConfig)
+
+
 def _leaves_residual(config: PeftConfig | None) -> bool:
     """Whether an adapter of PEFT's own takes its start from the weights and leaves them without it."""
     return str(getattr(config, "init_lora_weights", "")).startswith(_SUBTRACTED)

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from tensorpeft.reports.figures import make_figure, plot_band, save_figure
 from tensorpeft.reports.files import write_lines
 from tensorpeft.reports.tables import Table, markdown_document, markdown_list, markdown_table, mean_and_sd, model_title
-from tensorpeft.reports.versions import find_versions
+from tensorpeft.reports.versions import find_versions, tell_differing
 from tensorpeft.training.recipe import Recipe
 from tensorpeft.training.results import SeedResult, common_curves
 from tensorpeft.training.splits import Splits, describe_source
@@ -48,6 +48,8 @@ def write_report(
         sections += ["### Seeds", _seed_table(results)]
     if recipe.max_step_kl is not None:
         sections.append(_bound(recipe.max_step_kl, results))
+    found = [(f"seed {result.seed}", result.versions) for result in results]
+    sections += tell_differing([*found, ("this report", find_versions())])
     sections += ["![Loss along training](curves.png)", "## Data", markdown_list(_data(recipe, splits))]
     text = markdown_document(title, recipe.description, command, sections, recipe.to_yaml(), find_versions())
     write_lines(output / "report.md", [text])

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ class SeedResult:
         tests: metrics by name of the test.
         trained_parameters: how many numbers were trained.
         all_parameters: how many the model has.
+        versions: of the libraries that it was found with; none: it is older than the record of them.
     """
 
     seed: int
@@ -34,6 +35,7 @@ class SeedResult:
     tests: Mapping[str, Mapping[str, float]]
     trained_parameters: int
     all_parameters: int
+    versions: Mapping[str, str] = field(default_factory=dict)
 
     def curve(self, key: str) -> list[tuple[int, float]]:
         """The (step, value) of everything logged under a key; one per step, the latest."""

@@ -17,7 +17,8 @@ from tensorpeft.evaluation.generation import cut_at
 from tensorpeft.tasks.task import Question, QuestionTask, Scored, Task
 
 Reward = Callable[..., list[float]]  # as TRL calls it
-_FIELDS = [field.name for field in fields(Question) if field.name != "prompt"]
+# In their order; of the choices a text that is judged needs no more than these.
+_FIELDS = [field.name for field in fields(Question) if field.name not in ("prompt", "also_gold")]
 _NAMED: dict[str, Callable[[Scored], float]] = {
     "answer": lambda scored: next(iter(scored.metrics.values())),
     "format": lambda scored: float(scored.answer is not None),

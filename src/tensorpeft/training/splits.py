@@ -2,14 +2,14 @@
 
 import heapq
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tensorpeft.tasks.registry import find_task
-from tensorpeft.tasks.sources import find_leaks, load_examples
+from tensorpeft.tasks.sources import digest, find_leaks, load_examples
 from tensorpeft.tasks.task import Example, LabelTask, StructureTask, Task
 from tensorpeft.training.recipe import DataRecipe, Recipe
 
@@ -45,6 +45,7 @@ class Splits:
         validation: their loss chooses the checkpoint.
         test: task and rows by name.
         leaks: one per split that has rows in common with ``train``.
+        digests: of the rows that were read, by split: "train", "validation", "test (NAME)".
     """
 
     task: Task
@@ -52,6 +53,7 @@ class Splits:
     validation: Sequence[Example]
     test: Mapping[str, tuple[Task, Sequence[Example]]]
     leaks: tuple[Leak, ...]
+    digests: Mapping[str, str] = field(default_factory=dict)
 
 
 def load_splits(recipe: Recipe) -> Splits:
@@ -77,7 +79,8 @@ def load_splits(recipe: Recipe) -> Splits:
     test = _load_tests(task, data)
     splits = {"validation": validation} | {f"test ({name})": examples for name, (_, examples) in test.items()}
     leaks = [Leak(name, len(examples), tuple(find_leaks(train, examples))) for name, examples in splits.items()]
-    return Splits(task, train, validation, test, tuple(leak for leak in leaks if leak.rows))
+    digests = {name: digest(examples) for name, examples in {"train": train, **splits}.items()}
+    return Splits(task, train, validation, test, tuple(leak for leak in leaks if leak.rows), digests)
 
 
 def shortest(rows: Sequence[Example], num: int = _FEW) -> Sequence[Example]:

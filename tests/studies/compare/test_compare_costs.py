@@ -6,6 +6,8 @@ import pytest
 
 pytest.importorskip("omegaconf")
 pytest.importorskip("trl")
+from transformers import PreTrainedModel
+
 from tensorpeft.studies.compare import costs
 from tensorpeft.studies.compare.entries import load_entries
 from tensorpeft.training.splits import load_splits
@@ -51,6 +53,18 @@ def test_a_step_is_of_all_batches_that_are_accumulated(step, monkeypatch):
     assert len(calls) == 3
 
 
+def test_a_step_checkpoints_activations_where_the_run_does(step):
+    def is_checkpointing(*overrides):
+        model = step(*overrides).model.get_base_model()
+        return {layer.gradient_checkpointing for layer in model.model.layers}
+
+    assert is_checkpointing() == {True}  # TRL's default
+    assert is_checkpointing("trainer.gradient_checkpointing=false") == {False}
+    every_second = "trainer.gradient_checkpointing_kwargs={every_n_layers: 2, use_reentrant: false}"
+    if hasattr(PreTrainedModel, "activation_checkpointing_enable"):  # transformers before that checkpoints all
+        assert is_checkpointing(every_second) == {True, False}
+
+
 def test_the_base_in_4_bits_is_that_of_the_cells(step, tmp_path):
     pytest.importorskip("bitsandbytes")
     step("quantize.residual=false")
@@ -61,8 +75,8 @@ def test_the_base_in_4_bits_is_that_of_the_cells(step, tmp_path):
 
 
 def test_all_seconds_are_of_one_measurement_of_the_reference(asked, tmp_path, monkeypatch):
-    def measure(methods):
-        comparison = load_entries(asked / "asked.yaml", methods, output=tmp_path)
+    def measure(methods, *overrides):
+        comparison = load_entries(asked / "asked.yaml", methods, overrides=overrides, output=tmp_path)
         meter = costs.CostMeter(comparison, load_splits(comparison.recipe), rounds=1)
         return {entry.key: meter.costs(entry) for entry in comparison.entries}
 
@@ -74,6 +88,12 @@ def test_all_seconds_are_of_one_measurement_of_the_reference(asked, tmp_path, mo
     assert (more["lora"], more["lorta"]) == (beside["lora"], beside["lorta"])
     for found in more.values():
         assert found.step_seconds == pytest.approx(found.ratio * more["lora"].step_seconds)
+    # What a step depends on is measured anew, the rate apart.
+    assert measure("lora,lorta", "trainer.learning_rate=5e-3", "data.test=null") == {
+        key: more[key] for key in ("lora", "lorta")
+    }
+    again = measure("lora,lorta", "trainer.per_device_train_batch_size=8")
+    assert all(again[key].step_seconds != beside[key].step_seconds for key in again)
     monkeypatch.setattr(costs.platform, "node", lambda: "another machine")
     elsewhere = measure("lora,lorta")
     assert all(elsewhere[key].step_seconds != beside[key].step_seconds for key in elsewhere)

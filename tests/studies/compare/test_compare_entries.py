@@ -252,9 +252,28 @@ def test_what_is_done_to_the_base_is_the_methods_or_the_recipes(write):
     assert qdota.recipe.quantize == {"rounds": 5}
     assert "4 bits" in qdota.note
     assert dota.recipe.quantize is None
-    section = "compare: {methods: {qdota: {quantize: {rounds: 2}}}}"
-    (qdota,) = load_entries(write(section)).entries
+    section = "compare: {methods: {qdota: {quantize: {rounds: 2}}, qlora: {quantize: {skip_modules: [k]}}}}"
+    qdota, qlora = load_entries(write(section)).entries
     assert qdota.recipe.quantize == {"rounds": 2}
+    assert qlora.recipe.quantize == {"residual": False, "skip_modules": ["k"]}
+    (full,) = load_entries(write("compare: {methods: {qdota: {quantize: null}}}")).entries
+    assert full.recipe.quantize is None
+
+
+def test_a_base_without_a_start_and_its_rounds_are_told_apart_from_the_recipes(write):
+    plain = f"{RECIPE}quantize: {{residual: false, double_quant: false}}\n"
+    section = "compare: {methods: {qdota: , dota: , mine: {adapter: {r: 4}, quantize: {rounds: 2}}}}"
+    qdota, dota, mine = load_entries(write(section, plain)).entries
+    assert qdota.recipe.quantize == {"residual": True, "rounds": 5, "double_quant": False}
+    assert dota.recipe.quantize == {"residual": False, "double_quant": False}
+    assert mine.recipe.quantize == {"residual": True, "rounds": 2, "double_quant": False}
+    in_rounds = f"{RECIPE}quantize: {{rounds: 3}}\n"
+    bases = {e.key: e.recipe.quantize for e in load_entries(write(recipe=in_rounds), "dota,pissa,lora,qlora").entries}
+    assert bases == {"dota": {"rounds": 3}, "pissa": {}, "lora": {"residual": False}, "qlora": {"residual": False}}
+    # Of the recipe's own adapter they stay, to be refused when it is made.
+    pissa = RECIPE.replace("method: dota, r: 32, num_cores: 4", "method: lora, r: 16, init_lora_weights: pissa")
+    (own,) = load_entries(write(recipe=f"{pissa}quantize: {{rounds: 3}}\n"), "pissa").entries
+    assert own.recipe.quantize == {"rounds": 3}
 
 
 def test_a_method_with_places_of_its_own_does_not_take_the_recipes_layers(write):

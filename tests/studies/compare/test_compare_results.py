@@ -2,20 +2,22 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("omegaconf")
 pytest.importorskip("matplotlib")
 pytest.importorskip("trl")
-from tensorpeft.studies.compare.entries import Entry
+from tensorpeft.studies.compare.entries import Comparison, Entry
 from tensorpeft.studies.compare.plots import _front
 from tensorpeft.studies.compare.results import EntryResult, Run, common_loss, find_metrics, is_loss, steps_to
-from tensorpeft.studies.compare.table import _gain_tables
+from tensorpeft.studies.compare.table import _gain_tables, legend
 from tensorpeft.training.recipe import DataRecipe, Recipe
 from tensorpeft.training.results import SeedResult
 
 ENTRY = Entry("lora", "LoRA", Recipe("model", "sst2", DataRecipe("train", 10)), (1e-3, 1e-2))
+COMPARISON = Comparison(ENTRY.recipe, (ENTRY,), 1, 0, None, Path("out"))
 
 
 def seed_result(losses, seed=0):
@@ -71,6 +73,21 @@ def test_what_a_method_gains_is_told_beside_lora_seed_by_seed():
     assert _gain_tables([lora, other]) == _gain_tables([untrained, other]) == []
     worse = replace(lora, final=entry_result([3.5]).final)
     assert _gain_tables([untrained, worse, other]) == []
+
+
+def test_bounded_are_entries_that_are_trained():
+    def steps(*entries):
+        results = [replace(entry_result([2.0]), entry=entry) for entry in entries]
+        results = [replace(result, search=result.search if result.entry.rates else ()) for result in results]
+        return [line for line in legend(COMPARISON, results) if line.startswith("Steps")]
+
+    bounded = replace(ENTRY, recipe=replace(ENTRY.recipe, max_step_kl=0.01))
+    untrained = replace(bounded, key="untrained", label="before training", rates=())
+    assert steps(untrained, bounded) == [
+        "Steps are bounded (max_step_kl: 0.01): a rate that is too high is scaled down."
+    ]
+    assert steps(untrained, bounded, replace(ENTRY, label="DoTA"))[0].startswith("Steps of LoRA are bounded")
+    assert steps(untrained, ENTRY) == []
 
 
 def test_on_the_front_is_what_no_smaller_one_equals():

@@ -329,6 +329,31 @@ def test_cells_of_another_recipe_are_not_taken_for_ones_own(place, finished):
         compare(place, finished[2], overrides=["trainer.max_steps=6"])
 
 
+def test_cells_of_another_recipe_at_another_rate_are_refused_too(place, finished):
+    other = ["trainer.per_device_train_batch_size=2", "compare.methods.lora.rates=[1e-4]"]
+    with pytest.raises(ValueError, match=r"rate-0\.001.*per_device_train_batch_size"):
+        compare(place, finished[2], methods="lora", overrides=other)
+
+
+def test_cells_of_other_rows_stand_in_no_table_with_those_of_these(place, finished, monkeypatch, tmp_path):
+    output, rows = tmp_path / "copy", place / "labels.tsv"
+    shutil.copytree(finished[2], output)
+    assert json.loads((output / "entries/lora/rate-0.01/rows.json").read_text(encoding="utf-8")).keys() >= {"train"}
+    monkeypatch.setattr("tensorpeft.studies.compare.table.find_versions", lambda: {"torch": "a later one"})
+    _, printed = compare(place, output, methods="lora")
+    assert re.search(r"Versions differ: torch \S+ \(LoRA r=2\), a later one \(this report\)", " ".join(printed.split()))
+    text = rows.read_text(encoding="utf-8")
+    try:
+        rows.write_text(text.replace("\t0\n", "\t1\n"), encoding="utf-8")
+        with pytest.raises(ValueError, match=r"data.\w+ \(.*\): the rows of .* are others than .* pass another folder"):
+            compare(place, output, methods="lora")
+        for file in output.rglob("rows.json"):  # of a folder that is older than this record
+            file.unlink()
+        compare(place, output, methods="lora")
+    finally:
+        rows.write_text(text, encoding="utf-8")
+
+
 def test_an_edge_that_is_the_best_is_gone_beyond(place, tmp_path):
     arguments = {"methods": "lorta", "overrides": ["compare.widenings=1", "compare.methods.lorta.rates=[1e-6,1e-5]"]}
     (result,), _ = compare(place, tmp_path / "run", **arguments)

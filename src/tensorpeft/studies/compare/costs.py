@@ -20,15 +20,19 @@ from tensorpeft.studies.catalogue import REFERENCE
 from tensorpeft.studies.compare.entries import Comparison, Entry, entry_folder
 from tensorpeft.studies.compare.results import EntryCosts
 from tensorpeft.studies.measure import median_step_times, peak_memory
+from tensorpeft.training.activations import checkpoint_activations
 from tensorpeft.training.arguments import make_arguments
 from tensorpeft.training.head import is_head
 from tensorpeft.training.models import load_tokenizer
+from tensorpeft.training.recipe import Recipe
 from tensorpeft.training.splits import Splits, shortest
 from tensorpeft.training.trainers import make_trainer
 
 # Of so many first batches, the one of the middle length is stepped on.
 _NUM_BATCHES = 9
 _NUM_ROWS = 4096  # they are prepared in seconds; some may be left out as too long
+# What of a recipe, and of its data, no step depends on.
+_NOT_OF_STEPS, _TESTS = ("description", "evaluate", "seeds", "output"), ("test", "test_rows")
 
 
 class TrainedStep:
@@ -48,6 +52,7 @@ class TrainedStep:
         recipe = dataclasses.replace(entry.recipe, trainer=trainer, output=str(folder))
         tokenizer = load_tokenizer(recipe, splits.task)
         self.trainer: Trainer = make_trainer(recipe, _few(splits, arguments), tokenizer, arguments)
+        checkpoint_activations(self.trainer)
         self.model: Any = self.trainer.model
         self.optimizer = self.trainer.create_optimizer()
         self.batch = _typical_batch(self.trainer)
@@ -104,14 +109,14 @@ class CostMeter:
         return costs
 
     def _conditions(self, entry: Entry) -> dict[str, Any]:
-        """What the costs of an entry depend on, besides the recipe of its cells."""
-        conditions = {"rounds": self._rounds, "adapter": entry.recipe.adapter}
+        """What the costs of an entry depend on."""
+        conditions = {"rounds": self._rounds, "recipe": _costing(entry.recipe)}
         if self._rounds == 0:
             return conditions
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
         return {
             **conditions,
-            "reference": None if self._reference is None else self._reference.recipe.adapter,
+            "reference": None if self._reference is None else _costing(self._reference.recipe),
             "machine": [platform.node(), device],
             "versions": find_versions(),
         }
@@ -145,6 +150,15 @@ class CostMeter:
 
     def _median_seconds(self, steps: dict[str, TrainedStep]) -> dict[str, float]:
         return {name: statistics.median(times) for name, times in median_step_times(steps, self._rounds).items()}
+
+
+def _costing(recipe: Recipe) -> dict[str, Any]:
+    """What of a recipe a step depends on: neither its rate, which may be chosen anew, nor what comes after training."""
+    found = dataclasses.asdict(recipe)
+    for part, names in ((found, _NOT_OF_STEPS), (found["data"], _TESTS), (found["trainer"], ("learning_rate",))):
+        for name in names:
+            part.pop(name, None)
+    return found
 
 
 def _few(splits: Splits, arguments: Any) -> Splits:

@@ -13,7 +13,7 @@ from tensorpeft.studies.rates import rate_grid
 from tensorpeft.training.adapters import make_config
 from tensorpeft.training.fields import is_number
 from tensorpeft.training.learning_rate import BOUNDED_RATE, MAX_STEP_KL, can_be_bounded, with_learning_rate
-from tensorpeft.training.models import starts_in_base
+from tensorpeft.training.models import has_rounds, starts_in_base
 from tensorpeft.training.recipe import SMOKE_ENDING, Recipe, check_keys, load_comparison, load_recipe, without_adapter
 
 # What of the recipe's adapter every other method is given too: which weights are adapted, which modules are trained.
@@ -190,8 +190,8 @@ def _make_entry(
     if isinstance(trainer, Mapping) and "learning_rate" in trainer:
         raise ValueError(f"compare.methods.{key}.trainer.learning_rate: an entry says this with rates. Write it there.")
     on_top = {name: described[name] for name in _ON_TOP if name in described}
-    if method is not None and method.quantize is not None:
-        on_top.setdefault("quantize", method.quantize)
+    if "quantize" in described or (method is not None and method.quantize is not None):
+        on_top["quantize"] = _quantize(described.get("quantize", {}), method, recipe.quantize)
     start_rows = described.get("start_rows", method.start_rows if method is not None else None)
     if start_rows is not None or recipe.data.start_rows is not None:
         on_top["data"] = {"start_rows": start_rows}
@@ -207,8 +207,8 @@ def _make_entry(
         if own := [name for name in ("quantize", "head", "start_rows") if described.get(name) is not None]:
             raise ValueError(f"compare.methods.{key}.{own[0]}: all weights are trained, without an adapter. Remove it.")
         entry_recipe = without_adapter(entry_recipe)
-    elif "quantize" not in on_top:
-        entry_recipe = _with_its_base(entry_recipe)
+    else:
+        entry_recipe = _with_its_base(entry_recipe, on_top.get("quantize"), recipe)
     like = most_like(adapter)
     rates = described.get("rates")
     usual = None if base_rate is None else base_rate * like.rate
@@ -262,11 +262,35 @@ def _adapter(
     return {**shared, **fields, **own, **described, "method": name}
 
 
-def _with_its_base(recipe: Recipe) -> Recipe:
-    """The recipe on plain NF4, QLoRA's base, where its 4-bit weights are to lack a start that its adapter has not."""
-    if recipe.quantize is None or not recipe.quantize.get("residual", True):
+def _quantize(described: Any, method: Method | None, of_recipe: Mapping[str, Any] | None) -> Any:
+    """What an entry says of its base: the catalogue's, and what is described.
+
+    Rounds are of a base without a start: of such a one the entry is, if the recipe's is another.
+    """
+    if not isinstance(described, Mapping):  # null: weights that are not in 4 bits; others are refused as the recipe's
+        return described
+    said = {**((method.quantize if method is not None else None) or {}), **described}
+    is_other = not (of_recipe or {}).get("residual", True)
+    return {"residual": True, **said} if "rounds" in said and is_other else said
+
+
+def _with_its_base(
+    recipe: Recipe,  # of the entry
+    said: Mapping[str, Any] | None,  # what the entry says of its base; None: nothing
+    of_all: Recipe,
+) -> Recipe:
+    """The recipe without what of the 4-bit base of all its adapter cannot have and the entry has not asked for.
+
+    That is weights that lack a start which it has not: plain NF4, QLoRA's base, stands for them; and rounds, but for an
+    adapter that is the recipe's own, where they are refused.
+    """
+    if recipe.quantize is None:
         return recipe
-    if starts_in_base(make_config(recipe.adapter or {}, None)):
-        return recipe
-    kept = {name: value for name, value in recipe.quantize.items() if name != "rounds"}
-    return replace(recipe, quantize={**kept, "residual": False})
+    quantize, config = dict(recipe.quantize), make_config(recipe.adapter or {}, None)
+    if said is None and quantize.get("residual", True) and not starts_in_base(config):
+        quantize["residual"] = False
+    is_own = most_like(recipe.adapter) == most_like(of_all.adapter)
+    takes_rounds = quantize.get("residual", True) and (has_rounds(config) or is_own)
+    if not takes_rounds and "rounds" not in (said or {}):
+        quantize.pop("rounds", None)
+    return replace(recipe, quantize=quantize)

@@ -202,5 +202,6 @@ def _run_tree(run: Run) -> dict[str, Any]:
         "problem": run.problem,
         "validation": None if found is None else found.validation,
         "tests": None if found is None else found.tests,
+        "versions": {} if found is None else found.versions,
         "curve": [] if found is None else found.curve("eval_loss"),
     }

@@ -84,7 +84,7 @@ def run_compare(
                 say(console, f"Leak: {leak}.")
             num_cells = sum(_count_cells(entry, comparison.seeds) for entry in comparison.entries)
             bar = until_written.enter_context(CellsBar(console, num_cells))
-            runner = Runner(comparison, bool(splits.test), options, engine, bar)
+            runner = Runner(comparison, bool(splits.test), options, engine, bar, splits.digests)
             runner.check_folders()
             runs = engine.each(runner.run, comparison.entries)
         meter = CostMeter(comparison, splits, timing_rounds)

@@ -2,8 +2,8 @@
 
 import dataclasses
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tensorpeft.evaluation.options import EvaluationOptions
@@ -17,7 +17,7 @@ from tensorpeft.studies.compare.slots import LostCellError
 from tensorpeft.studies.rates import rates_beyond
 from tensorpeft.training.recipe import Recipe
 from tensorpeft.training.results import SeedResult, read_result
-from tensorpeft.training.seed import RESULTS, WHOLE_MODEL, check_output, kept_folder
+from tensorpeft.training.seed import RESULTS, WHOLE_MODEL, check_output, check_rows, kept_folder
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Runner:
         options: of the tests.
         engine: runs the cells.
         bar: told of them.
+        digests: of the rows, by split.
     """
 
     comparison: Comparison
@@ -37,6 +38,7 @@ class Runner:
     options: EvaluationOptions
     engine: Engine
     bar: CellsBar
+    digests: Mapping[str, str] = field(default_factory=dict)
 
     def run(self, entry: Entry) -> tuple[tuple[Run, ...], tuple[Run, ...]]:
         """The runs of `search` and `finish`; of an entry that is not trained, no search and its test."""
@@ -74,18 +76,24 @@ class Runner:
         return entry_folder(self.comparison.output, entry) / f"rate-{rate:g}" / f"seed-{seed}"
 
     def check_folders(self) -> None:
-        """Refuse to go on with the cells of another recipe.
+        """Refuse to go on with the cells of another recipe, or of other rows.
 
         Raises:
-            ValueError: the output folder holds some; names the field and both values.
+            ValueError: the output folder holds some, at these rates or at others; names the field and both values, or
+                the source of the rows.
         """
         for entry in self.comparison.entries:
             for rate in entry.rates or (0.0,):
                 self._check(self.folder(entry, rate, 0), self._recipe(entry, rate))
+            for folder in sorted(entry_folder(self.comparison.output, entry).glob("rate-*")):
+                recipe = self._recipe(entry, 0.0)
+                check_output(folder, recipe, resume=True, is_tested_later=True, at_any_rate=True)
+                check_rows(folder, recipe, self.digests)
 
     def _check(self, folder: Path, recipe: Recipe) -> None:
         """Refuse a folder with cells of another recipe. All are trained without tests, and tested later."""
         check_output(folder.parent, recipe, resume=True, is_tested_later=True)
+        check_rows(folder.parent, recipe, self.digests)
 
     def _recipe(self, entry: Entry, rate: float) -> Recipe:
         """What a cell runs."""

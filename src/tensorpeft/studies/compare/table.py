@@ -13,6 +13,7 @@ from tensorpeft.reports.tables import (
     mean_and_sd,
     model_title,
 )
+from tensorpeft.reports.versions import find_versions, tell_differing
 from tensorpeft.studies.catalogue import REFERENCE
 from tensorpeft.studies.compare.answers import AnsweredQuestion, answer_table
 from tensorpeft.studies.compare.entries import Comparison
@@ -80,7 +81,8 @@ def legend(comparison: Comparison, results: Sequence[EntryResult]) -> list[str]:
         lines.append(f"Rate: chosen on the first seed's validation loss from a grid of the method's{whose}.")
     else:
         lines.append("Rate: the learning rate, one per method: nothing was searched.")
-    bounded = [result.entry for result in results if result.entry.recipe.max_step_kl is not None]
+    trained = [result.entry for result in results if result.entry.rates]
+    bounded = [entry for entry in trained if entry.recipe.max_step_kl is not None]
     if bounded:
         bounds = ", ".join(sorted({str(entry.recipe.max_step_kl) for entry in bounded}))
         whose = "" if len(bounded) == len(searched) + len(fixed) else f" of {', '.join(e.label for e in bounded)}"
@@ -109,6 +111,11 @@ def legend(comparison: Comparison, results: Sequence[EntryResult]) -> list[str]:
             lines.append(f"{result.entry.label}: {wanted - done} of {wanted} final runs failed: {problem}")
         if result.entry.note:
             lines.append(f"{result.entry.label}: {result.entry.note}")
+    runs = [(result.entry.label, run.result) for result in results for run in result.search + result.final]
+    found = [(label, result.versions) for label, result in runs if result is not None]
+    lines += (
+        tell_differing([*found, ("this report", find_versions())]) if any(versions for _, versions in found) else []
+    )
     return lines + ([comparison.note] if comparison.note else [])
 
 
