@@ -152,8 +152,8 @@ def test_a_base_that_lacks_weights_is_refused_and_an_adapter_s_own_head_is_none_
 def quantised(folder, **how):
     """A base that transformers itself has quantised, saved and loaded again."""
     torch.manual_seed(0)
-    # Sizes that bitsandbytes can repack, as it does on a CPU with AVX-512 BF16: multiples of 32.
-    tiny_llama(hidden_size=64, intermediate_size=96).to(torch.bfloat16).save_pretrained(folder / "plain")
+    # Sizes that bitsandbytes can repack, as it does on a CPU with AVX-512 BF16: multiples of a block of 64.
+    tiny_llama(hidden_size=64, intermediate_size=128).to(torch.bfloat16).save_pretrained(folder / "plain")
     how = BitsAndBytesConfig(**how)
     base = AutoModelForCausalLM.from_pretrained(folder / "plain", quantization_config=how, device_map="cpu")
     base.save_pretrained(folder / "base")
