@@ -22,7 +22,7 @@ from torch.nn.modules.conv import _ConvNd
 from tensorpeft.networks.effective import effective_weight, trained_weight
 from tensorpeft.networks.update import AbstractUpdate, AbstractWeightUpdate
 from tensorpeft.networks.versions import Kept, version_of
-from tensorpeft.plugin.base_weight import StackedWeight, as_stack
+from tensorpeft.plugin.base_weight import StackedWeight, as_stack, is_gathered
 from tensorpeft.plugin.config import TensorConfig
 from tensorpeft.plugin.holder import UpdateHolder
 from tensorpeft.plugin.layer import TensorLayer, compared, needs_gradients
@@ -114,7 +114,7 @@ class ExpertsLayer(UpdateHolder):
         trains = needs_gradients(stored, active)
         if trains or self.training or torch.compiler.is_compiling() or not all(layer.owns_base for layer in layers):
             return self._make(stored, updates, trains)
-        if not keeps_sums() or (version := version_of([stored])) is None:
+        if not keeps_sums() or is_gathered(self.base_layer) or (version := version_of([stored])) is None:
             return self._make(stored, updates, False)
         return self._kept[parameter].get(lambda: self._make(stored, updates, False), *compared(stored, active), version)
 

@@ -34,6 +34,7 @@ from tensorpeft.plugin.base_weight import (
     as_stored,
     has_own_forward,
     is_convolution,
+    is_gathered,
     present,
     put_weight,
     restore_row_order,
@@ -117,12 +118,13 @@ class TensorLayer(UpdateHolder):
         low_rank = [update for update in updates if isinstance(update, AbstractLowRankUpdate)]
         trains = self.training or needs_gradients(weight, fused)
         rows = x.numel() // max(x.shape[-1], 1)
+        stays = self.owns_base and not is_gathered(self.base_layer)
         route = choose_route(
             is_addable=weight is not None,
             is_updatable=is_updatable,
             has_fused=bool(fused),
             has_low_rank=bool(low_rank),
-            may_keep=may_cache and self.owns_base and not trains and can_compare(x),
+            may_keep=may_cache and stays and not trains and can_compare(x),
             is_cheaper_apart=all(update.is_cheaper_apart(rows) for update in fused),
         )
         bias: Any = self.base_layer.bias if weight is not None else None
