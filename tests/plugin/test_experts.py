@@ -142,6 +142,22 @@ def test_a_kept_stack_goes_with_what_it_is_the_sum_of(change: Callable[[PeftMode
     assert not kept_sums(model)
 
 
+def test_a_kept_stack_is_that_of_the_active_adapter_among_those_of_equal_numbers():
+    case = named("flora")[0]
+    model = adapted(case, MODELS[0])
+    perturb(model)
+    model.add_adapter("second", configured(case, MODELS[0], alpha=2 * case.arguments["alpha"]))
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    with torch.no_grad():
+        for key, tensor in tensors.items():
+            if ".second." in key:
+                tensor.copy_(tensors[key.replace(".second.", ".default.")])
+    logits(model)
+    model.set_adapter("second")
+    found = logits(model)
+    assert torch.equal(found, logits(model.train().eval()))
+
+
 def test_a_kept_stack_outlives_a_look_at_the_base():
     model = adapted(named("lorta")[0], MODELS[0])
     logits(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -358,7 +359,8 @@ def compared(weight: Tensor, updates: Sequence[AbstractUpdate]) -> tuple[list[Te
     """
     own = [t for update in updates for t in (*update.parameters(), *update.buffers()) if t.is_floating_point()]
     shared = dict.fromkeys(update.shared for update in updates if update.shared is not None)
-    return [*diagonals(weight), *own], [factors.numbers() for factors in shared]
+    which = [weakref.ref(update) for update in updates]  # equal numbers may be scaled in other ways
+    return [*diagonals(weight), *own], (which, [factors.numbers() for factors in shared])
 
 
 def layers_of(model: nn.Module) -> list[TensorLayer]:
