@@ -146,6 +146,36 @@ def test_an_update_whose_tensors_are_on_another_device(of):
             assert {core.grad.device.type for core in cores} == {"cpu"}
 
 
+class _Largest(TorchDispatchMode):
+    """Notes how many elements the largest tensor has that is made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        made = [tensor.numel() for tensor in tree_leaves(result) if isinstance(tensor, Tensor)]
+        self.elements = max([self.elements, *made])
+        return result
+
+
+@pytest.mark.parametrize("has_start", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_for_a_row_beside_a_base_no_matrix_is_made(has_start, dtype):
+    """As a token is decoded where the base's own forward must run: quantised, offloaded, on several devices."""
+    torch.manual_seed(0)
+    cores, start = (random_cores((8, 8), (8, 8), 4) for _ in range(2))
+    update = MpoUpdate(cores, start if has_start else None)
+    x = torch.randn(1, 64).to(dtype)
+    with torch.no_grad(), _Largest() as largest:
+        found = update(x)
+    assert largest.elements < 64 * 64 // 2
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, (x.float() @ update.matrix().t()).to(dtype).detach())
+    with torch.no_grad():
+        assert update(x[:0]).shape == (0, 64)
+        assert update(x.expand(64, 64)).shape == (64, 64)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 class TestDither:
     """`W0 + ΔW` in half precision."""

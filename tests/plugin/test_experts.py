@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -14,7 +15,7 @@ from cases import CASES, MERGING_CASES, Case, Model, logits, named, over_merging
 from tensorpeft import DotaConfig, LorettaAdapterConfig, print_tensor_map
 from tensorpeft.export import to_lora
 from tensorpeft.plugin.experts import ExpertsLayer
-from tensorpeft.plugin.layer import TensorLayer
+from tensorpeft.plugin.layer import TensorLayer, diagonals
 from tensorpeft.plugin.routes import without_kept_sums
 from tensorpeft.quantization import quantize_residual
 
@@ -98,12 +99,84 @@ def test_experts_start_train_merge_and_come_back(model: Model, case: Case, tmp_p
 
 def test_a_stack_with_updates_is_kept_but_where_memory_has_no_room():
     peft_model = adapted(named("lorta")[0], MODELS[0])
-    kept = [each for m in peft_model.modules() if isinstance(m, ExpertsLayer) for each in m._kept.values()]
     with without_kept_sums():
         expected = logits(peft_model)
-    assert {each._entry for each in kept} == {None}
+    assert not kept_sums(peft_model)
     assert torch.equal(logits(peft_model), expected)
-    assert all(each._entry is not None for each in kept)
+    assert len(kept_sums(peft_model)) == 4
+
+
+def kept_sums(model: nn.Module) -> list[tuple]:
+    """What is kept of every parameter of experts: a key, what was compared, and the sum."""
+    kept = [each for m in model.modules() if isinstance(m, ExpertsLayer) for each in m._kept.values()]
+    return [each._entry for each in kept if each._entry is not None]
+
+
+def turn_off(model: PeftModel) -> None:
+    model.add_adapter("second", configured(named("lorta")[0], MODELS[0], target_parameters=None))
+    model.set_adapter("second")
+    logits(model)
+
+
+def delete(model: PeftModel) -> None:
+    model.add_adapter("second", configured(named("lorta")[0], MODELS[0], target_parameters=None))
+    model.delete_adapter("default")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.merge_adapter(),
+        lambda model: model.get_submodule("base_model.model").double(),
+        delete,
+        turn_off,
+        lambda model: model.train().eval(),
+    ],
+    ids=["merged", "cast", "deleted", "another is active", "trained"],
+)
+def test_a_kept_stack_goes_with_what_it_is_the_sum_of(change: Callable[[PeftModel], object]):
+    model = adapted(named("lorta")[0], MODELS[0])
+    logits(model)
+    assert kept_sums(model)
+    change(model)
+    assert not kept_sums(model)
+
+
+def test_a_kept_stack_is_that_of_the_active_adapter_among_those_of_equal_numbers():
+    case = named("flora")[0]
+    model = adapted(case, MODELS[0])
+    perturb(model)
+    model.add_adapter("second", configured(case, MODELS[0], alpha=2 * case.arguments["alpha"]))
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    with torch.no_grad():
+        for key, tensor in tensors.items():
+            if ".second." in key:
+                tensor.copy_(tensors[key.replace(".second.", ".default.")])
+    logits(model)
+    model.set_adapter("second")
+    found = logits(model)
+    assert torch.equal(found, logits(model.train().eval()))
+
+
+def test_a_kept_stack_outlives_a_look_at_the_base():
+    model = adapted(named("lorta")[0], MODELS[0])
+    logits(model)
+    before = kept_sums(model)
+    with model.disable_adapter():
+        logits(model)
+    assert all(now is then for now, then in zip(kept_sums(model), before, strict=True))
+
+
+@pytest.mark.parametrize("case", named("dota", "lotr", "superlora", "lora-pt", "tcur-lora"), ids=lambda case: case.name)
+def test_factors_that_experts_share_are_not_compared_by_each(case: Case):
+    model = adapted(case, MODELS[0])
+    logits(model)
+    experts = [module for module in model.modules() if isinstance(module, ExpertsLayer)]
+    updates = [x.updates["default"] for e in experts for name in e._kept for x in e.layers(name)]
+    own = sum(tensor.numel() for update in updates for tensor in (*update.parameters(), *update.buffers()))
+    entries = kept_sums(model)
+    samples = sum(matrix.numel() for entry in entries for part in diagonals(entry[2]) for matrix in part)
+    assert sum(tensor.numel() for entry in entries for tensor in entry[1]) <= own + samples
 
 
 @over_model_cases

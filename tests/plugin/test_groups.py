@@ -3,6 +3,8 @@ are asked for.
 """
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -321,3 +323,37 @@ def test_nothing_is_kept_in_evaluation_that_training_made():
     assert all(group._made is not None for group in groups)
     model.eval()
     assert all(group._made is None for group in groups)
+
+
+@over_grouped
+def test_a_model_that_is_dropped_in_training_mode_leaves_no_memory(case):
+    model = adapted(case)
+    loss(model).backward()
+    parameters = [weakref.ref(parameter) for parameter in trained(model).values()]
+    del model
+    gc.collect()
+    assert not [parameter for parameter in parameters if parameter() is not None]
+
+
+@over_grouped
+def test_an_adapter_that_is_deleted_in_training_mode_leaves_no_memory(case):
+    model = adapted(case)
+    model.add_adapter("second", case.make(target_modules=LLAMA.targets, task_type="CAUSAL_LM"))
+    model.set_adapter("second")
+    loss(model.train()).backward()
+    parameters = [weakref.ref(parameter) for parameter in trained(model).values()]
+    model.set_adapter("default")
+    model.delete_adapter("second")
+    gc.collect()
+    assert parameters
+    assert not [parameter for parameter in parameters if parameter() is not None]
+
+
+@over_own
+def test_a_second_derivative_of_a_model_that_is_gone_is_an_error(case):
+    model = adapted(case)
+    value, parameters = loss(model), list(trained(model).values())
+    del model
+    gc.collect()
+    with pytest.raises(RuntimeError, match="an adapter that is gone: keep the model"):
+        torch.autograd.grad(value, parameters, create_graph=True)

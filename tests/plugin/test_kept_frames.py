@@ -22,6 +22,7 @@ from peft import (
 )
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from cases import MODELS, Case, logits, over_cases, perturb, tiny_llama, tokens
 from tensorpeft import FactConfig, FloraConfig, LortaConfig, LotrConfig, initialize_from_gradients, save_frames
@@ -109,6 +110,35 @@ def test_a_new_adapter_starts_between_kept_frames_as_the_base_and_shares_their_m
     for name, expected in (("default", first), ("second", second)):
         folder = tmp_path / "both" / ("" if name == "default" else name)
         assert torch.equal(logits(PeftModel.from_pretrained(LLAMA.fresh(), folder).eval()), expected)
+
+
+@over_freezing
+@pytest.mark.parametrize(
+    "move", [lambda model: model._apply(torch.clone), lambda model: model.double()], ids=["moved", "cast"]
+)
+def test_adapters_share_their_frames_when_the_model_has_moved(kind, fields, move, tmp_path):
+    model = with_frames(kind, fields, tmp_path)
+    names = ["default", "second", "third"]
+    for name in names[1:]:
+        model.add_adapter(name, config_of(kind, fields, frames=str(tmp_path)))
+    kept = [frames_by_name(model, name) for name in names]
+    before = {key: frame.clone() for key, frame in kept[0].items()}
+    del kept
+    move(model)
+    after = [frames_by_name(model, name) for name in names]
+    for key, frame in before.items():
+        assert torch.equal(after[0][key], frame.to(after[0][key].dtype))
+        assert all(frames[key] is after[0][key] for frames in after)
+    if after[0].popitem()[1].dtype == torch.float32:
+        model.add_adapter("next", config_of(kind, fields, frames=str(tmp_path)))
+        assert all(frame is after[1][key] for key, frame in frames_by_name(model, "next").items())
+
+
+def frames_by_name(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
+    buffers = model.named_buffers(remove_duplicate=False)
+    ours = {key: buffer for key, buffer in buffers if f".{adapter_name}." in key and not key.endswith("digest")}
+    assert ours
+    return {key.replace(f".{adapter_name}.", "."): buffer for key, buffer in ours.items()}
 
 
 def test_training_between_kept_frames_resumes_exactly(tmp_path):

@@ -6,7 +6,18 @@ from accelerate import cpu_offload
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from cases import CASES, MODELS, Case, logits, over_cases, over_identity_cases, over_merging_cases, perturb, tokens
+from cases import (
+    CASES,
+    MODELS,
+    Case,
+    logits,
+    named,
+    over_cases,
+    over_identity_cases,
+    over_merging_cases,
+    perturb,
+    tokens,
+)
 
 LLAMA = MODELS[0]
 
@@ -43,6 +54,15 @@ def adapt(base: nn.Module, case: Case) -> PeftModel:
 
 def assert_close(model: nn.Module, plain: nn.Module) -> None:
     torch.testing.assert_close(logits(model), logits(plain), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "case", named("dota", "dota-random", "superlora", "lora-pt", "tcur-lora"), ids=lambda c: c.name
+)
+def test_a_token_is_decoded_as_with_a_base_that_is_there(case: Case):
+    model, plain = adapt(on_cpu(), case).eval(), adapt(LLAMA.fresh(), case).eval()
+    token = tokens(batch=1, length=1)
+    torch.testing.assert_close(logits(model, token), logits(plain, token), rtol=1e-4, atol=1e-5)
 
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -1,12 +1,23 @@
 """What sharding (FSDP) asks of an adapted model, without a second process; `recipes/test_distributed.py` has two."""
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.other import fsdp_auto_wrap_policy
+from test_experts import MODELS as EXPERTS
+from test_experts import configured
+from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
-from cases import MODELS, Case, logits, named, over_cases, over_models, perturb
+from cases import MODELS, Case, logits, named, over_cases, over_models, perturb, tokens
+from tensorpeft.plugin.experts import ExpertsLayer
+from tensorpeft.plugin.layer import TensorLayer
 
 LLAMA = MODELS[0]
 
@@ -87,3 +98,54 @@ def test_cores_that_are_gathered_rounded_start_at_the_base():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.bfloat16)
     torch.testing.assert_close(logits(adapted), expected, rtol=0, atol=0)
+
+
+@pytest.fixture
+def mesh(tmp_path: Path) -> Iterator[DeviceMesh]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def num_kept(model: nn.Module) -> int:
+    layers = [module._cached for module in model.modules() if isinstance(module, TensorLayer)]
+    stacks = [kept for module in model.modules() if isinstance(module, ExpertsLayer) for kept in module._kept.values()]
+    return sum(kept._entry is not None for kept in [*layers, *stacks])
+
+
+def sharded_2(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    for block in model.get_base_model().model.layers:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def sharded_1(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    policy = fsdp_auto_wrap_policy(model)
+    return FullyShardedDataParallel(
+        model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu"), device_mesh=mesh
+    )
+
+
+@pytest.mark.parametrize("shard", [sharded_1, sharded_2])
+@pytest.mark.parametrize("case", named("dota", "quanta", "superlora"), ids=lambda case: case.name)
+def test_evaluation_keeps_no_weight_that_was_gathered(case: Case, shard, mesh: DeviceMesh):
+    """Of the block that runs, a process has the whole weights; kept, they would be those of the whole model."""
+    model = get_peft_model(LLAMA.fresh(), case.make(target_modules=LLAMA.targets)).eval()
+    perturb(model)
+    expected = logits(model)
+    assert num_kept(model) > 0
+    model.train().eval()
+    model = shard(model, mesh)
+    with torch.no_grad():
+        found = model(input_ids=tokens()).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6 if case.name == "quanta" else 0)
+    assert num_kept(model) == 0
+
+
+def test_evaluation_keeps_no_experts_that_were_gathered(mesh: DeviceMesh):
+    model = get_peft_model(EXPERTS[0].fresh(), configured(named("dota")[0], EXPERTS[0])).eval()
+    perturb(model)
+    expected = logits(model)
+    model.train().eval()
+    assert torch.equal(logits(sharded_2(model, mesh)), expected)
+    assert num_kept(model) == 0

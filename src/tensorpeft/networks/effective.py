@@ -80,9 +80,9 @@ def add_apart(
         for _, (left, right) in _updates(*flattened(cuts, x.device)):
             if len(rows) * (1 / len(left) + 1 / right.shape[2]) >= 1:
                 return None
-            grouped = rows.to(left.dtype).view(-1, left.shape[1], right.shape[2])
+            grouped = rows.to(left.dtype).view(len(rows), left.shape[1], right.shape[2])
             inner = grouped @ right.permute(2, 0, 1).flatten(1)  # (rows, in_left, bond · out_right)
-            inner = inner.view(len(rows), left.shape[1], -1, right.shape[1]).permute(0, 3, 1, 2).flatten(2)
+            inner = inner.view(len(rows), left.shape[1], len(right), right.shape[1]).permute(0, 3, 1, 2).flatten(2)
             product = (inner @ left.flatten(1).t()).transpose(1, 2)  # (rows, out_left, out_right)
             sums.append(product.reshape(*x.shape[:-1], len(left) * right.shape[1]))
     return torch.stack(sums).sum(0) if len(sums) > 1 else sums[0]

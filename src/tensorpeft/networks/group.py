@@ -142,7 +142,7 @@ class Group:
             if (member := known()) is not None and _layout(member) == layout:
                 members[index] = member
         versions = {index: _version(member, dtype) for index, member in members.items()}
-        parts = _make(list(members.values()), dtype, end=_ending(self))
+        parts = _make(list(members.values()), dtype, group=self)
         self._is_over = False
         return _Made(versions, dict(zip(members, parts)), any(map(_needs_grad, members.values())), {})
 
@@ -178,19 +178,6 @@ class _Made(NamedTuple):
 
 def _nobody() -> None:
     return None
-
-
-def _nothing() -> None: ...
-
-
-def _ending(group: Group) -> Callable[[], None]:
-    known = weakref.ref(group)  # the group keeps the parts, and those their graph
-
-    def end() -> None:
-        if (group := known()) is not None:
-            group.end()
-
-    return end
 
 
 def tensors_of(module: object) -> dict[str, Tensor]:
@@ -229,7 +216,7 @@ def _make(
     members: Sequence[Member],
     dtype: torch.dtype | None,
     only: Member | None = None,
-    end: Callable[[], None] = _nothing,  # called when a backward pass comes by
+    group: Group | None = None,  # that keeps them, and ends when a backward pass comes by
 ) -> list[Parts]:
     """The parts of all members, with a graph of all; or of only one, and of what is shared."""
     first = members[0]
@@ -242,16 +229,56 @@ def _make(
         with without_autocast(device):
             return first.make_parts(members, own, shared, dtype)
 
-    def make(tensors: Sequence[Tensor]) -> list[Parts]:
-        rest = iter(tensors)
-        mine = [{name: next(rest) for name in named} for named in own]
-        with without_autocast(device):
-            return first.make_parts(members, mine, {name: next(rest) for name in shared}, dtype)
-
+    make = _making(members, [list(named) for named in own], list(shared), dtype, group)
     tensors = [*(tensor for named in own for tensor in named.values()), *shared.values()]
+    end = _nobody if group is None else _ending(group)
     flat = cast("Sequence[Tensor]", cast("Any", _Together).apply(make, end, len(own[0]), *tensors))
     count = len(flat) // len(members)
     return [tuple(flat[k : k + count]) for k in range(0, len(flat), count)]
+
+
+# What follows is kept by the graph of the parts. The parts are kept by their group, which is the members': a strong
+# reference to one of these would keep the members for good, as Python sees no cycle through autograd.
+
+
+def _making(
+    members: Sequence[Member],
+    own: Sequence[Sequence[str]],  # names of each member's tensors
+    shared: Sequence[str],  # of the shared ones
+    dtype: torch.dtype | None,
+    group: Group | None,
+) -> Callable[[Sequence[Tensor]], list[Parts]]:
+    """The map from the tensors to the parts.
+
+    Raises:
+        RuntimeError: it is called (again, for a second derivative) when the group's members are gone.
+    """
+    held = members if group is None else ()  # a replica may be gone by then, and nobody keeps what is made of it
+    known = [weakref.ref(member) for member in members]
+
+    def make(tensors: Sequence[Tensor]) -> list[Parts]:
+        there = held or [member for each in known if (member := each()) is not None]
+        if len(there) < len(known):
+            raise RuntimeError(
+                "backward(create_graph=True) through an adapter that is gone: keep the model, and the adapter in it, "
+                "until the gradients are there."
+            )
+        rest = iter(tensors)
+        mine = [{name: next(rest) for name in names} for names in own]
+        with without_autocast(tensors[0].device):
+            return there[0].make_parts(there, mine, {name: next(rest) for name in shared}, dtype)
+
+    return make
+
+
+def _ending(group: Group) -> Callable[[], None]:
+    known = weakref.ref(group)
+
+    def end() -> None:
+        if (group := known()) is not None:
+            group.end()
+
+    return end
 
 
 def _detached(tensors: Tensors) -> dict[str, Tensor]:

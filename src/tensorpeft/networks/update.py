@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from tensorpeft.networks.cut import Cut, fold
+from tensorpeft.networks.derivatives import is_transformed
 from tensorpeft.networks.dtypes import at_least_float32, product_dtype, without_autocast
-from tensorpeft.networks.effective import effective_linear
+from tensorpeft.networks.effective import add_apart, effective_linear
 from tensorpeft.networks.group import Parts, Place, Tensors, parts_of, tensors_of
 from tensorpeft.networks.low_rank import MATRIX_PRODUCT, PAIR_PRODUCT, Factors, Pair, low_rank_linear
 from tensorpeft.networks.nested import GradientsOnce
@@ -239,8 +240,13 @@ class AbstractSummedUpdate(AbstractFusedUpdate):
         return False
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x ΔWᵀ` through the fused map, for a base whose weight cannot be added to."""
-        return effective_linear(x, None, None, [self.cut()])
+        """`x ΔWᵀ` for a base whose weight cannot be added to: half by half for few rows, else through the fused map."""
+        cut = self.cut()
+        if not (torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed()):
+            x = x.to(product_dtype(x))
+            if (added := add_apart(x, [cut])) is not None:
+                return added.to(x.dtype)
+        return effective_linear(x, None, None, [cut])
 
 
 class AbstractFactoredUpdate(AbstractWeightUpdate):

@@ -253,7 +253,8 @@ def addable_weight(base: nn.Module) -> Tensor | None:
     """The weight (out, in) where `base(x)` is exactly `F.linear(x, weight, bias)`, as a view; else None.
 
     None for quantised layers, subclasses, layers with hooks (offloading, DeepSpeed) or a replaced `forward`: their own
-    forward must run. None too for a sharded weight (FSDP2, tensor parallel), which only its module's forward gathers.
+    forward must run. None too for a sharded weight (tensor parallel, or FSDP2 of this layer alone), which only its
+    module's forward gathers; see `is_gathered` for those that are whole now.
     """
     if type(base) not in (nn.Linear, Conv1D) or has_own_forward(base):
         return None
@@ -262,6 +263,14 @@ def addable_weight(base: nn.Module) -> Tensor | None:
     if not isinstance(weight, Tensor) or type(weight) not in plain or not weight.is_floating_point():
         return None
     return weight.t() if isinstance(base, Conv1D) else weight
+
+
+def is_gathered(base: nn.Module) -> bool:
+    """Whether FSDP puts a module's parameters together for each call, and takes them apart again.
+
+    While the block around it runs they are plain tensors, of which only this note of FSDP's on the module tells.
+    """
+    return getattr(base, "_is_fsdp_managed_module", False)
 
 
 def has_own_forward(base: nn.Module) -> bool:

@@ -23,10 +23,10 @@ from torch.nn.modules.conv import _ConvNd
 from tensorpeft.networks.effective import effective_weight, trained_weight
 from tensorpeft.networks.update import AbstractUpdate, AbstractWeightUpdate
 from tensorpeft.networks.versions import Kept, version_of
-from tensorpeft.plugin.base_weight import StackedWeight, as_stack
+from tensorpeft.plugin.base_weight import StackedWeight, as_stack, is_gathered
 from tensorpeft.plugin.config import TensorConfig
 from tensorpeft.plugin.holder import UpdateHolder
-from tensorpeft.plugin.layer import TensorLayer, diagonals
+from tensorpeft.plugin.layer import TensorLayer, compared, needs_gradients
 from tensorpeft.plugin.routes import keeps_sums
 
 # What linear layers in experts are called where experts are no parameters, as before transformers 5.
@@ -104,6 +104,8 @@ class ExpertsLayer(UpdateHolder):
         layers = self.layers(parameter)
         updates: list[list[AbstractWeightUpdate]] = [layer.unmerged_updates() for layer in layers]  # type: ignore[misc]
         if not any(updates):
+            if not self.disable_adapters:  # for now
+                self._kept[parameter].clear()
             return None
         stored = getattr(self.base_layer, parameter)
         if stored.is_meta and not any(tensor.is_meta for tensor in updates[0][0].parameters()):
@@ -111,17 +113,13 @@ class ExpertsLayer(UpdateHolder):
                 f"{parameter} of a {type(self.base_layer).__name__} has been offloaded, but what an adapter adds to "
                 "it needs it in memory: load the model without offloading this module (device_map)."
             )
-        tensors = [stored, *(tensor for part in updates for update in part for tensor in _tensors(update))]
-        trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        active = [update for part in updates for update in part]
+        trains = needs_gradients(stored, active)
         if trains or self.training or torch.compiler.is_compiling() or not all(layer.owns_base for layer in layers):
             return self._make(stored, updates, trains)
-        if not keeps_sums() or (version := version_of([stored])) is None:
+        if not keeps_sums() or is_gathered(self.base_layer) or (version := version_of([stored])) is None:
             return self._make(stored, updates, False)
-        # As `TensorLayer` compares them.
-        numbers = [tensor for tensor in tensors[1:] if tensor.is_floating_point()]
-        return self._kept[parameter].get(
-            lambda: self._make(stored, updates, False), [*diagonals(stored), *numbers], version
-        )
+        return self._kept[parameter].get(lambda: self._make(stored, updates, False), *compared(stored, active), version)
 
     def _make(self, stored: Tensor, updates: list[list[AbstractWeightUpdate]], trains: bool) -> Tensor:
         matrices: list[Tensor] = []
@@ -130,17 +128,33 @@ class ExpertsLayer(UpdateHolder):
             matrices.append(trained_weight(weight, cuts) if trains else effective_weight(weight, cuts, weight.dtype))
         return torch.stack([as_stack(self.base_layer, matrix) for matrix in matrices])
 
-    def train(self, mode: bool = True) -> ExpertsLayer:
-        """As torch's; the sums that were kept go."""
+    def _clear(self) -> None:
         for kept in self._kept.values():
             kept.clear()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExpertsLayer:
+        """As torch's; the sums that were kept go."""
+        self._clear()
+        super()._apply(fn, recurse)
+        return self
+
+    def train(self, mode: bool = True) -> ExpertsLayer:
+        """As torch's; the sums that were kept go."""
+        self._clear()
         return super().train(mode)
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As PEFT's; the sums that were kept, which may be with this adapter, go."""
+        self._clear()
+        super().delete_adapter(adapter_name)
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Nothing: the layers merge."""
+        """The layers merge. The sums that were kept go."""
+        self._clear()
 
     def unmerge(self) -> None:
-        """Nothing: the layers unmerge."""
+        """The layers unmerge. The sums that were kept go."""
+        self._clear()
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -149,13 +163,6 @@ class ExpertsLayer(UpdateHolder):
         for layer in (layer for parameter in self._kept for layer in self.layers(parameter) if merge):
             layer.merge(safe_merge, adapter_names)
         return self.base_layer
-
-
-def _tensors(update: AbstractUpdate) -> Iterator[Tensor]:
-    for module in (update, update.shared):
-        if module is not None:
-            yield from module.parameters()
-            yield from module.buffers()
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from tensorpeft.plugin.base_weight import onloaded, put_weight
+from tensorpeft.plugin.frames_in_memory import follow
 
 
 class UpdateHolder(nn.Module, BaseTunerLayer):
@@ -39,6 +41,19 @@ class UpdateHolder(nn.Module, BaseTunerLayer):
         self.updates[adapter_name] = tensors.train(self.training)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> UpdateHolder:
+        """As torch's; a frame that several adapters have in common is one afterwards too, and that of the next one."""
+        before = [(m._buffers, key, buffer) for m in self.updates.modules() for key, buffer in m._buffers.items()]
+        super()._apply(fn, recurse)
+        moved: dict[int, Tensor] = {}
+        for buffers, key, buffer in before:
+            now = buffers[key]
+            if buffer is not None and now is not None:
+                if (common := moved.setdefault(id(buffer), now)) is now:
+                    follow(buffer, now)
+                buffers[key] = common
+        return self
 
     def set_base_weight(self, weight_data: Tensor) -> None:
         """As PEFT's; a weight that was loaded, or not, under `torch.inference_mode` stays one of that kind."""

@@ -9,7 +9,6 @@ import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from tensorpeft.networks.update import AbstractUpdate
 from tensorpeft.plugin.checkpoint import download_options
 from tensorpeft.plugin.config import FramedConfig, TensorConfig
+from tensorpeft.plugin.frames_in_memory import in_common, remember
 from tensorpeft.plugin.layer import layers_of
 
 FRAMES_NAME = "frames.safetensors"
@@ -29,8 +29,6 @@ FRAMES_NAME = "frames.safetensors"
 FRAMES_DIGEST = "frames_digest"
 # An attribute of what was made on the meta device: the file of its frames, and their names there.
 _AWAITED = "_awaited_frames"
-# Frames of adapters in memory, by their file's SHA-256, name, device and dtype: for the next adapter.
-_in_memory: WeakValueDictionary[tuple[bytes, str, torch.device, torch.dtype], Tensor] = WeakValueDictionary()
 
 
 def save_frames(model: nn.Module, folder: str | os.PathLike[str], adapter_name: str = "default") -> None:
@@ -78,7 +76,7 @@ def save_frames(model: nn.Module, folder: str | os.PathLike[str], adapter_name: 
     for name, (module, key) in places.items():
         frame = getattr(module, key)
         _put(module, key, frame, digest)
-        _in_memory[digest, name, frame.device, frame.dtype] = frame
+        remember(digest, name, frame)
     configs[adapter_name] = copy.copy(config)  # the old one may be another adapter's too
     configs[adapter_name].frames = os.fspath(folder)
 
@@ -111,7 +109,7 @@ def take_frames(
     for name, (module, key) in places.items():
         device, is_double = _home_of(bases.get(name.rpartition(".")[0], first))
         frame = _narrow(frames[name], is_double, f"frames={config.frames!r}: {name}")
-        _put(module, key, _in_common(digest, name, frame, device), digest)
+        _put(module, key, in_common(digest, name, frame, device), digest)
 
 
 @torch.no_grad()
@@ -196,7 +194,7 @@ def _check_digest(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: s
         _check({name: frame for name, frame in frames.items() if name in awaited}, awaited, file.place)
         for key, name in names.items():
             frame = _narrow(frames[name], True, f"frames={file.place!r}: {name}")
-            _put(module, key, _in_common(found, name, frame, digest.device), found)
+            _put(module, key, in_common(found, name, frame, digest.device), found)
         del vars(module)[_AWAITED]
     if problem := other_frames(module, {FRAMES_DIGEST: digest}):
         raise ValueError(f"{prefix.rstrip('.')}: {problem}")
@@ -230,14 +228,6 @@ def _stamp_of(path: Path) -> object:
     except OSError:
         return None
     return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
-
-
-def _in_common(digest: bytes, name: str, frame: Tensor, device: torch.device) -> Tensor:
-    """The one copy of a file's frame on a device that adapters share."""
-    known = _in_memory.get((digest, name, device, frame.dtype))
-    if known is None or (known.device, known.dtype) != (device, frame.dtype) or known.is_inference():
-        _in_memory[digest, name, device, frame.dtype] = known = frame.to(device)
-    return known
 
 
 def _home_of(base: Any) -> tuple[torch.device, bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -34,6 +35,7 @@ from tensorpeft.plugin.base_weight import (
     as_stored,
     has_own_forward,
     is_convolution,
+    is_gathered,
     present,
     put_weight,
     restore_row_order,
@@ -115,14 +117,15 @@ class TensorLayer(UpdateHolder):
         is_updatable = isinstance(self.base_layer, AbstractUpdatableLinear) and not has_own_forward(self.base_layer)
         fused = [update for update in updates if isinstance(update, AbstractFusedUpdate)]
         low_rank = [update for update in updates if isinstance(update, AbstractLowRankUpdate)]
-        trains = self.training or _trains(weight, fused)
+        trains = self.training or needs_gradients(weight, fused)
         rows = x.numel() // max(x.shape[-1], 1)
+        stays = self.owns_base and not is_gathered(self.base_layer)
         route = choose_route(
             is_addable=weight is not None,
             is_updatable=is_updatable,
             has_fused=bool(fused),
             has_low_rank=bool(low_rank),
-            may_keep=may_cache and self.owns_base and not trains and can_compare(x),
+            may_keep=may_cache and stays and not trains and can_compare(x),
             is_cheaper_apart=all(update.is_cheaper_apart(rows) for update in fused),
         )
         bias: Any = self.base_layer.bias if weight is not None else None
@@ -154,10 +157,7 @@ class TensorLayer(UpdateHolder):
         return result
 
     def _cached_weight(self, weight: Tensor, updates: Sequence[AbstractFusedUpdate], dtype: torch.dtype) -> Tensor:
-        """The effective weight of these updates, made anew when what it is made of has changed.
-
-        Of the base weight, which is too large to be compared, torch's count of writes tells, and a sample.
-        """
+        """The effective weight of these updates, made anew when what it is made of has changed."""
 
         def make() -> Tensor:
             return effective_weight(weight, [update.cut() for update in updates], dtype)
@@ -165,9 +165,7 @@ class TensorLayer(UpdateHolder):
         version = version_of([weight])
         if version is None:
             return make()
-        numbers = [t for update in updates for t in (*update.parameters(), *update.buffers()) if t.is_floating_point()]
-        shared = [update.shared.numbers() for update in updates if update.shared is not None]
-        return self._cached.get(make, [*diagonals(weight), *numbers], version, dtype, shared)
+        return self._cached.get(make, *compared(weight, updates), version, dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TensorLayer:
         """As torch's; what merging has put aside moves, and is cast, with the rest."""
@@ -347,11 +345,22 @@ def check_finite(weight: Tensor, adapter_names: Sequence[str]) -> None:
         )
 
 
-def _trains(weight: Tensor | None, updates: Sequence[AbstractUpdate]) -> bool:
+def needs_gradients(weight: Tensor | None, updates: Sequence[AbstractUpdate]) -> bool:
     """Whether a gradient of the weight or of the updates will be asked for."""
-    modules = [module for update in updates for module in (update, update.shared) if module is not None]
+    modules = dict.fromkeys(module for update in updates for module in (update, update.shared) if module is not None)
     parameters = [parameter for module in modules for parameter in module.parameters()]
     return torch.is_grad_enabled() and any(t.requires_grad for t in (*parameters, weight) if t is not None)
+
+
+def compared(weight: Tensor, updates: Sequence[AbstractUpdate]) -> tuple[list[Tensor], object]:
+    """What tells, beside torch's count, whether a sum of these is as it was: numbers, and an object for all others.
+
+    Of the weight, which is too large to be compared, a sample; what updates share is compared once.
+    """
+    own = [t for update in updates for t in (*update.parameters(), *update.buffers()) if t.is_floating_point()]
+    shared = dict.fromkeys(update.shared for update in updates if update.shared is not None)
+    which = [weakref.ref(update) for update in updates]  # equal numbers may be scaled in other ways
+    return [*diagonals(weight), *own], (which, [factors.numbers() for factors in shared])
 
 
 def layers_of(model: nn.Module) -> list[TensorLayer]:

@@ -51,8 +51,8 @@ def choose_route(
         is_updatable: whether it stores its weight in another form, and adds updates by itself.
         has_fused: whether a fused update is active.
         has_low_rank: whether a low-rank update is.
-        may_keep: whether a sum may be kept: nothing is trained or compiled, nobody else writes to the weight, and the
-            caller does not forbid it.
+        may_keep: whether a sum may be kept: nothing is trained or compiled, nobody else writes to the weight, it is
+            whole between calls too, and the caller does not forbid it.
         is_cheaper_apart: whether every fused update is cheaper beside the base than in a sum made for this call.
     """
     is_kept = may_keep and is_addable and keeps_sums()
