@@ -118,8 +118,8 @@ def _make_trainer(
 def _fresh_adapter(base: Any, recipe: Recipe, splits: Splits, seed: int) -> dict[str, torch.Tensor]:
     """The trained parameters of a new adapter, as they are before TRL rounds them.
 
-    On a base in 4 bits TRL casts them to bfloat16, as QLoRA's paper does for LoRA. DoTA's cores would then no longer
-    start where they were decomposed, and small updates would be lost. PiSSA's start TRL does not know.
+    On a base in 4 bits TRL casts them to bfloat16, as QLoRA's paper does for LoRA: small updates would be lost, and
+    PiSSA's start, which TRL does not know. What is the difference to a start puts itself back (`AbstractDifference`).
     """
     adapted: Any = adapt(base, recipe, splits.task)
     values = {name: p.detach().clone() for name, p in adapted.named_parameters() if p.requires_grad}
